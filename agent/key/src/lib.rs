@@ -1,0 +1,1 @@
+//! Keys of JSON records: plain jq paths without building a document

@@ -1,0 +1,1 @@
+//! The small program beside the command of a ParDo: rings on one side, standard input and output on the other

@@ -1,0 +1,1 @@
+//! The agent of Argo Streams: run, validate, shim

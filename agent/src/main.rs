@@ -1,0 +1,2 @@
+//! The binary `argo-streams`.
+fn main() {}

@@ -1,0 +1,1 @@
+//! What every stage does, in the agent and in the shim: I/O backends, keys, the stage loop

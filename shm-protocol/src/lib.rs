@@ -1,0 +1,1 @@
+//! Shared-memory segments, rings, commit pages and the handshake of Argo Streams (PROTOCOL.md)
