@@ -1,0 +1,452 @@
+//! The threads of a sink: one hands records to librdkafka, the other takes its delivery reports.
+
+use super::admin;
+use super::window::Window;
+use super::{RefusedRecord, Shared, SinkEvent, SinkOptions, SinkRecord};
+use crate::connection;
+use crate::error::{KafkaError, Kind, kind};
+use crate::limits::{
+    ASK_FIRST, ASK_LONGEST, ASK_PAUSE_FIRST, ASK_PAUSE_LONGEST, BATCH_BYTES, CLIENT_ERRORS, DEFAULT_MESSAGE_BYTES,
+    IN_FLIGHT_KBYTES, IN_FLIGHT_RECORDS, MESSAGE_BYTES_MAX, MESSAGE_BYTES_MIN, TICK, UNKNOWN_TOPIC_PAUSE,
+    UNKNOWN_TOPIC_TRIES,
+};
+use crate::source::lock;
+use crate::trouble::Trouble;
+use crossbeam::channel::{self, Receiver, RecvTimeoutError, Sender};
+use rdkafka::ClientConfig;
+use rdkafka::client::ClientContext;
+use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::error::{KafkaError as ClientError, RDKafkaErrorCode};
+use rdkafka::message::{BorrowedMessage, Header, Headers, Message, OwnedHeaders};
+use rdkafka::producer::{BaseProducer, BaseRecord, DeliveryResult, Producer, ProducerContext};
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+type Client = BaseProducer<Reports>;
+
+/// What librdkafka calls while a sink polls it.
+#[derive(Debug)]
+struct Reports {
+    shared: Arc<Shared>,
+    topic: String,
+    limit_bytes: u64,
+    window: Mutex<Window>,
+    /// Reports that say "written": while there are new ones, the brokers can be reached.
+    written: AtomicU64,
+    errors: Mutex<VecDeque<(RDKafkaErrorCode, String)>>,
+    /// One token when librdkafka's queue has lost a record.
+    room: Sender<()>,
+}
+
+impl Reports {
+    /// Notes that nothing more will happen to a record.
+    fn settled(&self, sequence: u64) {
+        let mut window = lock(&self.window);
+        let delivered = window.report(sequence);
+        // Release: pairs with the Acquire in `Sink::delivered`. Under the lock, so that it never goes back.
+        let before = self.shared.delivered.swap(delivered, Ordering::AcqRel);
+        drop(window);
+        if delivered > before {
+            self.shared.signal.raise();
+        }
+    }
+
+    fn refuse(&self, sequence: u64, error: RefusedRecord, record: SinkRecord) {
+        self.shared.say(SinkEvent::Refused { sequence, error, record });
+        self.settled(sequence);
+    }
+
+    fn too_large(&self, record: &SinkRecord) -> RefusedRecord {
+        let len = record.payload.len() + record.key.as_ref().map_or(0, Vec::len);
+        RefusedRecord::TooLarge {
+            len_bytes: u64::try_from(len).unwrap_or(u64::MAX),
+            limit_bytes: self.limit_bytes,
+            topic: self.topic.clone(),
+        }
+    }
+
+    fn refused_by_broker(&self, code: RDKafkaErrorCode, sequence: u64, message: &BorrowedMessage<'_>) {
+        let record = given_back(sequence, message);
+        let topic = self.topic.clone();
+        let error = match code {
+            RDKafkaErrorCode::MessageSizeTooLarge | RDKafkaErrorCode::MessageBatchTooLarge => self.too_large(&record),
+            RDKafkaErrorCode::InvalidTimestamp => RefusedRecord::Timestamp { timestamp_ms: record.timestamp_ms, topic },
+            other => RefusedRecord::Other { topic, reason: other.to_string() },
+        };
+        self.refuse(sequence, error, record);
+    }
+}
+
+impl ClientContext for Reports {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        connection::log(level, facility, message);
+    }
+
+    fn error(&self, error: ClientError, reason: &str) {
+        if let Some(code) = error.rdkafka_error_code() {
+            let mut errors = lock(&self.errors);
+            if errors.len() < CLIENT_ERRORS {
+                errors.push_back((code, reason.to_owned()));
+            }
+        }
+    }
+}
+
+impl ProducerContext for Reports {
+    type DeliveryOpaque = usize;
+
+    fn delivery(&self, result: &DeliveryResult<'_>, opaque: usize) {
+        use RDKafkaErrorCode as Code;
+        let sequence = u64::try_from(opaque).unwrap_or(u64::MAX);
+        match result {
+            Ok(_) => {
+                self.written.fetch_add(1, Ordering::Relaxed);
+                self.settled(sequence);
+            }
+            Err((error, message)) => match error.rdkafka_error_code().unwrap_or(Code::Fail) {
+                // The client is being dropped with records in it; they stay undelivered.
+                Code::PurgeQueue | Code::PurgeInflight => {}
+                code @ (Code::MessageSizeTooLarge
+                | Code::MessageBatchTooLarge
+                | Code::InvalidTimestamp
+                | Code::InvalidMessage
+                | Code::InvalidMessageSize
+                | Code::InvalidRecord
+                | Code::PolicyViolation) => self.refused_by_broker(code, sequence, message),
+                code => self.shared.fail(failure(code, &self.topic, "")),
+            },
+        }
+        // Full is as good as told.
+        let _full = self.room.try_send(()).is_err();
+    }
+}
+
+fn failure(code: RDKafkaErrorCode, topic: &str, servers: &str) -> KafkaError {
+    let (topic, servers, reason) = (topic.to_owned(), servers.to_owned(), code.to_string());
+    match kind(code) {
+        Kind::NoTopic => KafkaError::UnknownTopic { topic, servers },
+        Kind::Login => KafkaError::Authentication { servers, reason },
+        Kind::Topic | Kind::Group => KafkaError::Authorization { servers, reason },
+        Kind::Passing => KafkaError::Fatal { attempt: "writing", reason },
+    }
+}
+
+/// The record as it was before it went into librdkafka.
+fn given_back(sequence: u64, message: &BorrowedMessage<'_>) -> SinkRecord {
+    let headers = message.headers().map_or_else(Vec::new, |headers| {
+        let one = |index| {
+            let header = catch_unwind(AssertUnwindSafe(|| headers.try_get(index))).ok().flatten()?;
+            Some((header.key.to_owned(), header.value.unwrap_or_default().to_vec()))
+        };
+        (0..headers.count()).filter_map(one).collect()
+    });
+    SinkRecord {
+        sequence,
+        key: message.key().map(<[u8]>::to_vec),
+        payload: message.payload().unwrap_or_default().to_vec(),
+        timestamp_ms: message.timestamp().to_millis(),
+        headers,
+    }
+}
+
+/// Makes the client, so that what is wrong with the properties is said at once, and starts the threads.
+pub(super) fn start(
+    options: SinkOptions,
+    shared: &Arc<Shared>,
+    records: Receiver<SinkRecord>,
+    alive: &Sender<()>,
+) -> Result<Vec<JoinHandle<()>>, KafkaError> {
+    let (client, room) = client(&options, shared, None)?;
+    let shared = Arc::clone(shared);
+    let alive = alive.clone();
+    let thread = std::thread::Builder::new()
+        .name("kafka-sink".to_owned())
+        .spawn(move || {
+            run(options, &shared, &records, client, room);
+            drop(alive);
+        })
+        .map_err(|error| KafkaError::Thread { name: "kafka-sink", reason: error.to_string() })?;
+    Ok(vec![thread])
+}
+
+fn config(options: &SinkOptions, limit_bytes: u64) -> Result<ClientConfig, KafkaError> {
+    let limit_bytes = limit_bytes.clamp(MESSAGE_BYTES_MIN, MESSAGE_BYTES_MAX);
+    let ours = [
+        ("message.max.bytes", limit_bytes.to_string()),
+        // librdkafka refuses every record of a batch that is too large, so a batch is never larger than a record may be.
+        ("batch.size", BATCH_BYTES.min(limit_bytes).to_string()),
+        // No record waits for others; batches come from what is there while the last request is on its way.
+        ("linger.ms", "0".to_owned()),
+        ("queue.buffering.max.messages", IN_FLIGHT_RECORDS.to_string()),
+        ("queue.buffering.max.kbytes", u64::from(IN_FLIGHT_KBYTES).max(limit_bytes / 512).to_string()),
+    ];
+    let fixed = [
+        ("enable.idempotence", "true"),
+        ("acks", "all"),
+        // For ever: a broker that is away holds the sink back and loses nothing.
+        ("message.timeout.ms", "0"),
+        ("allow.auto.create.topics", "false"),
+    ];
+    options.connection.client_config(&ours, &fixed)
+}
+
+fn client(
+    options: &SinkOptions,
+    shared: &Arc<Shared>,
+    limit_bytes: Option<u64>,
+) -> Result<(Client, Receiver<()>), KafkaError> {
+    let own = options.connection.property("message.max.bytes").and_then(|value| value.parse::<u64>().ok());
+    let limit_bytes = own.or(limit_bytes).unwrap_or(DEFAULT_MESSAGE_BYTES);
+    let (room, has_room) = channel::bounded(1);
+    let reports = Reports {
+        shared: Arc::clone(shared),
+        topic: options.topic.clone(),
+        limit_bytes,
+        window: Mutex::new(Window::new(options.first_sequence)),
+        written: AtomicU64::new(0),
+        errors: Mutex::default(),
+        room,
+    };
+    let client = config(options, limit_bytes)?
+        .create_with_context(reports)
+        .map_err(|error: ClientError| KafkaError::Client { reason: error.to_string() })?;
+    Ok((client, has_room))
+}
+
+/// The thread that sends, from the first question to the last record.
+fn run(
+    options: SinkOptions,
+    shared: &Arc<Shared>,
+    records: &Receiver<SinkRecord>,
+    first: Client,
+    first_room: Receiver<()>,
+) {
+    let prepared = find_topic(&options, shared, &first).and_then(|()| fit(&options, shared, first, first_room));
+    let (client, room) = match prepared {
+        Ok(prepared) => prepared,
+        Err(Ended::Stopped) => return,
+        Err(Ended::Failed(error)) => return shared.fail(error),
+    };
+    let sending_ended = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let (client, done) = (&client, &sending_ended);
+        let reports = std::thread::Builder::new()
+            .name("kafka-sink-reports".to_owned())
+            .spawn_scoped(scope, move || take_reports(client, &options, shared, done));
+        if let Err(error) = reports {
+            return shared.fail(KafkaError::Thread { name: "kafka-sink-reports", reason: error.to_string() });
+        }
+        send_all(client, shared, records, &room);
+        // The last record is in librdkafka; its report is waited for by `finish`, which then says stop.
+        done.store(true, Ordering::Relaxed);
+    });
+}
+
+enum Ended {
+    Stopped,
+    Failed(KafkaError),
+}
+
+/// Waits until a broker answers and knows the topic.
+fn find_topic(options: &SinkOptions, shared: &Shared, client: &Client) -> Result<(), Ended> {
+    let servers = &options.connection.bootstrap_servers;
+    let mut trouble = Trouble::default();
+    let (mut timeout, mut pause, mut missing) = (ASK_FIRST, ASK_PAUSE_FIRST, 0);
+    loop {
+        if shared.stopping() {
+            return Err(Ended::Stopped);
+        }
+        let answer = client.client().fetch_metadata(Some(&options.topic), timeout);
+        let code = match answer {
+            Ok(metadata) => {
+                let code = match metadata.topics().first() {
+                    None => Some(RDKafkaErrorCode::UnknownTopicOrPartition),
+                    Some(topic) => topic.error().map(RDKafkaErrorCode::from),
+                };
+                if trouble.over() {
+                    shared.mention(SinkEvent::Reachable);
+                }
+                match code {
+                    None => return Ok(()),
+                    Some(code) => code,
+                }
+            }
+            Err(error) => error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Fail),
+        };
+        client.poll(Duration::ZERO);
+        let (code, reason) = first_refusal(client).unwrap_or_else(|| (code, code.to_string()));
+        match kind(code) {
+            Kind::NoTopic => {
+                missing += 1;
+                if missing >= UNKNOWN_TOPIC_TRIES {
+                    return Err(Ended::Failed(failure(code, &options.topic, servers)));
+                }
+                pause = UNKNOWN_TOPIC_PAUSE;
+            }
+            Kind::Passing => {
+                tell_unreachable(shared, &mut trouble, &reason);
+                timeout = (timeout * 2).min(ASK_LONGEST);
+                pause = (pause * 2).min(ASK_PAUSE_LONGEST);
+            }
+            _ => return Err(Ended::Failed(failure(code, &options.topic, servers))),
+        }
+        let until = Instant::now() + pause;
+        while Instant::now() < until && !shared.stopping() {
+            client.poll(TICK);
+        }
+    }
+}
+
+/// Of the errors that librdkafka reported, the first that waiting does not cure.
+fn first_refusal(client: &Client) -> Option<(RDKafkaErrorCode, String)> {
+    let mut errors = lock(&client.context().errors);
+    let found = errors.iter().find(|(code, _)| !matches!(kind(*code), Kind::Passing | Kind::NoTopic)).cloned();
+    errors.clear();
+    found
+}
+
+/// Asks how large a record the topic takes, and makes the client anew if it was made for another size.
+fn fit(
+    options: &SinkOptions,
+    shared: &Arc<Shared>,
+    first: Client,
+    first_room: Receiver<()>,
+) -> Result<(Client, Receiver<()>), Ended> {
+    let used = first.context().limit_bytes;
+    let found =
+        config(options, used).ok().and_then(|config| admin::max_message_bytes(&config, &options.topic, ASK_FIRST));
+    match found {
+        Some(limit) if limit != used && options.connection.property("message.max.bytes").is_none() => {
+            client(options, shared, Some(limit)).map_err(Ended::Failed)
+        }
+        _ => Ok((first, first_room)),
+    }
+}
+
+fn send_all(client: &Client, shared: &Shared, records: &Receiver<SinkRecord>, room: &Receiver<()>) {
+    let mut expected = shared.delivered.load(Ordering::Acquire);
+    while !shared.stopping() && !shared.failed() {
+        let record = match records.recv_timeout(TICK) {
+            Ok(record) => record,
+            Err(RecvTimeoutError::Timeout) => continue,
+            Err(RecvTimeoutError::Disconnected) => return,
+        };
+        // SeqCst: see `Sink::try_send`.
+        std::sync::atomic::fence(Ordering::SeqCst);
+        if shared.wants_room.load(Ordering::SeqCst) && shared.wants_room.swap(false, Ordering::SeqCst) {
+            shared.signal.raise();
+        }
+        if record.sequence != expected {
+            return shared.fail(KafkaError::Sequence { expected, found: record.sequence });
+        }
+        expected += 1;
+        send(client, shared, record, room);
+    }
+}
+
+/// Hands one record to librdkafka, waiting while it is full.
+fn send(client: &Client, shared: &Shared, record: SinkRecord, room: &Receiver<()>) {
+    use RDKafkaErrorCode as Code;
+    let reports = client.context();
+    let sequence = record.sequence;
+    if record.headers.iter().any(|(name, _)| name.as_bytes().contains(&0)) {
+        return reports.refuse(sequence, RefusedRecord::HeaderName, record);
+    }
+    let Ok(opaque) = usize::try_from(sequence) else {
+        let reason = "sequences end at 2^32 on this machine".to_owned();
+        return shared.fail(KafkaError::Fatal { attempt: "writing", reason });
+    };
+    while !shared.stopping() && !shared.failed() {
+        let mut outgoing: BaseRecord<'_, [u8], [u8], usize> =
+            BaseRecord::with_opaque_to(&reports.topic, opaque).payload(record.payload.as_slice());
+        outgoing.key = record.key.as_deref();
+        outgoing.timestamp = record.timestamp_ms;
+        if !record.headers.is_empty() {
+            let headers = record
+                .headers
+                .iter()
+                .fold(OwnedHeaders::new_with_capacity(record.headers.len()), |headers, (name, value)| {
+                    headers.insert(Header { key: name, value: Some(value.as_slice()) })
+                });
+            outgoing.headers = Some(headers);
+        }
+        let Err((error, _)) = client.send(outgoing) else { return };
+        match error.rdkafka_error_code().unwrap_or(Code::Fail) {
+            Code::QueueFull => {
+                // Either a report makes room, or it is time to look whether the sink has been stopped.
+                let _woken = room.recv_timeout(TICK).is_ok();
+            }
+            Code::MessageSizeTooLarge => {
+                let error = reports.too_large(&record);
+                return reports.refuse(sequence, error, record);
+            }
+            code @ (Code::InvalidArgument | Code::InvalidMessage) => {
+                let error = RefusedRecord::Other { topic: reports.topic.clone(), reason: code.to_string() };
+                return reports.refuse(sequence, error, record);
+            }
+            code => return shared.fail(failure(code, &reports.topic, "")),
+        }
+    }
+}
+
+/// The thread that takes delivery reports, and notices when the brokers are away.
+fn take_reports(client: &Client, options: &SinkOptions, shared: &Shared, sending_ended: &AtomicBool) {
+    let reports = client.context();
+    let servers = &options.connection.bootstrap_servers;
+    let mut trouble = Trouble::default();
+    let mut written = 0;
+    let mut next_probe = Instant::now();
+    loop {
+        // Serves each report as it comes, and returns after a tick.
+        client.poll(TICK);
+        if shared.stopping() || (shared.failed() && sending_ended.load(Ordering::Relaxed)) {
+            return;
+        }
+        let errors = std::mem::take(&mut *lock(&reports.errors));
+        for (code, reason) in errors {
+            match code {
+                RDKafkaErrorCode::AllBrokersDown => tell_unreachable(shared, &mut trouble, &reason),
+                RDKafkaErrorCode::Fatal => {
+                    let reason = client.client().fatal_error().map_or(reason, |(_, text)| text);
+                    shared.fail(KafkaError::Fatal { attempt: "writing", reason });
+                }
+                code if matches!(kind(code), Kind::Login) => {
+                    let servers = servers.clone();
+                    shared.fail(KafkaError::Authentication { servers, reason });
+                }
+                code => tracing::debug!(%code, reason, "Kafka sink"),
+            }
+        }
+        if !trouble.is_present() {
+            continue;
+        }
+        let now_written = reports.written.load(Ordering::Relaxed);
+        if now_written != written {
+            written = now_written;
+            if trouble.over() {
+                shared.mention(SinkEvent::Reachable);
+            }
+        } else if Instant::now() >= next_probe {
+            next_probe = Instant::now() + ASK_FIRST;
+            match client.client().fetch_metadata(Some(&options.topic), ASK_FIRST) {
+                Ok(_) => {
+                    if trouble.over() {
+                        shared.mention(SinkEvent::Reachable);
+                    }
+                }
+                Err(error) => tell_unreachable(shared, &mut trouble, &error.to_string()),
+            }
+        }
+    }
+}
+
+fn tell_unreachable(shared: &Shared, trouble: &mut Trouble, error: &str) {
+    if let Some(tell) = trouble.failed(Instant::now()) {
+        let (since, attempt) = (tell.since, tell.attempt);
+        shared.mention(SinkEvent::Unreachable { since, attempt, error: error.to_owned() });
+    }
+}
