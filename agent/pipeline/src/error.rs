@@ -3,6 +3,7 @@
 use std::fmt;
 
 use crate::limits::{ERROR_LENGTH_MAX, ERRORS_MAX, REPORT_LENGTH_MAX};
+use crate::yaml::Node;
 
 /// One thing that is wrong with a spec: where, what was found, what belongs there.
 ///
@@ -44,8 +45,71 @@ impl fmt::Display for SpecError {
 
 impl std::error::Error for SpecError {}
 
+/// Collects what is wrong with one spec.
+#[derive(Debug)]
+pub(crate) struct Report {
+    origin: String,
+    errors: Vec<SpecError>,
+}
+
+impl Report {
+    pub(crate) fn new(origin: &str) -> Self {
+        Self { origin: shorten(origin, ORIGIN_LENGTH_MAX), errors: Vec::new() }
+    }
+
+    /// Something wrong with a value, at its place.
+    pub(crate) fn node(&mut self, node: &Node, path: &str, found: &str, expected: &str) {
+        self.at(node.line, node.column, path, found, expected, None);
+    }
+
+    /// Something wrong with the text as a whole.
+    pub(crate) fn whole(&mut self, found: &str, expected: &str) {
+        self.at(0, 0, "document", found, expected, None);
+    }
+
+    /// Something wrong at a place; line 0 is no place.
+    pub(crate) fn at(
+        &mut self,
+        line: u32,
+        column: u32,
+        path: &str,
+        found: &str,
+        expected: &str,
+        suggestion: Option<String>,
+    ) {
+        // Beyond this, sorting by place could not change what is shown much, and memory stays bounded.
+        if self.errors.len() < ERRORS_MAX * 10 {
+            self.errors.push(SpecError {
+                origin: self.origin.clone(),
+                path: path.to_owned(),
+                line: (line > 0).then_some(line),
+                column: (line > 0 && column > 0).then_some(column),
+                found: found.to_owned(),
+                expected: expected.to_owned(),
+                suggestion,
+            });
+        }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.errors.len()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.errors.is_empty()
+    }
+
+    /// The errors, within the bounds of a report.
+    pub(crate) fn into_errors(self) -> Vec<SpecError> {
+        bounded(self.errors)
+    }
+}
+
+/// Characters of the caller's name for the text: a long path must not push the message out.
+const ORIGIN_LENGTH_MAX: usize = 120;
+
 /// Keeps the errors of one spec within their bounds: how many, and how much text in all. Sorted by place in the text.
-pub(crate) fn bounded(mut errors: Vec<SpecError>) -> Vec<SpecError> {
+fn bounded(mut errors: Vec<SpecError>) -> Vec<SpecError> {
     errors.sort_by_key(|error| (error.line.unwrap_or(0), error.column.unwrap_or(0)));
     let mut length = 0;
     let mut kept = 0;

@@ -27,9 +27,15 @@ pub mod limits;
 
 mod plan;
 
-mod error;
-mod key_expression;
+mod graph;
 mod parse;
+mod steps;
+
+mod error;
+mod fields;
+mod forms;
+mod key_expression;
+mod yaml;
 
 pub use argo_streams_key::{KeyError, KeyPath, ValueKind};
 pub use error::SpecError;
