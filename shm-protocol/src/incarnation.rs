@@ -1,0 +1,250 @@
+//! The agent's side of one incarnation of a stage: its segments, what it is granted, and what is left when it dies.
+//!
+//! Every incarnation gets a fresh commit page and fresh output segments: a sealed one can't be mapped for writing again,
+//! and a forked child of the dead process may still hold the old mapping. Generation g+1 goes on with the epoch and the
+//! positions of g; unread bytes are copied to the same positions, so a reader simply switches at its head.
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+use crate::bell::Bell;
+use crate::commit::{CommitError, CommitPage, CommitPageReader, PageShape, Slot, StageState};
+use crate::control::{Grant, GrantInput, GrantOutput, Peer, Routes};
+use crate::memory::{Access, Mapping, RingMapping};
+use crate::ring::{RingViolation, copy_unread};
+use crate::segment::{Kind, Segment, SegmentError};
+use crate::session::{SessionPage, session_len_bytes};
+use crate::version;
+
+/// What stays the same for all incarnations of a stage.
+#[derive(Clone, Debug)]
+pub struct StageSpec {
+    /// Its id.
+    pub stage: u64,
+    /// Its step's name.
+    pub name: String,
+    /// Which of the step's workers it is.
+    pub worker: u32,
+    /// Shape of its commit page.
+    pub shape: PageShape,
+    /// Length of its state segment; 0 = none.
+    pub state_bytes: u64,
+    /// The largest payload that it may emit.
+    pub record_bytes_max: u64,
+    /// Its inputs.
+    pub inputs: Vec<GrantInput>,
+    /// Its outputs; `free` is filled in for each incarnation.
+    pub outputs: Vec<GrantOutput>,
+    /// Where its records go.
+    pub routes: Routes,
+}
+
+/// Why an incarnation could not be made or recovered.
+#[derive(Debug, thiserror::Error)]
+pub enum IncarnationError {
+    /// A segment could not be made.
+    #[error(transparent)]
+    Segment(#[from] SegmentError),
+    /// The dead stage's page is not what a stage writes.
+    #[error("the dead stage left an impossible commit page: {0}")]
+    Commit(#[from] CommitError),
+    /// The dead stage's rings are not what a stage writes.
+    #[error("the dead stage left an impossible ring: {0}")]
+    Ring(#[from] RingViolation),
+    /// The kernel refused.
+    #[error(transparent)]
+    System(#[from] std::io::Error),
+}
+
+/// The positions that readers of a stage's outputs have reached, as the agent knows them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReaderPosition {
+    /// Acknowledged.
+    pub acknowledged: u64,
+    /// Freed.
+    pub free: u64,
+}
+
+/// The agent's side of one incarnation.
+#[derive(Debug)]
+pub struct Incarnation {
+    generation: u64,
+    shape: PageShape,
+    commit: Segment,
+    reader: CommitPageReader<Mapping>,
+    session_segment: Segment,
+    session: SessionPage<Mapping>,
+    bell: Bell,
+    outputs: Vec<Segment>,
+    state: Option<Segment>,
+    free: Vec<u64>,
+}
+
+impl Incarnation {
+    /// Makes the segments of an incarnation that goes on where `slot` says. `readers` are the positions of the readers of
+    /// its outputs; `before` is the dead incarnation whose unread bytes and state it takes over.
+    ///
+    /// # Errors
+    /// [`IncarnationError`].
+    pub fn create(spec: &StageSpec, generation: u64, slot: Slot, readers: &[ReaderPosition], before: Option<&Self>) -> Result<Self, IncarnationError> {
+        let shape = spec.shape;
+        let owner = spec.stage;
+        let mut outputs = Vec::with_capacity(spec.outputs.len());
+        let mut free = Vec::with_capacity(spec.outputs.len());
+        for (index, output) in spec.outputs.iter().enumerate() {
+            let segment = Segment::create_data(owner, generation, output.ring, output.capacity, output.large_capacity)?;
+            let reader = readers.get(index).copied().unwrap_or_default();
+            if let Some(old) = before.and_then(|before| before.outputs.get(index)) {
+                let tail = slot.outputs.get(index).map_or(0, |entry| entry.tail);
+                let from = old.map_ring(output.capacity, output.large_capacity, Access::ReadOnly)?;
+                let to = segment.map_ring(output.capacity, output.large_capacity, Access::Writable)?;
+                copy_unread(&from, &to, reader.free, tail)?;
+            }
+            outputs.push(segment);
+            free.push(reader.free);
+        }
+        let commit = Segment::create(Kind::Commit, shape.len_bytes() as u64, owner, generation)?;
+        CommitPage::create(commit.map(Access::Writable)?, shape, slot);
+        let session_segment = Segment::create(Kind::Session, session_len_bytes(&shape) as u64, owner, generation)?;
+        let session = SessionPage::new(session_segment.map(Access::Writable)?, shape);
+        // Written by the agent only, and the agent has its mapping: no further one, ever.
+        session_segment.seal()?;
+        let state = match before.and_then(|before| before.state.as_ref()) {
+            Some(state) => Some(state.duplicate()?),
+            // Its successor must be able to write it: no FUTURE_WRITE.
+            None if spec.state_bytes > 0 => Some(Segment::create(Kind::State, spec.state_bytes, owner, generation)?),
+            None => None,
+        };
+        let reader = CommitPageReader::new(commit.map(Access::ReadOnly)?, shape);
+        Ok(Self { generation, shape, commit, reader, session_segment, session, bell: Bell::new()?, outputs, state, free })
+    }
+
+    /// Which incarnation this is.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// The stage's page, read-only: rates, depths and lags for free.
+    #[must_use]
+    pub fn page(&self) -> &CommitPageReader<Mapping> {
+        &self.reader
+    }
+
+    /// The page that the agent decides on. Publish, then ring.
+    pub fn session(&mut self) -> &mut SessionPage<Mapping> {
+        &mut self.session
+    }
+
+    /// Makes what was written on the session page count.
+    pub fn publish_session(&mut self) {
+        self.session.publish();
+        self.bell.ring();
+    }
+
+    /// The grant, and the descriptors that go with it.
+    #[must_use]
+    pub fn grant(&self, spec: &StageSpec, protocol_version: u16) -> (Grant, Vec<BorrowedFd<'_>>) {
+        let mut descriptors = vec![self.commit.descriptor(), self.session_segment.descriptor(), self.bell.descriptor()];
+        descriptors.extend(self.state.as_ref().map(Segment::descriptor));
+        descriptors.extend(self.outputs.iter().map(Segment::descriptor));
+        let outputs = spec.outputs.iter().zip(&self.free).map(|(output, free)| GrantOutput { free: *free, ..output.clone() });
+        let grant = Grant {
+            version: protocol_version,
+            features: version::FEATURES_INCOMPATIBLE,
+            stage: spec.stage,
+            generation: self.generation,
+            name: spec.name.clone(),
+            worker: spec.worker,
+            shape: self.shape,
+            state_bytes: self.state.as_ref().map_or(0, Segment::len_bytes),
+            record_bytes_max: spec.record_bytes_max,
+            inputs: spec.inputs.clone(),
+            outputs: outputs.collect(),
+            routes: spec.routes.clone(),
+        };
+        (grant, descriptors)
+    }
+
+    /// Seals what the stage has mapped, so that nobody else can write it. Neighbours get their descriptors after this.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn seal(&self) -> Result<(), IncarnationError> {
+        self.commit.seal()?;
+        for output in &self.outputs {
+            output.seal()?;
+        }
+        Ok(())
+    }
+
+    /// The message that shows this stage to the reader of its output `output`, as the producer of the reader's input `input`.
+    #[must_use]
+    pub fn as_producer(&self, output: u32, input: u32) -> (Peer, Vec<BorrowedFd<'_>>) {
+        let peer = Peer { is_producer: true, index: input, peer_index: output, generation: self.generation, shape: self.shape };
+        let mut descriptors = vec![self.commit.descriptor(), self.bell.descriptor()];
+        descriptors.extend(self.outputs.get(output as usize).map(Segment::descriptor));
+        (peer, descriptors)
+    }
+
+    /// The message that shows this stage to the producer of its input `input`, as the reader of the producer's output `output`.
+    #[must_use]
+    pub fn as_consumer(&self, input: u32, output: u32) -> (Peer, Vec<BorrowedFd<'_>>) {
+        let peer = Peer { is_producer: false, index: output, peer_index: input, generation: self.generation, shape: self.shape };
+        (peer, vec![self.commit.descriptor(), self.bell.descriptor()])
+    }
+
+    /// Reads what the stage left. Call it when its whole process group is gone: nobody writes the page any more.
+    ///
+    /// # Errors
+    /// [`IncarnationError::Commit`] when the page is not what a stage writes: the stage cannot be recovered.
+    pub fn recover(&self) -> Result<Slot, IncarnationError> {
+        let mut slot = self.reader.read()?;
+        for (index, entry) in slot.outputs.iter_mut().enumerate() {
+            let mirror = self.reader.tail(index);
+            if mirror > entry.tail {
+                // A mirror is never stored before its epoch: a violation of the dead stage, never of its honest reader.
+                return Err(CommitError::Impossible { field: "mirrored tail", found: mirror, expected: "at most the tail of the slot" }.into());
+            }
+        }
+        for (index, entry) in slot.inputs.iter().enumerate() {
+            let (acknowledged, free) = self.reader.acknowledgement(index);
+            if acknowledged > entry.acknowledged || free > entry.batch || entry.batch > entry.acknowledged {
+                return Err(CommitError::Impossible { field: "mirrored acknowledgement", found: acknowledged, expected: "at most the one of the slot" }.into());
+            }
+        }
+        if slot.state == StageState::Fresh {
+            slot.state = StageState::Running;
+        }
+        Ok(slot)
+    }
+
+    /// The data segment of an output, mapped for reading.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn map_output(&self, spec: &StageSpec, output: usize) -> Result<Option<RingMapping>, IncarnationError> {
+        let (Some(segment), Some(granted)) = (self.outputs.get(output), spec.outputs.get(output)) else { return Ok(None) };
+        Ok(Some(segment.map_ring(granted.capacity, granted.large_capacity, Access::ReadOnly)?))
+    }
+
+    /// Bytes of memory that the segments of this incarnation take at present.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn resident_bytes(&self) -> Result<u64, IncarnationError> {
+        let segments = [&self.commit, &self.session_segment].into_iter().chain(&self.outputs).chain(&self.state);
+        let mut sum = 0;
+        for segment in segments {
+            sum += segment.resident_bytes()?;
+        }
+        Ok(sum)
+    }
+
+    /// A second descriptor of the stage's bell.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn bell(&self) -> std::io::Result<OwnedFd> {
+        self.bell.descriptor().try_clone_to_owned()
+    }
+}

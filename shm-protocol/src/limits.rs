@@ -1,0 +1,60 @@
+//! Every bound of the protocol, each with the reason for its number.
+
+/// The largest payload of one record: what a line of a ParDo may be, 16 MiB.
+pub const RECORD_PAYLOAD_BYTES_MAX: usize = 16 << 20;
+/// The largest key: keys are for routing, and travel with every record.
+pub const KEY_BYTES_MAX: usize = 64 << 10;
+/// The largest attribute list of a record: trace context and user headers.
+pub const ATTRIBUTES_BYTES_MAX: usize = 64 << 10;
+
+/// Capacity of a ring unless the agent says otherwise: 256 KiB to 1 MiB was best in every measurement (notes/shm.md, 3).
+pub const RING_CAPACITY_BYTES: u64 = 1 << 20;
+/// The smallest ring: one page, because it is mapped twice in a row.
+pub const RING_CAPACITY_BYTES_MIN: u64 = 4096;
+/// The largest ring.
+pub const RING_CAPACITY_BYTES_MAX: u64 = 1 << 30;
+/// Room for large records beside a ring: sparse, so it costs nothing until a record needs it; holds three of the largest.
+pub const LARGE_CAPACITY_BYTES: u64 = 64 << 20;
+/// A record with a longer body than this share of the ring goes by descriptor.
+pub const LARGE_RECORD_RING_SHARE: u64 = 4;
+
+/// Under backlog a stage commits after this many finished records ...
+pub const COMMIT_RECORDS_MAX: u64 = 64;
+/// ... or after this many bytes of output, whichever comes first.
+pub const COMMIT_BYTES_MAX: u64 = 4096;
+
+/// Rings into one stage, on a page of the first shape.
+pub const INPUTS_MAX: u32 = 64;
+/// Rings out of one stage.
+pub const OUTPUTS_MAX: u32 = 64;
+/// Source partitions that one stage remembers.
+pub const PARTITIONS_MAX: u32 = 64;
+/// Committed counters of one stage.
+pub const COUNTERS_MAX: u32 = 64;
+/// The opaque area of a slot: what a sink remembers of its file.
+pub const OPAQUE_BYTES_MAX: u32 = 1024;
+
+/// State of one stage: sparse, so unused room costs nothing.
+pub const STATE_BYTES_MAX: u64 = 256 << 20;
+
+/// Records that a stage may hold without having finished them.
+pub const UNDONE_RECORDS_MAX: usize = 1 << 20;
+
+/// How long a sleeper sleeps before it looks again by itself. A lost or stolen wake-up costs at most this much;
+/// four looks a second cost nothing that can be measured.
+pub const SLEEP_NS_MAX: u64 = 250_000_000;
+/// The longest spin before a sleep. A wake costs 17-22 us on the measured machines (notes/shm.md, 1).
+pub const SPIN_NS_MAX: u64 = 20_000;
+
+/// One message on the control socket, without its descriptors.
+pub const CONTROL_MESSAGE_BYTES_MAX: usize = 128 << 10;
+/// Descriptors in one message: the kernel's SCM_MAX_FD is 253.
+pub const CONTROL_DESCRIPTORS_MAX: usize = 80;
+/// How often a slot is read again while its stage goes on committing.
+pub const SLOT_READ_TRIES: u32 = 64;
+/// Nodes in the routing table of one stage.
+pub const ROUTE_NODES_MAX: usize = 1024;
+
+const _: () = assert!(RING_CAPACITY_BYTES.is_power_of_two() && LARGE_CAPACITY_BYTES.is_power_of_two());
+const _: () = assert!(LARGE_CAPACITY_BYTES >= 3 * (RECORD_PAYLOAD_BYTES_MAX + KEY_BYTES_MAX + ATTRIBUTES_BYTES_MAX) as u64);
+const _: () = assert!(COMMIT_BYTES_MAX < RING_CAPACITY_BYTES_MIN * 2);

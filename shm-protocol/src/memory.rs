@@ -1,0 +1,409 @@
+//! The only file that touches shared bytes.
+//!
+//! What another process may write is never a Rust reference here: words are atomics, bytes are copied in and out through
+//! raw pointers. A peer that writes while we copy can make the copy a mixture of old and new bytes; every reader checks
+//! the copy and uses nothing else.
+//!
+//! The algorithms in `ring` and `commit` borrow their words and bytes through [`Words`] and [`Bytes`], because the model
+//! checker's atomics have another size than real ones.
+#![allow(unsafe_code, reason = "mapping memory and touching it is what this file is for")]
+
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
+
+use crate::layout::DATA_OFFSET;
+
+/// Shared u64 words at byte offsets.
+pub trait Words {
+    /// Reads the word at `offset`. Another process may change it at any time.
+    fn load(&self, offset: usize, order: Ordering) -> u64;
+    /// Writes the word at `offset`.
+    fn store(&self, offset: usize, value: u64, order: Ordering);
+    /// A fence between loads and stores of this process's view.
+    fn fence(&self, order: Ordering);
+}
+
+/// Shared bytes at logical positions that wrap at the capacity.
+pub trait Bytes {
+    /// Bytes before the positions wrap; a power of two.
+    fn capacity(&self) -> u64;
+    /// Copies bytes out. What a hostile peer writes meanwhile may be half in the copy.
+    fn read(&self, position: u64, to: &mut [u8]);
+    /// Copies bytes in.
+    fn write(&self, position: u64, from: &[u8]);
+    /// Moves `len` bytes that are not published yet; the places may overlap.
+    fn shift(&self, from: u64, to: u64, len: usize);
+    /// Copies large bytes out of the room for large records.
+    fn read_large(&self, position: u64, to: &mut [u8]);
+    /// Copies large bytes in.
+    fn write_large(&self, position: u64, from: &[u8]);
+    /// Bytes in the room for large records.
+    fn large_capacity(&self) -> u64;
+}
+
+/// Who may write through a mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Loads and copies out only.
+    ReadOnly,
+    /// Stores and copies in too.
+    Writable,
+}
+
+/// A whole segment as words: commit pages, session pages, state.
+pub struct Mapping {
+    base: NonNull<u8>,
+    len_bytes: usize,
+    access: Access,
+}
+
+// SAFETY: the mapping is owned by this value, which gives out no references to it; its words are atomics and its bytes are copied.
+unsafe impl Send for Mapping {}
+// SAFETY: as above: all access through `&Mapping` is atomic or a copy whose mixture the reader expects.
+unsafe impl Sync for Mapping {}
+
+impl fmt::Debug for Mapping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mapping").field("len_bytes", &self.len_bytes).field("access", &self.access).finish_non_exhaustive()
+    }
+}
+
+impl Mapping {
+    /// Maps `len_bytes` of a segment. The segment must be at least that long and sealed against shrinking, which
+    /// [`crate::Segment`] has checked. Children made by fork do not inherit it.
+    ///
+    /// # Errors
+    /// What the kernel says to mmap.
+    pub fn new(segment: BorrowedFd<'_>, len_bytes: usize, access: Access) -> rustix::io::Result<Self> {
+        // SAFETY: a fresh mapping at an address that the kernel picks; nothing else owns it.
+        let base = unsafe { mmap(std::ptr::null_mut(), len_bytes, protection(access), MapFlags::SHARED, segment, 0) }?;
+        // SAFETY: the range was just mapped and is ours.
+        unsafe { madvise(base, len_bytes, Advice::LinuxDontFork) }?;
+        let base = NonNull::new(base.cast::<u8>()).ok_or(rustix::io::Errno::NOMEM)?;
+        Ok(Self { base, len_bytes, access })
+    }
+
+    /// Length of the mapping.
+    #[must_use]
+    pub fn len_bytes(&self) -> usize {
+        self.len_bytes
+    }
+
+    /// Address of the first byte: for handing to C, which keeps to offsets that were checked.
+    #[must_use]
+    pub fn base(&self) -> *const u8 {
+        self.base.as_ptr()
+    }
+
+    fn word(&self, offset: usize) -> &AtomicU64 {
+        assert!(offset.is_multiple_of(8) && offset + 8 <= self.len_bytes, "offset {offset} in a mapping of {}", self.len_bytes);
+        // SAFETY: in bounds by the assertion above.
+        let pointer = unsafe { self.base.as_ptr().add(offset) };
+        #[expect(clippy::cast_ptr_alignment, reason = "the base is page-aligned and the offset a multiple of 8")]
+        // SAFETY: aligned and in bounds; every process touches these words atomically; the mapping lives as long as `self`.
+        unsafe {
+            AtomicU64::from_ptr(pointer.cast::<u64>())
+        }
+    }
+
+    /// Copies bytes out.
+    pub fn read(&self, offset: usize, to: &mut [u8]) {
+        assert!(offset.checked_add(to.len()).is_some_and(|end| end <= self.len_bytes), "read of {} at {offset}", to.len());
+        // SAFETY: in bounds by the assertion above.
+        let from = unsafe { self.base.as_ptr().add(offset) };
+        // SAFETY: `to` is private memory, so the two cannot overlap; a peer's writes only make the copy a mixture.
+        unsafe { std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len()) }
+    }
+
+    /// Copies bytes in.
+    pub fn write(&self, offset: usize, from: &[u8]) {
+        assert!(self.access == Access::Writable, "a read-only mapping is never written");
+        assert!(offset.checked_add(from.len()).is_some_and(|end| end <= self.len_bytes), "write of {} at {offset}", from.len());
+        // SAFETY: in bounds by the assertion above.
+        let to = unsafe { self.base.as_ptr().add(offset) };
+        // SAFETY: `from` is private memory, so the two cannot overlap; the mapping is writable by the assertion.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) }
+    }
+
+    /// Whether the bytes at `offset` are these. Compares in place, without a copy.
+    #[must_use]
+    pub fn equals(&self, offset: usize, bytes: &[u8]) -> bool {
+        assert!(offset.checked_add(bytes.len()).is_some_and(|end| end <= self.len_bytes), "compare of {} at {offset}", bytes.len());
+        // SAFETY: in bounds by the assertion above.
+        let base = unsafe { self.base.as_ptr().add(offset) };
+        bytes.iter().enumerate().all(|(i, byte)| {
+            // SAFETY: `i` is below the length that was checked; a volatile read is never torn for one byte.
+            let mapped = unsafe { base.add(i).read_volatile() };
+            mapped == *byte
+        })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new` with this length and unmapped only here. A failure would leave the mapping, which harms nobody.
+        let _ignored = unsafe { munmap(self.base.as_ptr().cast(), self.len_bytes) };
+    }
+}
+
+impl Words for Mapping {
+    #[inline]
+    fn load(&self, offset: usize, order: Ordering) -> u64 {
+        u64::from_le(self.word(offset).load(order))
+    }
+
+    #[inline]
+    fn store(&self, offset: usize, value: u64, order: Ordering) {
+        assert!(self.access == Access::Writable, "a read-only mapping is never written");
+        self.word(offset).store(value.to_le(), order);
+    }
+
+    #[inline]
+    fn fence(&self, order: Ordering) {
+        std::sync::atomic::fence(order);
+    }
+}
+
+impl<W: Words + ?Sized> Words for &W {
+    #[inline]
+    fn load(&self, offset: usize, order: Ordering) -> u64 {
+        (**self).load(offset, order)
+    }
+    #[inline]
+    fn store(&self, offset: usize, value: u64, order: Ordering) {
+        (**self).store(offset, value, order);
+    }
+    #[inline]
+    fn fence(&self, order: Ordering) {
+        (**self).fence(order);
+    }
+}
+
+/// The bytes of a ring, mapped twice in a row so that a record is always contiguous, and behind them the room for large
+/// records, also twice: `[ring][ring again][large][large again]`.
+pub struct RingMapping {
+    base: NonNull<u8>,
+    capacity: u64,
+    large_capacity: u64,
+    access: Access,
+}
+
+// SAFETY: as for `Mapping`: owned, no references given out, bytes are copied.
+unsafe impl Send for RingMapping {}
+// SAFETY: as above. Writing through `&RingMapping` is the producer's only, which one thread owns (see `Producer`).
+unsafe impl Sync for RingMapping {}
+
+impl fmt::Debug for RingMapping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RingMapping")
+            .field("capacity", &self.capacity)
+            .field("large_capacity", &self.large_capacity)
+            .field("access", &self.access)
+            .finish_non_exhaustive()
+    }
+}
+
+impl RingMapping {
+    /// Maps the data segment of a ring. Capacities are powers of two and multiples of the page size, and the segment is
+    /// at least as long as they say and sealed against shrinking, which [`crate::Segment`] has checked.
+    ///
+    /// # Errors
+    /// What the kernel says to mmap.
+    pub fn new(segment: BorrowedFd<'_>, capacity: u64, large_capacity: u64, access: Access) -> rustix::io::Result<Self> {
+        assert!(capacity.is_power_of_two() && large_capacity.is_power_of_two(), "capacities were checked before");
+        let (ring, large) = (to_usize(capacity), to_usize(large_capacity));
+        let total = 2 * ring + 2 * large;
+        // Reserved first in one piece, so that the four mappings below can only replace address space that is ours.
+        // SAFETY: a fresh inaccessible reservation at an address that the kernel picks.
+        let reserved = unsafe { mmap_anonymous(std::ptr::null_mut(), total, ProtFlags::empty(), MapFlags::PRIVATE | MapFlags::NORESERVE) }?;
+        let base = NonNull::new(reserved.cast::<u8>()).ok_or(rustix::io::Errno::NOMEM)?;
+        // Owns the reservation from here on, so that an error below unmaps it.
+        let mapping = Self { base, capacity, large_capacity, access };
+        let large_in_file = DATA_OFFSET as u64 + capacity;
+        for (at, len, in_file) in
+            [(0, ring, DATA_OFFSET as u64), (ring, ring, DATA_OFFSET as u64), (2 * ring, large, large_in_file), (2 * ring + large, large, large_in_file)]
+        {
+            // SAFETY: `at` is below `total`.
+            let place = unsafe { base.as_ptr().add(at) };
+            // SAFETY: replaces a part of our own reservation, and nothing else.
+            unsafe { mmap(place.cast(), len, protection(access), MapFlags::SHARED | MapFlags::FIXED, segment.as_fd(), in_file) }?;
+        }
+        // SAFETY: the whole range is ours.
+        unsafe { madvise(reserved, total, Advice::LinuxDontFork) }?;
+        Ok(mapping)
+    }
+
+    /// Address of the first byte: for handing to C, which keeps to offsets that were checked.
+    #[must_use]
+    pub fn base(&self) -> *const u8 {
+        self.base.as_ptr()
+    }
+
+    /// Length of the whole mapping, both halves of both parts.
+    #[must_use]
+    pub fn len_bytes(&self) -> usize {
+        2 * to_usize(self.capacity) + 2 * to_usize(self.large_capacity)
+    }
+
+    /// Where the bytes of a position begin in the mapping; `len` bytes from there are contiguous when `len` is at most the capacity.
+    #[must_use]
+    #[inline]
+    pub fn offset_of(&self, position: u64) -> usize {
+        to_usize(position & (self.capacity - 1))
+    }
+
+    /// The same for a position in the room for large records.
+    #[must_use]
+    #[inline]
+    pub fn offset_of_large(&self, position: u64) -> usize {
+        2 * to_usize(self.capacity) + to_usize(position & (self.large_capacity - 1))
+    }
+
+    /// Copies `to.len()` bytes out from `offset` of the mapping.
+    ///
+    /// # Panics
+    /// When the range is not inside of the mapping: offsets are checked by who makes them.
+    #[inline]
+    pub fn read_at(&self, offset: usize, to: &mut [u8]) {
+        let from = self.at(offset, to.len());
+        // SAFETY: in bounds by `at`; `to` is private memory, so the two cannot overlap.
+        unsafe { std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len()) }
+    }
+
+    /// Copies bytes from `offset` of the mapping to the end of `to`.
+    ///
+    /// # Panics
+    /// When the range is not inside of the mapping.
+    #[inline]
+    pub fn append_to(&self, offset: usize, len: usize, to: &mut Vec<u8>) {
+        let from = self.at(offset, len);
+        to.reserve(len);
+        let spare = to.spare_capacity_mut().as_mut_ptr().cast::<u8>();
+        // SAFETY: in bounds by `at`; at least `len` bytes are spare by `reserve`, and private.
+        unsafe { std::ptr::copy_nonoverlapping(from, spare, len) }
+        // SAFETY: these `len` bytes were just initialised.
+        unsafe { to.set_len(to.len() + len) }
+    }
+
+    /// Runs `look` on the bytes in place. Only for bytes whose producer is this process, or for a reader that is right
+    /// whatever it sees; a peer's writes during `look` may show.
+    ///
+    /// # Panics
+    /// When the range is not inside of the mapping.
+    #[inline]
+    pub fn with_bytes<R>(&self, offset: usize, len: usize, look: impl FnOnce(*const u8, usize) -> R) -> R {
+        look(self.at(offset, len), len)
+    }
+
+    #[inline]
+    fn at(&self, offset: usize, len: usize) -> *mut u8 {
+        assert!(offset.checked_add(len).is_some_and(|end| end <= self.len_bytes()), "{len} bytes at {offset} are not in the ring");
+        // SAFETY: in bounds by the assertion above.
+        unsafe { self.base.as_ptr().add(offset) }
+    }
+
+    #[inline]
+    fn writable_at(&self, offset: usize, len: usize) -> *mut u8 {
+        assert!(self.access == Access::Writable, "a read-only mapping is never written");
+        self.at(offset, len)
+    }
+}
+
+impl Drop for RingMapping {
+    fn drop(&mut self) {
+        // SAFETY: reserved by `new` with this length and unmapped only here. A failure would leave it, which harms nobody.
+        let _ignored = unsafe { munmap(self.base.as_ptr().cast(), self.len_bytes()) };
+    }
+}
+
+impl<B: Bytes> Bytes for std::sync::Arc<B> {
+    fn capacity(&self) -> u64 {
+        (**self).capacity()
+    }
+    #[inline]
+    fn read(&self, position: u64, to: &mut [u8]) {
+        (**self).read(position, to);
+    }
+    #[inline]
+    fn write(&self, position: u64, from: &[u8]) {
+        (**self).write(position, from);
+    }
+    fn shift(&self, from: u64, to: u64, len: usize) {
+        (**self).shift(from, to, len);
+    }
+    fn read_large(&self, position: u64, to: &mut [u8]) {
+        (**self).read_large(position, to);
+    }
+    fn write_large(&self, position: u64, from: &[u8]) {
+        (**self).write_large(position, from);
+    }
+    fn large_capacity(&self) -> u64 {
+        (**self).large_capacity()
+    }
+}
+
+impl Bytes for RingMapping {
+    fn capacity(&self) -> u64 {
+        self.capacity
+    }
+
+    #[inline]
+    fn read(&self, position: u64, to: &mut [u8]) {
+        assert!(to.len() as u64 <= self.capacity, "more than the ring holds");
+        self.read_at(self.offset_of(position), to);
+    }
+
+    #[inline]
+    fn write(&self, position: u64, from: &[u8]) {
+        assert!(from.len() as u64 <= self.capacity, "more than the ring holds");
+        let to = self.writable_at(self.offset_of(position), from.len());
+        // SAFETY: in bounds and writable by `writable_at`; `from` is private memory, so the two cannot overlap.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) }
+    }
+
+    fn shift(&self, from: u64, to: u64, len: usize) {
+        assert!(len as u64 <= self.capacity, "more than the ring holds");
+        // Both in the same copy of the ring: seen from the lower position, which is less than a capacity away.
+        let low = from.min(to);
+        let base = self.offset_of(low);
+        let source = self.writable_at(base + to_usize(from - low), len);
+        let target = self.writable_at(base + to_usize(to - low), len);
+        // SAFETY: both in bounds and writable; `copy` allows overlap. Nothing of it is published, so no peer reads it.
+        unsafe { std::ptr::copy(source, target, len) }
+    }
+
+    fn read_large(&self, position: u64, to: &mut [u8]) {
+        assert!(to.len() as u64 <= self.large_capacity, "more than the room for large records holds");
+        self.read_at(self.offset_of_large(position), to);
+    }
+
+    fn write_large(&self, position: u64, from: &[u8]) {
+        assert!(from.len() as u64 <= self.large_capacity, "more than the room for large records holds");
+        let to = self.writable_at(self.offset_of_large(position), from.len());
+        // SAFETY: in bounds and writable by `writable_at`; `from` is private memory.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) }
+    }
+
+    fn large_capacity(&self) -> u64 {
+        self.large_capacity
+    }
+}
+
+fn protection(access: Access) -> ProtFlags {
+    match access {
+        Access::ReadOnly => ProtFlags::READ,
+        Access::Writable => ProtFlags::READ | ProtFlags::WRITE,
+    }
+}
+
+/// Positions are reduced to less than a capacity before, and capacities are at most [`crate::limits::RING_CAPACITY_BYTES_MAX`].
+#[inline]
+#[expect(clippy::cast_possible_truncation, reason = "the protocol is for 64-bit machines only, checked below")]
+fn to_usize(value: u64) -> usize {
+    value as usize
+}
+const _: () = assert!(size_of::<usize>() == 8, "the protocol is for 64-bit machines only");

@@ -1,0 +1,636 @@
+//! One producer, one consumer, one ring of bytes. Both ends are plain state machines over [`Bytes`] and positions: which
+//! positions are published and free comes from the commit pages, so this file has no atomics at all.
+//!
+//! Positions are u64 byte counts that never wrap (2^63 bytes are centuries). There is exactly one open batch, and it begins
+//! at the published position; everything behind that position is private to the producer until a commit publishes it.
+
+use std::collections::VecDeque;
+
+use crate::layout::{BATCH_ALIGN, DATA_OFFSET, batch, record};
+use crate::limits::{ATTRIBUTES_BYTES_MAX, KEY_BYTES_MAX, LARGE_RECORD_RING_SHARE, RECORD_PAYLOAD_BYTES_MAX};
+use crate::memory::Bytes;
+use crate::record::{BatchHeader, Inherited, Origin, RecordError, RecordFields, RecordHead, RecordKind, RecordView, inherited_origin, pad};
+
+/// Behind the end of what is emitted there must be room to close the batch (63 bytes), to move what is not done behind a
+/// new header (64 + 63 bytes), and for that header's own padding.
+const SLACK_BYTES: u64 = 256;
+
+/// Why a record was not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EmitError {
+    /// The consumer has not freed enough room yet: wait, and try again.
+    #[error("the ring is full: its reader has not freed enough room yet")]
+    Full,
+    /// What was emitted since the last `done` alone fills the ring: finish records, or abort and take fewer.
+    #[error("what was emitted since the last done fills the ring: call done, or abort and take fewer records")]
+    BatchFull,
+    /// No ring of this kind ever takes it.
+    #[error("{part} of {len_bytes} bytes is larger than the limit of {limit_bytes}")]
+    TooLarge {
+        /// Which part.
+        part: &'static str,
+        /// Its length.
+        len_bytes: usize,
+        /// The limit.
+        limit_bytes: usize,
+    },
+}
+
+/// What a peer did that cannot be. It ends that peer's session.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RingViolation {
+    /// A producer's published position went back, or beyond the free room, or is not aligned.
+    #[error("published position {found} is impossible: expected a multiple of 64 from {low} to {high}")]
+    Tail {
+        /// What was found.
+        found: u64,
+        /// The last one.
+        low: u64,
+        /// The furthest possible.
+        high: u64,
+    },
+    /// A consumer's position went back, or beyond what was published, or is not aligned.
+    #[error("{what} position {found} is impossible: expected an aligned one from {low} to {high}")]
+    Acknowledgement {
+        /// Acknowledged or free.
+        what: &'static str,
+        /// What was found.
+        found: u64,
+        /// The last one.
+        low: u64,
+        /// The furthest possible.
+        high: u64,
+    },
+    /// A batch or record cannot be.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// A resume position that no record begins at.
+    #[error("no record begins at the acknowledged position {acknowledged} of the batch at {batch}")]
+    Resume {
+        /// Where the batch begins.
+        batch: u64,
+        /// The position.
+        acknowledged: u64,
+    },
+}
+
+/// How far the open batch reaches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Mark {
+    cursor: u64,
+    records: u32,
+    data_records: u64,
+    data_bytes: u64,
+    large_cursor: u64,
+    large_count: usize,
+}
+
+/// An end of emitted records to come back to.
+#[derive(Clone, Copy, Debug)]
+pub struct Savepoint(Mark);
+
+/// The writing end of a ring.
+#[derive(Debug)]
+pub struct Producer<B> {
+    bytes: B,
+    published: u64,
+    free: u64,
+    acknowledged: u64,
+    inherited: Inherited,
+    cursor: Mark,
+    done: Mark,
+    /// Large records that may still be read: (end in the ring, end in the room for large records).
+    large: VecDeque<(u64, u64)>,
+    large_free: u64,
+    large_published: u64,
+    claim: Option<Claim>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Claim {
+    payload_position: u64,
+    large: bool,
+    body_before_payload: usize,
+    payload_len: usize,
+    flags_head: ClaimHead,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct ClaimHead {
+    position: u64,
+    key_hash: u32,
+    head_flags: u64,
+    is_data: bool,
+}
+
+impl<B: Bytes> Producer<B> {
+    /// A producer that goes on at `published`, where the reader has freed everything below `free`. Rebuilds from the bytes
+    /// what is still held in the room for large records.
+    ///
+    /// # Errors
+    /// When the bytes from `free` to `published` are no batches: only a dead stage that wrote nonsense leaves that.
+    pub fn new(bytes: B, published: u64, free: u64, large_published: u64) -> Result<Self, RingViolation> {
+        let mut large = VecDeque::new();
+        let mut large_free = large_published;
+        walk(&bytes, free, published, |view| {
+            if view.large {
+                if large.is_empty() {
+                    large_free = view.payload_position;
+                }
+                large.push_back((view.end, view.payload_position + large_len(view.payload_len)));
+            }
+        })?;
+        let mut producer = Self {
+            bytes,
+            published,
+            free,
+            acknowledged: free,
+            inherited: Inherited { event_time_ns: 0, ingest_time_ns: 0, origin: Origin::default() },
+            cursor: Mark::default(),
+            done: Mark::default(),
+            large,
+            large_free,
+            large_published,
+            claim: None,
+        };
+        producer.open_batch(0, large_published);
+        Ok(producer)
+    }
+
+    /// The published position of the last commit.
+    pub fn published(&self) -> u64 {
+        self.published
+    }
+
+    /// The published position of the room for large records.
+    pub fn large_published(&self) -> u64 {
+        self.large_published
+    }
+
+    /// What the reader has acknowledged, as last heard.
+    pub fn acknowledged(&self) -> u64 {
+        self.acknowledged
+    }
+
+    /// Below this the reader has freed the space, as last heard.
+    pub fn free(&self) -> u64 {
+        self.free
+    }
+
+    /// Whether the reader has everything that is published: it is starved, and the next record is published at once.
+    pub fn is_starved(&self) -> bool {
+        self.acknowledged == self.published
+    }
+
+    /// Whether there is something that a commit would publish.
+    pub fn has_done(&self) -> bool {
+        self.done.records > 0
+    }
+
+    /// Whether there is something that is not part of a finished record yet.
+    pub fn has_pending(&self) -> bool {
+        self.cursor.cursor != self.done.cursor
+    }
+
+    /// Bytes that a commit would publish.
+    pub fn done_bytes(&self) -> u64 {
+        self.done.cursor.saturating_sub(self.published + BATCH_ALIGN)
+    }
+
+    /// The bytes of the ring.
+    pub fn bytes(&self) -> &B {
+        &self.bytes
+    }
+
+    /// Takes the reader's positions, which the reader wrote: an acknowledgement lies between the last one and what is published.
+    ///
+    /// # Errors
+    /// [`RingViolation::Acknowledgement`] when the reader wrote something impossible.
+    pub fn take_acknowledgement(&mut self, acknowledged: u64, free: u64) -> Result<(), RingViolation> {
+        if acknowledged == self.acknowledged && free == self.free {
+            return Ok(());
+        }
+        // The two words are read one after the other while the reader stores them in the order acknowledged, free: what is read
+        // as free may be newer than what was read as acknowledged, so each is checked on its own.
+        for (what, found, low, align) in [("acknowledged", acknowledged, self.acknowledged, 8), ("free", free, self.free, BATCH_ALIGN)] {
+            if found < low || found > self.published || !found.is_multiple_of(align) {
+                return Err(RingViolation::Acknowledgement { what, found, low, high: self.published });
+            }
+        }
+        self.acknowledged = acknowledged;
+        self.free = free;
+        while let Some((ring_end, large_end)) = self.large.front().copied() {
+            if ring_end > free {
+                break;
+            }
+            self.large_free = large_end;
+            self.large.pop_front();
+        }
+        Ok(())
+    }
+
+    /// Copies one record behind what is emitted. It is not published before [`Producer::mark_done`] and [`Producer::seal`].
+    ///
+    /// # Errors
+    /// [`EmitError`]; nothing was changed then.
+    #[inline]
+    pub fn emit(&mut self, fields: &RecordFields<'_>, payload: &[u8]) -> Result<(), EmitError> {
+        self.claim(fields, payload.len())?;
+        if let Some(claim) = &self.claim {
+            if claim.large {
+                self.bytes.write_large(claim.payload_position, payload);
+            } else {
+                self.bytes.write(claim.payload_position, payload);
+            }
+        }
+        self.commit_claim(payload.len());
+        Ok(())
+    }
+
+    /// Makes room for a payload of at most `payload_len` bytes that the caller writes in place; `true` says that the
+    /// position is in the room for large records. A claim that is not committed never was.
+    ///
+    /// # Errors
+    /// [`EmitError`]; nothing was changed then.
+    pub fn claim(&mut self, fields: &RecordFields<'_>, payload_len: usize) -> Result<(u64, bool), EmitError> {
+        let key_len = fields.key.map_or(0, <[u8]>::len);
+        for (part, len_bytes, limit_bytes) in
+            [("payload", payload_len, RECORD_PAYLOAD_BYTES_MAX), ("key", key_len, KEY_BYTES_MAX), ("attribute list", fields.attributes.len(), ATTRIBUTES_BYTES_MAX)]
+        {
+            if len_bytes > limit_bytes {
+                return Err(EmitError::TooLarge { part, len_bytes, limit_bytes });
+            }
+        }
+        if self.cursor.records == 0 {
+            self.inherited = Inherited { event_time_ns: fields.event_time_ns, ingest_time_ns: fields.ingest_time_ns, origin: fields.origin };
+        }
+        let inherited = Inherited { origin: self.implicit_origin(), ..self.inherited };
+        let mut head = RecordHead::new(fields, inherited);
+        let before_payload = head.fixed().len() + pad(key_len) + pad(fields.attributes.len());
+        let capacity = self.bytes.capacity();
+        let large = (before_payload + payload_len) as u64 > capacity / LARGE_RECORD_RING_SHARE;
+        let body_len = before_payload + if large { 16 } else { payload_len };
+        let need = (record::HEAD_LEN + pad(body_len)) as u64;
+        if need + SLACK_BYTES + BATCH_ALIGN > capacity {
+            let limit_bytes = usize::try_from(capacity - SLACK_BYTES).unwrap_or(usize::MAX);
+            return Err(EmitError::TooLarge { part: "key and attributes for this ring", len_bytes: before_payload, limit_bytes });
+        }
+        if large && large_len(payload_len) > self.bytes.large_capacity() {
+            let limit_bytes = usize::try_from(self.bytes.large_capacity()).unwrap_or(usize::MAX);
+            return Err(EmitError::TooLarge { part: "payload for this ring", len_bytes: payload_len, limit_bytes });
+        }
+        let large_end = self.cursor.large_cursor + if large { large_len(payload_len) } else { 0 };
+        let pending = self.cursor.cursor - self.done.cursor;
+        if pending + need + SLACK_BYTES + BATCH_ALIGN > capacity || large_end - self.done.large_cursor > self.bytes.large_capacity() {
+            return Err(EmitError::BatchFull);
+        }
+        if self.cursor.cursor + need + SLACK_BYTES > self.free + capacity || large_end - self.large_free > self.bytes.large_capacity() {
+            return Err(EmitError::Full);
+        }
+
+        let position = self.cursor.cursor;
+        let mut at = position + record::HEAD_LEN as u64;
+        self.bytes.write(at, head.fixed());
+        at += head.fixed().len() as u64;
+        if let Some(key) = fields.key {
+            self.bytes.write(at, key);
+            at += pad(key_len) as u64;
+        }
+        if !fields.attributes.is_empty() {
+            self.bytes.write(at, fields.attributes);
+            at += pad(fields.attributes.len()) as u64;
+        }
+        if large {
+            head.set_large();
+        }
+        let payload_position = if large { self.cursor.large_cursor } else { at };
+        self.claim = Some(Claim {
+            payload_position,
+            large,
+            body_before_payload: before_payload,
+            payload_len,
+            flags_head: ClaimHead {
+                position,
+                key_hash: fields.key_hash,
+                head_flags: u64::from_le_bytes(head.head(0, 0)),
+                is_data: fields.kind == RecordKind::Data,
+            },
+        });
+        Ok((payload_position, large))
+    }
+
+    /// Emits what was claimed, with the first `payload_len` bytes of its payload.
+    ///
+    /// # Panics
+    /// Without a claim, or with more bytes than were claimed: the stage above has checked both.
+    pub fn commit_claim(&mut self, payload_len: usize) {
+        let Some(claim) = self.claim.take() else { unreachable!("the stage commits only what it claimed") };
+        assert!(payload_len <= claim.payload_len, "the stage has checked the length");
+        let body_len = if claim.large {
+            let at = claim.flags_head.position + (record::HEAD_LEN + claim.body_before_payload) as u64;
+            let mut descriptor = [0; 16];
+            descriptor[..8].copy_from_slice(&claim.payload_position.to_le_bytes());
+            descriptor[8..].copy_from_slice(&(payload_len as u64).to_le_bytes());
+            self.bytes.write(at, &descriptor);
+            claim.body_before_payload + descriptor.len()
+        } else {
+            claim.body_before_payload + payload_len
+        };
+        let word = claim.flags_head.head_flags | body_len as u64 | u64::from(claim.flags_head.key_hash) << 32;
+        self.bytes.write(claim.flags_head.position, &word.to_le_bytes());
+        self.cursor.cursor = claim.flags_head.position + (record::HEAD_LEN + pad(body_len)) as u64;
+        self.cursor.records += 1;
+        if claim.flags_head.is_data {
+            self.cursor.data_records += 1;
+            self.cursor.data_bytes += payload_len as u64;
+        }
+        if claim.large {
+            self.cursor.large_cursor += large_len(payload_len);
+            self.cursor.large_count += 1;
+            self.large.push_back((self.cursor.cursor, self.cursor.large_cursor));
+        }
+    }
+
+    /// Gives a claim up.
+    pub fn abort_claim(&mut self) {
+        self.claim = None;
+    }
+
+    /// All that was emitted belongs to finished records now.
+    pub fn mark_done(&mut self) {
+        self.done = self.cursor;
+    }
+
+    /// Drops what was emitted since the last [`Producer::mark_done`].
+    pub fn abort(&mut self) {
+        self.restore(Savepoint(self.done));
+    }
+
+    /// Where the emitted records end now, for [`Producer::restore`].
+    pub fn savepoint(&self) -> Savepoint {
+        Savepoint(self.cursor)
+    }
+
+    /// Drops what was emitted since the savepoint, which is not older than the last done, abort or seal.
+    pub fn restore(&mut self, savepoint: Savepoint) {
+        for _ in savepoint.0.large_count..self.cursor.large_count {
+            self.large.pop_back();
+        }
+        self.cursor = savepoint.0;
+        self.claim = None;
+    }
+
+    /// Closes the open batch over what is done, so that the caller's commit can publish up to the position that is
+    /// returned; what is emitted and not done moves behind it. `None`: there is nothing to publish. Returns the position
+    /// and the data records and bytes that become visible.
+    pub fn seal(&mut self, now_monotonic_ns: u64) -> Option<(u64, u64, u64)> {
+        if self.done.records == 0 {
+            return None;
+        }
+        let end = self.done.cursor.next_multiple_of(BATCH_ALIGN);
+        let header = BatchHeader {
+            // At most a ring's capacity, which is at most 1 GiB.
+            len_bytes: u32::try_from(end - self.published).unwrap_or(u32::MAX),
+            records: self.done.records,
+            position: self.published,
+            published_at_ns: now_monotonic_ns,
+            event_time_ns: self.inherited.event_time_ns,
+            ingest_time_ns: self.inherited.ingest_time_ns,
+            origin_shard: u64::from(self.inherited.origin.shard),
+            origin_sequence: self.inherited.origin.sequence,
+            reserved: 0,
+        };
+        let (done, cursor) = (self.done, self.cursor);
+        let pending = cursor.cursor - done.cursor;
+        if pending > 0 {
+            let to = end + BATCH_ALIGN;
+            // At most a capacity by the check in `claim`, so it fits a usize.
+            self.bytes.shift(done.cursor, to, usize::try_from(pending).unwrap_or(0));
+            let moved = to - done.cursor;
+            for (ring_end, _) in self.large.iter_mut().rev().take(cursor.large_count - done.large_count) {
+                *ring_end += moved;
+            }
+        }
+        self.bytes.write(self.published, &header.encode());
+        self.published = end;
+        self.large_published = done.large_cursor;
+        self.inherited.origin = inherited_origin(&header, done.records);
+        self.open_batch(pending, done.large_cursor);
+        if pending > 0 {
+            self.cursor = Mark {
+                cursor: self.cursor.cursor,
+                records: cursor.records - done.records,
+                data_records: cursor.data_records - done.data_records,
+                data_bytes: cursor.data_bytes - done.data_bytes,
+                large_cursor: cursor.large_cursor,
+                large_count: cursor.large_count - done.large_count,
+            };
+        }
+        Some((end, done.data_records, done.data_bytes))
+    }
+
+    fn open_batch(&mut self, pending: u64, large_cursor: u64) {
+        let begin = self.published + BATCH_ALIGN;
+        self.done = Mark { cursor: begin, large_cursor, ..Mark::default() };
+        self.cursor = Mark { cursor: begin + pending, ..self.done };
+    }
+
+    fn implicit_origin(&self) -> Origin {
+        let base = self.inherited.origin;
+        Origin { shard: base.shard, emit_index: 0, sequence: base.sequence.wrapping_add(u64::from(self.cursor.records)) }
+    }
+}
+
+/// Where in a ring a reader stands: all that its commit has to remember.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReadPosition {
+    /// Position of the next record.
+    pub acknowledged: u64,
+    /// Position of the batch that this record is in; the same when no batch is open.
+    pub batch: u64,
+}
+
+/// The reading end of a ring.
+#[derive(Debug)]
+pub struct Consumer<B> {
+    bytes: B,
+    tail: u64,
+    /// Space below it was handed back: what is published can reach at most a capacity beyond.
+    free: u64,
+    position: u64,
+    batch: u64,
+    batch_end: u64,
+    header: BatchHeader,
+    index: u32,
+}
+
+impl<B: Bytes> Consumer<B> {
+    /// A reader that goes on at `at`, where `tail` is published.
+    ///
+    /// # Errors
+    /// [`RingViolation`] when the batch at the position cannot be, or no record begins there.
+    pub fn new(bytes: B, at: ReadPosition, tail: u64) -> Result<Self, RingViolation> {
+        let mut consumer = Self {
+            bytes,
+            tail: at.batch,
+            free: at.batch,
+            position: at.batch,
+            batch: at.batch,
+            batch_end: at.batch,
+            header: BatchHeader::default(),
+            index: 0,
+        };
+        consumer.take_tail(tail)?;
+        while consumer.position < at.acknowledged {
+            if consumer.next()?.is_none() || consumer.batch != at.batch {
+                return Err(RingViolation::Resume { batch: at.batch, acknowledged: at.acknowledged });
+            }
+        }
+        if consumer.position == at.acknowledged { Ok(consumer) } else { Err(RingViolation::Resume { batch: at.batch, acknowledged: at.acknowledged }) }
+    }
+
+    /// The bytes of the ring.
+    pub fn bytes(&self) -> &B {
+        &self.bytes
+    }
+
+    /// Goes on in another copy of the same ring (its producer was reborn).
+    pub fn replace_bytes(&mut self, bytes: B) -> B {
+        std::mem::replace(&mut self.bytes, bytes)
+    }
+
+    /// Position of the next record.
+    pub fn position(&self) -> u64 {
+        self.position
+    }
+
+    /// The published position, as last heard.
+    pub fn tail(&self) -> u64 {
+        self.tail
+    }
+
+    /// Bytes that are published and not read.
+    pub fn depth(&self) -> u64 {
+        self.tail - self.position.min(self.tail)
+    }
+
+    /// The header of the batch that the last record came from.
+    pub fn header(&self) -> &BatchHeader {
+        &self.header
+    }
+
+    /// Whether the last record that was returned was the last of its batch.
+    pub fn at_batch_end(&self) -> bool {
+        self.position == self.batch_end
+    }
+
+    /// Where a successor would go on if all that was returned were finished.
+    pub fn read_position(&self) -> ReadPosition {
+        if self.at_batch_end() {
+            ReadPosition { acknowledged: self.position, batch: self.position }
+        } else {
+            ReadPosition { acknowledged: self.position, batch: self.batch }
+        }
+    }
+
+    /// Remembers that the space below `free` was handed back to the producer.
+    pub fn set_free(&mut self, free: u64) {
+        self.free = free;
+    }
+
+    /// Takes a published position that the producer wrote: it lies between the last one and a capacity beyond what was freed.
+    ///
+    /// # Errors
+    /// [`RingViolation::Tail`] when the producer wrote something impossible.
+    pub fn take_tail(&mut self, tail: u64) -> Result<(), RingViolation> {
+        let high = self.free + self.bytes.capacity();
+        if tail < self.tail || tail > high || !tail.is_multiple_of(BATCH_ALIGN) {
+            return Err(RingViolation::Tail { found: tail, low: self.tail, high });
+        }
+        self.tail = tail;
+        Ok(())
+    }
+
+    /// The next record, or `None` when all that is published was returned.
+    ///
+    /// # Errors
+    /// [`RingViolation::Record`] when the producer wrote something impossible.
+    #[inline]
+    pub fn next(&mut self) -> Result<Option<RecordView>, RingViolation> {
+        loop {
+            if self.position == self.batch_end {
+                if self.position == self.tail {
+                    return Ok(None);
+                }
+                let mut bytes = [0; batch::HEADER_LEN];
+                self.bytes.read(self.position, &mut bytes);
+                self.header = BatchHeader::decode(bytes, self.position, self.tail - self.position)?;
+                self.batch = self.position;
+                self.batch_end = self.position + u64::from(self.header.len_bytes);
+                self.position += BATCH_ALIGN;
+                self.index = 0;
+            }
+            if self.index == self.header.records {
+                self.position = self.batch_end;
+                continue;
+            }
+            let view = RecordView::parse(&self.bytes, &self.header, self.index, self.position, self.batch_end)?;
+            self.index += 1;
+            self.position = if self.index == self.header.records { self.batch_end } else { view.end };
+            if view.kind != RecordKind::Padding {
+                return Ok(Some(view));
+            }
+        }
+    }
+}
+
+/// Copies what is published and not yet freed from a dead producer's ring into the same positions of its successor's.
+///
+/// # Errors
+/// When the bytes are no batches.
+pub fn copy_unread<F: Bytes, T: Bytes>(from: &F, to: &T, free: u64, published: u64) -> Result<(), RingViolation> {
+    let mut buffer = vec![0_u8; DATA_OFFSET];
+    let mut copy = |read: &dyn Fn(u64, &mut [u8]), write: &dyn Fn(u64, &[u8]), mut at: u64, end: u64| {
+        while at < end {
+            let len = usize::try_from(end - at).unwrap_or(usize::MAX).min(buffer.len());
+            let chunk = buffer.get_mut(..len).unwrap_or_default();
+            read(at, chunk);
+            write(at, chunk);
+            at += len as u64;
+        }
+    };
+    copy(&|at, bytes| from.read(at, bytes), &|at, bytes| to.write(at, bytes), free, published);
+    walk(from, free, published, |view| {
+        if view.large {
+            let (begin, end) = (view.payload_position, view.payload_position + view.payload_len as u64);
+            copy(&|at, bytes| from.read_large(at, bytes), &|at, bytes| to.write_large(at, bytes), begin, end);
+        }
+    })
+}
+
+/// Shows every record between two batch boundaries.
+fn walk<B: Bytes>(bytes: &B, from: u64, to: u64, mut show: impl FnMut(&RecordView)) -> Result<(), RingViolation> {
+    if from > to || to - from > bytes.capacity() || !from.is_multiple_of(BATCH_ALIGN) || !to.is_multiple_of(BATCH_ALIGN) {
+        return Err(RingViolation::Tail { found: to, low: from, high: from + bytes.capacity() });
+    }
+    let mut position = from;
+    while position < to {
+        let mut head = [0; batch::HEADER_LEN];
+        bytes.read(position, &mut head);
+        let header = BatchHeader::decode(head, position, to - position)?;
+        let batch_end = position + u64::from(header.len_bytes);
+        let mut at = position + BATCH_ALIGN;
+        for index in 0..header.records {
+            let view = RecordView::parse(bytes, &header, index, at, batch_end)?;
+            at = view.end;
+            show(&view);
+        }
+        position = batch_end;
+    }
+    Ok(())
+}
+
+/// Room for large records is given out in lines.
+fn large_len(payload_len: usize) -> u64 {
+    (payload_len as u64).next_multiple_of(BATCH_ALIGN)
+}

@@ -1,0 +1,122 @@
+//! The session page: what the agent decides for one stage. Written by the agent only.
+//!
+//! A stage reads its epoch and attention words at every commit and before every sleep. When a neighbour dies, its page is
+//! sealed and nobody can write its last mirrors; the agent writes the final positions here instead.
+
+use std::sync::atomic::Ordering;
+
+use crate::commit::PageShape;
+use crate::layout::session;
+use crate::memory::Words;
+
+/// Length of a session page for a shape.
+#[must_use]
+pub fn session_len_bytes(shape: &PageShape) -> usize {
+    session::INPUTS + (shape.inputs + shape.outputs) as usize * session::ENTRY_STRIDE
+}
+
+fn input_entry(input: usize) -> usize {
+    session::INPUTS + input * session::ENTRY_STRIDE
+}
+
+fn output_entry(shape: &PageShape, output: usize) -> usize {
+    session::INPUTS + (shape.inputs as usize + output) * session::ENTRY_STRIDE
+}
+
+/// The agent's own, writable view.
+#[derive(Debug)]
+pub struct SessionPage<W> {
+    words: W,
+    shape: PageShape,
+    epoch: u64,
+    attention: u64,
+}
+
+impl<W: Words> SessionPage<W> {
+    /// A view of a fresh page.
+    pub fn new(words: W, shape: PageShape) -> Self {
+        Self { words, shape, epoch: 0, attention: 0 }
+    }
+
+    /// Says that the producer of an input died, and how far it had published.
+    pub fn set_final_tail(&mut self, input: usize, generation: u64, tail: u64) {
+        let entry = input_entry(input);
+        self.words.store(entry + session::ENTRY_FINAL, tail, Ordering::Relaxed);
+        // FINAL (release): pairs with the acquire in `SessionReader`; the positions are there before the generation.
+        self.words.store(entry + session::ENTRY_GENERATION, generation, Ordering::Release);
+    }
+
+    /// Says that the consumer of an output died, and how far it had acknowledged and freed.
+    pub fn set_final_acknowledgement(&mut self, output: usize, generation: u64, acknowledged: u64, free: u64) {
+        let entry = output_entry(&self.shape, output);
+        self.words.store(entry + session::ENTRY_FINAL, acknowledged, Ordering::Relaxed);
+        self.words.store(entry + session::ENTRY_FINAL_FREE, free, Ordering::Relaxed);
+        // FINAL (release), as above.
+        self.words.store(entry + session::ENTRY_GENERATION, generation, Ordering::Release);
+    }
+
+    /// Says that a message was put on the control socket.
+    pub fn announce_message(&mut self) {
+        self.attention = self.attention.wrapping_add(1 << session::ATTENTION_COUNT_SHIFT);
+        self.words.store(session::ATTENTION, self.attention, Ordering::Release);
+    }
+
+    /// Sets a bit of attention.
+    pub fn set_attention(&mut self, bit: u64) {
+        self.attention |= bit;
+        self.words.store(session::ATTENTION, self.attention, Ordering::Release);
+    }
+
+    /// Makes all of the above count: the caller rings the stage's bell after it.
+    pub fn publish(&mut self) {
+        self.epoch += 1;
+        // SESSION (release): pairs with the acquire in `SessionReader::epoch`; then the fence before the bell, so that either
+        // the stage's second look sees this epoch or the ringer sees its announcement.
+        self.words.store(session::EPOCH, self.epoch, Ordering::Release);
+        self.words.fence(Ordering::SeqCst);
+    }
+}
+
+/// The stage's read-only view.
+#[derive(Debug)]
+pub struct SessionReader<W> {
+    words: W,
+    shape: PageShape,
+}
+
+impl<W: Words> SessionReader<W> {
+    /// A view of a page.
+    pub fn new(words: W, shape: PageShape) -> Self {
+        Self { words, shape }
+    }
+
+    /// Changes with every decision.
+    #[inline]
+    pub fn epoch(&self) -> u64 {
+        // SESSION (acquire): pairs with the release in `SessionPage::publish`.
+        self.words.load(session::EPOCH, Ordering::Acquire)
+    }
+
+    /// The attention word.
+    pub fn attention(&self) -> u64 {
+        self.words.load(session::ATTENTION, Ordering::Acquire)
+    }
+
+    /// How far a dead producer had published, if the one of this generation is dead.
+    pub fn final_tail(&self, input: usize, generation: u64) -> Option<u64> {
+        let entry = input_entry(input);
+        // FINAL (acquire): pairs with the release in `SessionPage`.
+        (self.words.load(entry + session::ENTRY_GENERATION, Ordering::Acquire) == generation)
+            .then(|| self.words.load(entry + session::ENTRY_FINAL, Ordering::Relaxed))
+    }
+
+    /// How far a dead consumer had acknowledged and freed, if the one of this generation is dead.
+    pub fn final_acknowledgement(&self, output: usize, generation: u64) -> Option<(u64, u64)> {
+        let entry = output_entry(&self.shape, output);
+        // FINAL (acquire), as above.
+        (self.words.load(entry + session::ENTRY_GENERATION, Ordering::Acquire) == generation).then(|| {
+            let acknowledged = self.words.load(entry + session::ENTRY_FINAL, Ordering::Relaxed);
+            (acknowledged, self.words.load(entry + session::ENTRY_FINAL_FREE, Ordering::Relaxed))
+        })
+    }
+}

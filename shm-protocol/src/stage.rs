@@ -1,0 +1,1280 @@
+//! One incarnation of a stage, for whoever runs it: the agent's sources and sinks, the shim, a program through the C library.
+//!
+//! It joins the parts of this crate: records come from the rings that the agent attached, outputs go where the grant's
+//! routes say, and one commit publishes, acknowledges and keeps state together. It has no threads and no clock of its own
+//! beyond one read a batch; it blocks only in [`Stage::wait`] and [`Stage::open`].
+//!
+//! The rules (PROTOCOL.md, "Stages"): `emit` alone never publishes; `done(n)` finishes the oldest n records; a commit
+//! covers only what is done. Commits happen by themselves: at once when a reader is starved, in batches under backlog, and
+//! always when nothing is left to read or the stage waits.
+
+use std::collections::VecDeque;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::bell::Bell;
+use crate::clock::{monotonic_ns, realtime_ns};
+use crate::commit::{CommitError, CommitPage, CommitPageReader, Slot, StageState};
+use crate::control::{Control, ControlError, Descriptors, Event, Grant, Hello, Message, Peer, RefusalCode, Role, RouteNode};
+use crate::histogram::HistogramView;
+use crate::key::{hash_key, key_group};
+use crate::layout::{commit, session, slot};
+use crate::limits::{COMMIT_BYTES_MAX, COMMIT_RECORDS_MAX, SLEEP_NS_MAX, SPIN_NS_MAX, UNDONE_RECORDS_MAX};
+use crate::memory::{Access, Mapping, RingMapping, Words};
+use crate::record::{Origin, RecordFields, RecordKind, RecordView, attributes_encode};
+use crate::ring::{Consumer, EmitError, Producer, ReadPosition, RingViolation, Savepoint};
+use crate::segment::{Kind, Segment, SegmentError};
+use crate::session::SessionReader;
+use crate::state::{KeyedState, StateError};
+use crate::version;
+
+/// The protocol versions that this library speaks.
+pub const PROTOCOL_VERSION_MIN: u16 = 1;
+/// The newest of them.
+pub const PROTOCOL_VERSION_MAX: u16 = 1;
+
+/// Index of the main output in [`Stage::emit`].
+pub const OUTPUT_MAIN: usize = 0;
+/// Index of the error output.
+pub const OUTPUT_ERRORS: usize = 1;
+
+/// Takes a key from a payload. The protocol carries expressions as text; what they mean is the pipeline language's.
+pub trait KeyEvaluator: Send {
+    /// Replaces `key_out` by the key of a payload.
+    ///
+    /// # Errors
+    /// Why the payload has no key, in words for the error output.
+    fn evaluate(&mut self, payload: &[u8], key_out: &mut Vec<u8>) -> Result<(), String>;
+}
+
+/// Makes an evaluator from an expression in a grant.
+pub type KeyFactory = fn(&str) -> Result<Box<dyn KeyEvaluator>, String>;
+
+/// Why a stage could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The agent refused.
+    #[error("the agent refused: {text}")]
+    Refused {
+        /// For programs.
+        code: RefusalCode,
+        /// For people.
+        text: String,
+    },
+    /// No answer in time.
+    #[error("the agent did not answer within {timeout_ns} ns")]
+    TimedOut {
+        /// The time that was given.
+        timeout_ns: u64,
+    },
+    /// The agent sent something else.
+    #[error("the agent sent {found} where {expected} was due")]
+    Unexpected {
+        /// What it sent.
+        found: String,
+        /// What was due.
+        expected: &'static str,
+    },
+    /// The control socket failed.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// A segment is not what it should be.
+    #[error(transparent)]
+    Segment(#[from] SegmentError),
+    /// The commit page is not what it should be.
+    #[error(transparent)]
+    Commit(#[from] CommitError),
+    /// A ring is not what it should be.
+    #[error(transparent)]
+    Ring(#[from] RingViolation),
+    /// The state is not what it should be.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// A key expression that this library cannot evaluate.
+    #[error("the key {expression:?} cannot be evaluated here: {reason}")]
+    Key {
+        /// The expression.
+        expression: String,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Why a call on a stage failed.
+#[derive(Debug, thiserror::Error)]
+pub enum StageError {
+    /// An output ring is full: wait, then try again.
+    #[error("an output ring is full: wait, then try again")]
+    Full,
+    /// What was emitted since the last done fills a ring: call done, or abort and take fewer.
+    #[error("what was emitted since the last done fills a ring: call done, or abort and take fewer records")]
+    BatchFull,
+    /// A part of a record is beyond a limit, for ever.
+    #[error("{0}")]
+    TooLarge(EmitError),
+    /// The call makes no sense now.
+    #[error("{0}")]
+    Misuse(&'static str),
+    /// The agent ended this session; nothing that is written from here on counts.
+    #[error("the agent ended this session")]
+    Revoked,
+    /// The control socket failed.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// Keyed state.
+    #[error(transparent)]
+    State(#[from] StateError),
+}
+
+/// Which record an emitted one belongs to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BelongsTo {
+    /// The oldest record that is not done.
+    #[default]
+    Oldest,
+    /// The n-th one that is not done, from 0.
+    Nth(usize),
+    /// None: the stage made it by itself.
+    Nothing,
+}
+
+/// The key of an emitted record.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum KeyChoice<'a> {
+    /// The key of the record that it belongs to.
+    #[default]
+    Inherit,
+    /// No key.
+    None,
+    /// This one.
+    Set(&'a [u8]),
+}
+
+/// What is emitted beside the payload.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Emit<'a> {
+    /// Which record it belongs to: origin, key and times come from there.
+    pub belongs_to: BelongsTo,
+    /// Its key.
+    pub key: KeyChoice<'a>,
+    /// Its event time in ns since 1970; `None` = as the record that it belongs to, or now.
+    pub event_time_ns: Option<i64>,
+    /// Its encoded attributes.
+    pub attributes: &'a [u8],
+}
+
+/// A record that was received: where its parts are in the mapping of its input. Valid until it is done.
+#[derive(Clone, Copy, Debug)]
+pub struct Received {
+    /// Which input.
+    pub input: usize,
+    /// Which mapping of that input: it changes when its producer is reborn.
+    pub generation: u64,
+    /// The record.
+    pub view: RecordView,
+}
+
+/// How a wait ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Waited {
+    /// Something can be received or emitted, or the agent decided something.
+    Ready,
+    /// The time is over.
+    TimedOut,
+    /// [`Interrupter::interrupt`] was called.
+    Interrupted,
+}
+
+/// Ends a wait from another thread.
+#[derive(Debug)]
+pub struct Interrupter {
+    bell: Bell,
+    flag: Arc<AtomicBool>,
+}
+
+impl Interrupter {
+    /// Ends the wait that is under way, or the next one. Never blocks.
+    pub fn interrupt(&self) {
+        // Release: pairs with the acquire in `Stage::wait`.
+        self.flag.store(true, Ordering::Release);
+        self.bell.ring();
+    }
+}
+
+/// A neighbour's page, as far as we read it.
+#[derive(Debug)]
+struct Neighbour {
+    page: CommitPageReader<Mapping>,
+    index: usize,
+    generation: u64,
+    bell: Bell,
+    rung_at: u64,
+}
+
+impl Neighbour {
+    /// Rings if the neighbour sleeps for this reason, once a sleep. The caller has published and fenced.
+    fn wake(&mut self, reason: u64) -> bool {
+        let word = self.page.announced_sleep();
+        let sleeps = word & commit::ANNOUNCE_ASLEEP != 0 && word & reason != 0;
+        if !sleeps || word == self.rung_at {
+            return false;
+        }
+        self.rung_at = word;
+        self.bell.ring();
+        true
+    }
+}
+
+#[derive(Debug)]
+struct Input {
+    capacity: u64,
+    large_capacity: u64,
+    neighbour: Option<Neighbour>,
+    consumer: Option<Consumer<Arc<RingMapping>>>,
+    /// Mappings of dead producers that records not yet done still point into.
+    retired: Vec<(u64, Arc<RingMapping>)>,
+    final_tail: u64,
+    ended: bool,
+    measured_batch: u64,
+}
+
+#[derive(Debug)]
+struct Output {
+    producer: Producer<RingMapping>,
+    neighbour: Option<Neighbour>,
+    has_pending: bool,
+    has_done: bool,
+    ended: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Undone {
+    input: u32,
+    generation: u64,
+    view: RecordView,
+    after: ReadPosition,
+    emitted: u32,
+}
+
+impl Undone {
+    fn is_control(&self) -> bool {
+        self.view.kind == RecordKind::EndOfStream
+    }
+}
+
+struct Router {
+    nodes: Vec<RouteNode>,
+    evaluators: Vec<Vec<Box<dyn KeyEvaluator>>>,
+    spread: u32,
+    savepoints: Vec<(usize, Savepoint)>,
+    counted: Vec<u32>,
+}
+
+impl std::fmt::Debug for Router {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Router").field("nodes", &self.nodes).finish_non_exhaustive()
+    }
+}
+
+/// One incarnation of a stage.
+#[derive(Debug)]
+pub struct Stage {
+    control: Control,
+    grant: Grant,
+    page: CommitPage<Mapping>,
+    session: SessionReader<Mapping>,
+    session_seen: u64,
+    messages_seen: u64,
+    stop_requested: bool,
+    bell: Bell,
+    interrupted: Arc<AtomicBool>,
+    inputs: Vec<Input>,
+    outputs: Vec<Output>,
+    router: Router,
+    state: Option<KeyedState>,
+    undone: VecDeque<Undone>,
+    undone_user_records: usize,
+    next_input: usize,
+    pending_counts: Vec<u64>,
+    /// One more than the number of the latest undone record that something pending belongs to; 0 = none.
+    pending_reaches: usize,
+    sequence_at_done: u64,
+    uncommitted_records: u64,
+    is_dirty: bool,
+    careful: bool,
+    blocked_on: Option<usize>,
+    sleeps: u64,
+    spin_ns: u64,
+    end_argument: u64,
+    key_scratch: Vec<u8>,
+    changed_inputs: Vec<usize>,
+}
+
+impl Stage {
+    /// Says HELLO on a fresh control socket and blocks until the agent granted the stage or refused it.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn open(control: Control, role: Role, library: &str, keys: KeyFactory, timeout_ns: u64) -> Result<Self, OpenError> {
+        let hello = Hello {
+            version_min: PROTOCOL_VERSION_MIN,
+            version_max: PROTOCOL_VERSION_MAX,
+            role,
+            features: version::FEATURES_INCOMPATIBLE | version::FEATURES_COMPATIBLE,
+            pid: std::process::id(),
+            library: library.to_owned(),
+        };
+        control.send(&Message::Hello(hello), &[])?;
+        let timed_out = || OpenError::TimedOut { timeout_ns };
+        let (grant, descriptors) = match control.receive(timeout_ns)?.ok_or_else(timed_out)? {
+            (Message::Grant(grant), descriptors) => (*grant, descriptors),
+            (Message::Refused { code, text }, _) => return Err(OpenError::Refused { code, text }),
+            (other, _) => return Err(OpenError::Unexpected { found: format!("{other:?}"), expected: "a grant" }),
+        };
+        let mut this = Self::map(control, grant, descriptors, keys)?;
+        this.control.send(&Message::Mapped, &[])?;
+        match this.control.receive(timeout_ns)?.ok_or_else(timed_out)? {
+            (Message::Ready, _) => {}
+            (Message::Refused { code, text }, _) => return Err(OpenError::Refused { code, text }),
+            (other, _) => return Err(OpenError::Unexpected { found: format!("{other:?}"), expected: "ready" }),
+        }
+        this.sequence_at_done = this.page.slot().next_sequence;
+        Ok(this)
+    }
+
+    fn map(control: Control, grant: Grant, descriptors: Descriptors, keys: KeyFactory) -> Result<Self, OpenError> {
+        let mut descriptors = descriptors.into_iter();
+        let mut next = || descriptors.next().ok_or(ControlError::Malformed("a grant comes with fewer descriptors than it names"));
+        let page = Segment::adopt(next()?, Kind::Commit)?.map(Access::Writable)?;
+        let page = CommitPage::attach(page, grant.shape)?;
+        let session = Segment::adopt(next()?, Kind::Session)?.map(Access::ReadOnly)?;
+        let session = SessionReader::new(session, grant.shape);
+        let bell = Bell::adopt(next()?);
+        let state = if grant.state_bytes > 0 {
+            let segment = Segment::adopt(next()?, Kind::State)?;
+            Some(KeyedState::attach(segment.map(Access::Writable)?, page.epoch())?)
+        } else {
+            None
+        };
+        let mut outputs = Vec::with_capacity(grant.outputs.len());
+        for (index, output) in grant.outputs.iter().enumerate() {
+            let ring = Segment::adopt(next()?, Kind::Data)?.map_ring(output.capacity, output.large_capacity, Access::Writable)?;
+            let entry = page.slot().outputs.get(index).copied().unwrap_or_default();
+            let producer = Producer::new(ring, entry.tail, output.free, entry.large_tail)?;
+            outputs.push(Output { producer, neighbour: None, has_pending: false, has_done: false, ended: false });
+        }
+        let inputs = grant.inputs.iter().zip(&page.slot().inputs).map(|(granted, entry)| Input {
+            capacity: granted.capacity,
+            large_capacity: granted.large_capacity,
+            neighbour: None,
+            consumer: None,
+            retired: Vec::new(),
+            final_tail: 0,
+            ended: entry.has_ended(),
+            measured_batch: u64::MAX,
+        });
+        let inputs: Vec<Input> = inputs.collect();
+        let mut evaluators = Vec::with_capacity(grant.routes.nodes.len());
+        for node in &grant.routes.nodes {
+            let made = node.keyed.iter().map(|(expression, ..)| {
+                keys(expression).map_err(|reason| OpenError::Key { expression: expression.clone(), reason })
+            });
+            evaluators.push(made.collect::<Result<Vec<_>, _>>()?);
+        }
+        let router = Router { nodes: grant.routes.nodes.clone(), evaluators, spread: 0, savepoints: Vec::new(), counted: Vec::new() };
+        let careful = page.slot().attempts > 0;
+        Ok(Self {
+            control,
+            pending_counts: vec![0; grant.shape.counters as usize],
+            grant,
+            page,
+            session,
+            session_seen: 0,
+            messages_seen: 0,
+            stop_requested: false,
+            bell,
+            interrupted: Arc::new(AtomicBool::new(false)),
+            inputs,
+            outputs,
+            router,
+            state,
+            undone: VecDeque::new(),
+            undone_user_records: 0,
+            next_input: 0,
+            pending_reaches: 0,
+            sequence_at_done: 0,
+            uncommitted_records: 0,
+            is_dirty: false,
+            careful,
+            blocked_on: None,
+            sleeps: 0,
+            spin_ns: 0,
+            end_argument: 0,
+            key_scratch: Vec::new(),
+            changed_inputs: Vec::new(),
+        })
+    }
+
+    /// What the agent granted.
+    #[must_use]
+    pub fn grant(&self) -> &Grant {
+        &self.grant
+    }
+
+    /// What the next commit will say: a source finds its offsets here, a sink its file.
+    #[must_use]
+    pub fn slot(&self) -> &Slot {
+        self.page.slot()
+    }
+
+    /// Changes what the next commit says beside rings: partitions, the opaque area, barriers.
+    pub fn change_slot(&mut self, change: impl FnOnce(&mut Slot)) {
+        self.page.change(change);
+        self.is_dirty = true;
+    }
+
+    /// Adds to a committed counter with the next commit.
+    pub fn add_counter(&mut self, counter: usize, by: u64) {
+        self.page.add_counter(counter, by);
+        self.is_dirty = true;
+    }
+
+    /// Records that were received and are not done.
+    #[must_use]
+    pub fn undone_len(&self) -> usize {
+        self.undone_user_records
+    }
+
+    /// The n-th record that is not done, from 0.
+    #[must_use]
+    pub fn undone_record(&self, nth: usize) -> Option<Received> {
+        let entry = self.undone.get(self.undone_place(nth)?)?;
+        Some(Received { input: entry.input as usize, generation: entry.generation, view: entry.view })
+    }
+
+    /// Whether every input has ended and all of it is done: nothing will come any more.
+    #[must_use]
+    pub fn is_ended(&self) -> bool {
+        !self.inputs.is_empty() && self.undone.is_empty() && self.inputs.iter().all(|input| input.ended)
+    }
+
+    /// Whether every input's end was read, though records may still be undone: nothing will be received any more.
+    #[must_use]
+    pub fn is_input_over(&self) -> bool {
+        !self.inputs.is_empty() && self.inputs.iter().all(|input| input.ended)
+    }
+
+    /// Whether the agent asks this stage to stop reading (sources).
+    #[must_use]
+    pub fn is_stop_requested(&self) -> bool {
+        self.stop_requested
+    }
+
+    /// Whether everything emitted was read and acknowledged by everybody downstream.
+    pub fn is_drained_downstream(&mut self) -> bool {
+        (0..self.outputs.len()).all(|output| {
+            self.refresh_output(output);
+            self.outputs.get(output).is_none_or(|output| output.producer.is_starved() && !output.has_pending && !output.has_done)
+        })
+    }
+
+    /// Receives up to `records_max` records. Never blocks; 0 = none now: wait, or see [`Stage::is_ended`].
+    /// Records of one input come in order, and each stays valid until it is done.
+    ///
+    /// # Errors
+    /// [`StageError::Revoked`] and a broken control socket.
+    pub fn recv(&mut self, records_out: &mut Vec<Received>, records_max: usize) -> Result<usize, StageError> {
+        self.check_session()?;
+        let records_max = records_max.min(UNDONE_RECORDS_MAX.saturating_sub(self.undone.len()));
+        let before = records_out.len();
+        let count = self.inputs.len();
+        for turn in 0..count {
+            let taken = records_out.len() - before;
+            if taken == records_max {
+                break;
+            }
+            let input = (self.next_input + turn) % count;
+            if let Err(violation) = self.recv_from(input, records_out, records_max - taken) {
+                self.report(true, input, &violation)?;
+            }
+        }
+        if count > 0 {
+            self.next_input = (self.next_input + 1) % count;
+        }
+        let taken = records_out.len() - before;
+        self.drop_leading_control();
+        if taken == 0 {
+            self.commit()?;
+        }
+        Ok(taken)
+    }
+
+    fn recv_from(&mut self, index: usize, records_out: &mut Vec<Received>, records_max: usize) -> Result<(), RingViolation> {
+        let Some(input) = self.inputs.get_mut(index) else { return Ok(()) };
+        let (Some(consumer), Some(neighbour)) = (&mut input.consumer, &input.neighbour) else { return Ok(()) };
+        let mut refreshed = false;
+        let mut taken = 0;
+        while taken < records_max && !input.ended {
+            let Some(view) = consumer.next()? else {
+                if refreshed {
+                    break;
+                }
+                refreshed = true;
+                consumer.take_tail(neighbour.page.tail(neighbour.index).max(input.final_tail))?;
+                continue;
+            };
+            let header = consumer.header();
+            if header.position != input.measured_batch {
+                input.measured_batch = header.position;
+                let waited = monotonic_ns().saturating_sub(header.published_at_ns);
+                HistogramView::new(self.page.words(), self.page.shape().histogram(index)).record(waited, u64::from(header.records));
+            }
+            let entry = Undone {
+                input: u32::try_from(index).unwrap_or(u32::MAX),
+                generation: neighbour.generation,
+                view,
+                after: consumer.read_position(),
+                emitted: 0,
+            };
+            match view.kind {
+                RecordKind::EndOfStream => {
+                    input.ended = true;
+                    self.end_argument = self.end_argument.max(view.argument);
+                }
+                RecordKind::Data | RecordKind::Watermark | RecordKind::WindowStart | RecordKind::WindowEnd | RecordKind::Retract | RecordKind::Barrier | RecordKind::Padding => {
+                    self.undone_user_records += 1;
+                    records_out.push(Received { input: index, generation: neighbour.generation, view });
+                    taken += 1;
+                }
+            }
+            self.undone.push_back(entry);
+        }
+        Ok(())
+    }
+
+    /// The mapping that a received record points into.
+    #[must_use]
+    pub fn mapping(&self, input: usize, generation: u64) -> Option<&Arc<RingMapping>> {
+        let input = self.inputs.get(input)?;
+        if let Some((_, mapping)) = input.retired.iter().find(|(retired, _)| *retired == generation) {
+            return Some(mapping);
+        }
+        input.consumer.as_ref().map(Consumer::bytes)
+    }
+
+    /// Copies the payload of a received record to the end of `out`.
+    pub fn append_payload(&self, record: &Received, out: &mut Vec<u8>) {
+        if let Some(mapping) = self.mapping(record.input, record.generation) {
+            mapping.append_to(payload_offset(mapping, &record.view), record.view.payload_len, out);
+        }
+    }
+
+    /// Copies the key of a received record to the end of `out`.
+    pub fn append_key(&self, record: &Received, out: &mut Vec<u8>) {
+        if let Some(mapping) = self.mapping(record.input, record.generation) {
+            mapping.append_to(mapping.offset_of(record.view.key_position), record.view.key_len, out);
+        }
+    }
+
+    /// Copies the attributes of a received record to the end of `out`.
+    pub fn append_attributes(&self, record: &Received, out: &mut Vec<u8>) {
+        if let Some(mapping) = self.mapping(record.input, record.generation) {
+            mapping.append_to(mapping.offset_of(record.view.attributes_position), record.view.attributes_len, out);
+        }
+    }
+
+    /// Emits a record. It is published by the commit after the `done` of the record that it belongs to.
+    ///
+    /// # Errors
+    /// [`StageError::Full`] (what was done is committed then; wait and emit again), [`StageError::BatchFull`],
+    /// [`StageError::TooLarge`], [`StageError::Misuse`]; nothing was emitted then.
+    pub fn emit(&mut self, output: usize, emit: &Emit<'_>, payload: &[u8]) -> Result<(), StageError> {
+        if output >= self.router.nodes.len().min(2) {
+            return Err(StageError::Misuse("there is no output of this number: 0 is the main output, 1 the error output"));
+        }
+        let mut key_scratch = std::mem::take(&mut self.key_scratch);
+        key_scratch.clear();
+        let emitted = self.emit_with(output, emit, payload, &mut key_scratch);
+        self.key_scratch = key_scratch;
+        emitted
+    }
+
+    fn emit_with(&mut self, output: usize, emit: &Emit<'_>, payload: &[u8], key_scratch: &mut Vec<u8>) -> Result<(), StageError> {
+        let nth = match emit.belongs_to {
+            BelongsTo::Oldest => Some(0),
+            BelongsTo::Nth(nth) => Some(nth),
+            BelongsTo::Nothing => None,
+        };
+        let place = match nth {
+            Some(nth) => Some(self.undone_place(nth).ok_or(StageError::Misuse("there is no undone record that this output could belong to"))?),
+            None => None,
+        };
+        let parent = place.and_then(|place| self.undone.get(place)).copied();
+        let mut fields = match &parent {
+            Some(parent) => {
+                let view = &parent.view;
+                if emit.key == KeyChoice::Inherit && view.keyed {
+                    let received = Received { input: parent.input as usize, generation: parent.generation, view: *view };
+                    self.append_key(&received, key_scratch);
+                }
+                RecordFields {
+                    event_time_ns: emit.event_time_ns.unwrap_or(view.event_time_ns),
+                    ingest_time_ns: view.ingest_time_ns,
+                    // The emit index counts on through the steps, so that every output of a source's record has its own.
+                    origin: Origin { emit_index: view.origin.emit_index.wrapping_mul(31).wrapping_add(parent.emitted), ..view.origin },
+                    key_hash: view.key_hash,
+                    ..RecordFields::default()
+                }
+            }
+            None => {
+                let now = realtime_ns();
+                let shard = u32::try_from(self.grant.stage & 0xffff_ffff).unwrap_or(0);
+                RecordFields {
+                    event_time_ns: emit.event_time_ns.unwrap_or(now.cast_signed()),
+                    ingest_time_ns: now,
+                    origin: Origin { shard, emit_index: 0, sequence: self.page.slot().next_sequence },
+                    ..RecordFields::default()
+                }
+            }
+        };
+        fields.attributes = emit.attributes;
+        match emit.key {
+            KeyChoice::Inherit if parent.is_some_and(|parent| parent.view.keyed) => fields.key = Some(key_scratch),
+            KeyChoice::Set(key) => {
+                fields.key = Some(key);
+                fields.key_hash = upper_half(hash_key(key));
+            }
+            KeyChoice::Inherit | KeyChoice::None => fields.key_hash = 0,
+        }
+        match self.emit_node(output, &fields, payload) {
+            Ok(()) => {}
+            Err((EmitError::Full, ring)) => {
+                // What is done can be published, which may be just what the reader waits for.
+                self.blocked_on = Some(ring);
+                self.commit()?;
+                self.refresh_output(ring);
+                // The room may be there already: then the same call succeeds now.
+                return match self.emit_node(output, &fields, payload) {
+                    Ok(()) => {
+                        self.blocked_on = None;
+                        self.emitted(place, nth);
+                        Ok(())
+                    }
+                    Err((EmitError::Full, ring)) => {
+                        self.blocked_on = Some(ring);
+                        self.page.add_statistic(commit::STATISTICS_FULL_WAITS, 1);
+                        Err(StageError::Full)
+                    }
+                    Err((EmitError::BatchFull, _)) => Err(StageError::BatchFull),
+                    Err((error @ EmitError::TooLarge { .. }, _)) => Err(StageError::TooLarge(error)),
+                };
+            }
+            Err((EmitError::BatchFull, _)) => return Err(StageError::BatchFull),
+            Err((error @ EmitError::TooLarge { .. }, _)) => return Err(StageError::TooLarge(error)),
+        }
+        self.blocked_on = None;
+        self.emitted(place, nth);
+        Ok(())
+    }
+
+    fn emitted(&mut self, place: Option<usize>, nth: Option<usize>) {
+        if let Some(entry) = place.and_then(|place| self.undone.get_mut(place)) {
+            entry.emitted += 1;
+        }
+        match nth {
+            Some(nth) => self.pending_reaches = self.pending_reaches.max(nth + 1),
+            None => {
+                self.page.take_sequence();
+            }
+        }
+        for counter in self.router.counted.drain(..) {
+            if let Some(count) = self.pending_counts.get_mut(counter as usize) {
+                *count += 1;
+            }
+        }
+    }
+
+    fn emit_node(&mut self, node: usize, fields: &RecordFields<'_>, payload: &[u8]) -> Result<(), (EmitError, usize)> {
+        self.router.savepoints.clear();
+        self.router.counted.clear();
+        let result = self.router.emit(&mut self.outputs, node, fields, payload);
+        if result.is_err() {
+            self.router.counted.clear();
+            for (ring, savepoint) in self.router.savepoints.drain(..).rev() {
+                if let Some(output) = self.outputs.get_mut(ring) {
+                    output.producer.restore(savepoint);
+                }
+            }
+        }
+        result
+    }
+
+    /// Sends the n-th undone record, as it came, to the error output with a reason.
+    ///
+    /// # Errors
+    /// As [`Stage::emit`].
+    pub fn reject(&mut self, nth: usize, reason: &str) -> Result<(), StageError> {
+        let record = self.undone_record(nth).ok_or(StageError::Misuse("there is no such undone record"))?;
+        let mut payload = Vec::new();
+        self.append_payload(&record, &mut payload);
+        let mut attributes = Vec::new();
+        let step = self.grant.name.clone();
+        encode_error(&step, reason, &mut attributes);
+        self.emit(OUTPUT_ERRORS, &Emit { belongs_to: BelongsTo::Nth(nth), attributes: &attributes, ..Emit::default() }, &payload)
+    }
+
+    /// The oldest `records` are finished, and what was emitted and put for them is published by the next commit, which may be now.
+    /// `done(0)` is a commit point for what belongs to no record.
+    ///
+    /// # Errors
+    /// [`StageError::Misuse`] when fewer records are undone, or something pending belongs to a later record.
+    pub fn done(&mut self, records: usize) -> Result<(), StageError> {
+        if records > self.undone_user_records {
+            return Err(StageError::Misuse("done says more records than were received"));
+        }
+        if self.pending_reaches > records {
+            return Err(StageError::Misuse("something was emitted for a later record: done must include it, or abort drop it"));
+        }
+        self.pending_reaches = 0;
+        for output in &mut self.outputs {
+            if output.has_pending {
+                output.producer.mark_done();
+                output.has_pending = false;
+                output.has_done = true;
+                self.is_dirty = true;
+            }
+        }
+        if let Some(state) = &mut self.state
+            && state.has_pending()
+        {
+            state.mark_done();
+            self.is_dirty = true;
+        }
+        for node in 0..self.router.nodes.len() {
+            let Some(counter) = self.router.nodes.get(node).map(|node| node.counter as usize) else { break };
+            if let Some(count) = self.pending_counts.get_mut(counter)
+                && *count > 0
+            {
+                self.page.add_counter(counter, *count);
+                *count = 0;
+                self.is_dirty = true;
+            }
+        }
+        self.sequence_at_done = self.page.slot().next_sequence;
+        let mut left = records;
+        while left > 0 {
+            let Some(entry) = self.undone.pop_front() else { break };
+            if !entry.is_control() {
+                left -= 1;
+                self.undone_user_records -= 1;
+            }
+            self.acknowledge(&entry);
+        }
+        self.drop_leading_control();
+        self.uncommitted_records += records as u64;
+        if records == 0 || self.careful || self.is_commit_due() {
+            self.commit()?;
+            self.careful &= records == 0;
+        }
+        Ok(())
+    }
+
+    /// Ends of streams need nobody to finish them.
+    fn drop_leading_control(&mut self) {
+        while self.undone.front().is_some_and(Undone::is_control) {
+            if let Some(entry) = self.undone.pop_front() {
+                self.acknowledge(&entry);
+            }
+        }
+    }
+
+    fn acknowledge(&mut self, entry: &Undone) {
+        let index = entry.input as usize;
+        let is_data = entry.view.kind == RecordKind::Data;
+        self.page.change_input(index, |slot| {
+            slot.acknowledged = entry.after.acknowledged;
+            slot.batch = entry.after.batch;
+            slot.generation = entry.generation;
+            slot.records += u64::from(is_data);
+            slot.bytes += if is_data { entry.view.payload_len as u64 } else { 0 };
+            if entry.is_control() {
+                slot.flags |= slot::INPUT_FLAG_ENDED;
+            }
+        });
+        if !self.changed_inputs.contains(&index) {
+            self.changed_inputs.push(index);
+        }
+        self.is_dirty = true;
+    }
+
+    fn is_commit_due(&mut self) -> bool {
+        if self.uncommitted_records >= COMMIT_RECORDS_MAX {
+            return true;
+        }
+        for index in 0..self.outputs.len() {
+            let Some(output) = self.outputs.get(index) else { break };
+            if !output.has_done {
+                continue;
+            }
+            if output.producer.done_bytes() >= COMMIT_BYTES_MAX || output.producer.is_starved() {
+                return true;
+            }
+            self.refresh_output(index);
+            if self.outputs.get(index).is_some_and(|output| output.producer.is_starved()) {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Drops what was emitted and put since the last `done`. The records stay received.
+    pub fn abort(&mut self) {
+        for output in &mut self.outputs {
+            output.producer.abort();
+            output.has_pending = false;
+        }
+        if let Some(state) = &mut self.state {
+            state.abort();
+        }
+        self.pending_counts.fill(0);
+        self.pending_reaches = 0;
+        self.page.restore_sequence(self.sequence_at_done);
+        for entry in &mut self.undone {
+            entry.emitted = 0;
+        }
+    }
+
+    /// Commits what is done, if anything is. Never blocks.
+    ///
+    /// # Errors
+    /// [`StageError::Revoked`] and a broken control socket.
+    pub fn commit(&mut self) -> Result<(), StageError> {
+        if self.is_dirty {
+            let now = monotonic_ns();
+            for (index, output) in self.outputs.iter_mut().enumerate() {
+                if !output.has_done {
+                    continue;
+                }
+                if let Some((tail, records, bytes)) = output.producer.seal(now) {
+                    let large_tail = output.producer.large_published();
+                    let generation = self.grant.generation;
+                    self.page.change_output(index, |slot| {
+                        slot.tail = tail;
+                        slot.large_tail = large_tail;
+                        slot.records += records;
+                        slot.bytes += bytes;
+                        slot.generation = generation;
+                    });
+                }
+            }
+            if let Some(state) = &self.state {
+                self.page.set_state_used(1, state.summary().used_bytes as u64);
+            }
+            for input in &self.changed_inputs {
+                self.page.set_free(*input, u64::MAX);
+            }
+            self.page.commit(now);
+            if let Some(state) = &mut self.state {
+                state.committed(self.page.epoch());
+            }
+            self.is_dirty = false;
+            self.uncommitted_records = 0;
+            self.wake_neighbours();
+            self.page.set_statistic(commit::STATISTICS_UNDONE, self.undone_user_records as u64);
+            self.page.set_statistic(commit::STATISTICS_UNDONE_SINCE, if self.undone_user_records == 0 { 0 } else { now });
+        }
+        self.check_session()
+    }
+
+    fn wake_neighbours(&mut self) {
+        // The mirrors are stored; this fence and the sleeper's make sure that one of the two sees the other.
+        self.page.words().fence(Ordering::SeqCst);
+        let mut rung = 0;
+        for output in &mut self.outputs {
+            if output.has_done {
+                output.has_done = false;
+                if let Some(neighbour) = &mut output.neighbour {
+                    rung += u64::from(neighbour.wake(commit::ANNOUNCE_INPUT));
+                }
+            }
+        }
+        for index in self.changed_inputs.drain(..) {
+            if let Some(input) = self.inputs.get_mut(index) {
+                if let (Some(consumer), Some(entry)) = (&mut input.consumer, self.page.slot().inputs.get(index)) {
+                    consumer.set_free(entry.batch);
+                }
+                if let Some(neighbour) = &mut input.neighbour {
+                    rung += u64::from(neighbour.wake(commit::ANNOUNCE_ROOM));
+                }
+            }
+        }
+        if rung > 0 {
+            self.page.add_statistic(commit::STATISTICS_BELLS, rung);
+        }
+    }
+
+    /// Blocks until something can be received (or, after [`StageError::Full`], emitted), the agent decided something, the
+    /// time is over, or another thread interrupts. Commits what is done first.
+    ///
+    /// # Errors
+    /// [`StageError::Revoked`] and a broken control socket.
+    pub fn wait(&mut self, timeout_ns: u64) -> Result<Waited, StageError> {
+        let begin = monotonic_ns();
+        loop {
+            // Acquire: pairs with the release in `Interrupter::interrupt`.
+            if self.interrupted.swap(false, Ordering::Acquire) {
+                return Ok(Waited::Interrupted);
+            }
+            if !self.prepare_sleep()? {
+                return Ok(Waited::Ready);
+            }
+            let waited = monotonic_ns().saturating_sub(begin);
+            if waited >= timeout_ns {
+                self.end_sleep();
+                return Ok(Waited::TimedOut);
+            }
+            self.bell.wait((timeout_ns - waited).min(SLEEP_NS_MAX));
+            self.end_sleep();
+        }
+    }
+
+    /// For event loops: commits, and announces a sleep unless there is something to do (`false`). After `true` the caller
+    /// waits for [`Stage::bell_descriptor`] (at most [`SLEEP_NS_MAX`]) and then calls [`Stage::end_sleep`].
+    ///
+    /// # Errors
+    /// [`StageError::Revoked`] and a broken control socket.
+    pub fn prepare_sleep(&mut self) -> Result<bool, StageError> {
+        self.commit()?;
+        if self.is_something_there() || self.spin() {
+            return Ok(false);
+        }
+        self.sleeps += 1;
+        let reason = if self.blocked_on.is_some() { commit::ANNOUNCE_ROOM } else { commit::ANNOUNCE_INPUT };
+        self.page.announce(self.sleeps << commit::ANNOUNCE_COUNT_SHIFT | reason | commit::ANNOUNCE_ASLEEP);
+        if self.is_something_there() {
+            self.end_sleep();
+            return Ok(false);
+        }
+        self.page.add_statistic(commit::STATISTICS_SLEEPS, 1);
+        Ok(true)
+    }
+
+    /// Ends a sleep that was announced.
+    pub fn end_sleep(&mut self) {
+        self.page.announce(self.sleeps << commit::ANNOUNCE_COUNT_SHIFT);
+        self.bell.silence();
+    }
+
+    /// Readable when the stage should look again.
+    #[must_use]
+    pub fn bell_descriptor(&self) -> BorrowedFd<'_> {
+        self.bell.descriptor()
+    }
+
+    /// A handle with which another thread ends a wait.
+    ///
+    /// # Errors
+    /// What the kernel says to a second descriptor of the bell.
+    pub fn interrupter(&self) -> std::io::Result<Interrupter> {
+        Ok(Interrupter { bell: self.bell.duplicate()?, flag: Arc::clone(&self.interrupted) })
+    }
+
+    /// Spins within the budget, which grows while spinning finds something and shrinks to nothing while it does not:
+    /// blind spinning on a busy 2-core machine took p50 from 0.6 us to 104 us (DESIGN.md, 4.4).
+    fn spin(&mut self) -> bool {
+        if self.spin_ns == 0 {
+            // Now and then a short try, so that a machine that became quiet is noticed.
+            if !self.sleeps.is_multiple_of(64) || self.sleeps == 0 {
+                return false;
+            }
+            self.spin_ns = SPIN_NS_MAX / 16;
+        }
+        let begin = monotonic_ns();
+        let mut found = false;
+        while !found && monotonic_ns() - begin < self.spin_ns {
+            for _ in 0..8 {
+                std::hint::spin_loop();
+            }
+            found = self.is_something_there();
+        }
+        self.spin_ns = if found { (self.spin_ns * 2).min(SPIN_NS_MAX) } else { self.spin_ns / 2 };
+        if self.spin_ns < SPIN_NS_MAX / 64 {
+            self.spin_ns = 0;
+        }
+        found
+    }
+
+    fn is_something_there(&self) -> bool {
+        if self.session.epoch() != self.session_seen {
+            return true;
+        }
+        if let Some(output) = self.blocked_on.and_then(|ring| self.outputs.get(ring)) {
+            return output.neighbour.as_ref().is_some_and(|neighbour| {
+                let (acknowledged, free) = neighbour.page.acknowledgement(neighbour.index);
+                acknowledged != output.producer.acknowledged() || free != output.producer.free()
+            });
+        }
+        self.inputs.iter().any(|input| match (&input.consumer, &input.neighbour) {
+            (Some(consumer), Some(neighbour)) if !input.ended => {
+                consumer.depth() > 0 || neighbour.page.tail(neighbour.index).max(input.final_tail) > consumer.tail()
+            }
+            _ => false,
+        })
+    }
+
+    /// Ends the stage's outputs: everybody downstream reads an end of stream behind the last record. Call it when
+    /// [`Stage::is_ended`], or at the end of a source; `is_stop` says that the pipeline is being stopped.
+    ///
+    /// # Errors
+    /// [`StageError::Full`]: wait, and call it again.
+    pub fn finish(&mut self, is_stop: bool) -> Result<(), StageError> {
+        let argument = self.end_argument.max(u64::from(is_stop));
+        for index in 0..self.outputs.len() {
+            let Some(output) = self.outputs.get_mut(index) else { break };
+            if output.ended {
+                continue;
+            }
+            let fields = RecordFields { kind: RecordKind::EndOfStream, argument, ..RecordFields::default() };
+            match output.producer.emit(&fields, b"") {
+                Ok(()) => {
+                    output.ended = true;
+                    output.has_pending = true;
+                }
+                Err(_full) => {
+                    self.blocked_on = Some(index);
+                    self.done(0)?;
+                    self.refresh_output(index);
+                    return Err(StageError::Full);
+                }
+            }
+        }
+        self.blocked_on = None;
+        self.page.change(|slot| slot.state = if argument == 0 { StageState::Finished } else { StageState::Drained });
+        self.is_dirty = true;
+        self.done(0)
+    }
+
+    /// The value of a key in the stage's state, changes that are not committed included; copied to the end of `value_out`.
+    ///
+    /// # Errors
+    /// [`StageError::Misuse`] when the stage has no state.
+    pub fn state_get(&self, key: &[u8], value_out: &mut Vec<u8>) -> Result<bool, StageError> {
+        Ok(self.state.as_ref().ok_or(StageError::Misuse("this stage has no state"))?.get_into(key, value_out))
+    }
+
+    /// Sets the value of a key. It counts with the `done` of the record that is worked on.
+    ///
+    /// # Errors
+    /// [`StageError::State`] when the state is full; [`StageError::Misuse`] when the stage has none.
+    pub fn state_put(&mut self, key: &[u8], value: &[u8]) -> Result<(), StageError> {
+        Ok(self.state.as_mut().ok_or(StageError::Misuse("this stage has no state"))?.put(key, value)?)
+    }
+
+    /// Takes a key away. It counts with the `done` of the record that is worked on.
+    ///
+    /// # Errors
+    /// As [`Stage::state_put`].
+    pub fn state_delete(&mut self, key: &[u8]) -> Result<(), StageError> {
+        Ok(self.state.as_mut().ok_or(StageError::Misuse("this stage has no state"))?.delete(key)?)
+    }
+
+    /// The stage's state, if it has one.
+    #[must_use]
+    pub fn state(&self) -> Option<&KeyedState> {
+        self.state.as_ref()
+    }
+
+    /// Tells the agent something that a person should know. Never blocks.
+    ///
+    /// # Errors
+    /// A broken control socket.
+    pub fn note(&self, text: &str) -> Result<(), StageError> {
+        Ok(self.control.try_send(&Message::Event(Event::Note { text: text.to_owned() }), &[])?)
+    }
+
+    fn undone_place(&self, nth: usize) -> Option<usize> {
+        // Control entries are rare and mostly none: the n-th entry is the n-th record unless some stand before it.
+        if self.undone.len() == self.undone_user_records {
+            return (nth < self.undone.len()).then_some(nth);
+        }
+        self.undone.iter().enumerate().filter(|(_, entry)| !entry.is_control()).nth(nth).map(|(place, _)| place)
+    }
+
+    fn refresh_output(&mut self, index: usize) {
+        let Some(output) = self.outputs.get_mut(index) else { return };
+        let Some(neighbour) = &output.neighbour else { return };
+        let (acknowledged, free) = neighbour.page.acknowledgement(neighbour.index);
+        if let Err(violation) = output.producer.take_acknowledgement(acknowledged, free) {
+            // Reported at the next look at the session; until then the neighbour is not believed.
+            output.neighbour = None;
+            let event = Event::Violation { is_producer: false, index: u32::try_from(index).unwrap_or(0), text: violation.to_string() };
+            let _agent_gone = self.control.try_send(&Message::Event(event), &[]);
+        }
+    }
+
+    fn report(&mut self, is_producer: bool, index: usize, violation: &RingViolation) -> Result<(), StageError> {
+        if let Some(input) = self.inputs.get_mut(index) {
+            // Not believed any more; the agent brings its successor.
+            input.neighbour = None;
+        }
+        let event = Event::Violation { is_producer, index: u32::try_from(index).unwrap_or(0), text: violation.to_string() };
+        Ok(self.control.try_send(&Message::Event(event), &[])?)
+    }
+
+    /// Looks whether the agent decided something.
+    fn check_session(&mut self) -> Result<(), StageError> {
+        let epoch = self.session.epoch();
+        if epoch == self.session_seen {
+            return Ok(());
+        }
+        self.session_seen = epoch;
+        let attention = self.session.attention();
+        if attention & session::ATTENTION_REVOKED != 0 {
+            return Err(StageError::Revoked);
+        }
+        self.stop_requested = attention & session::ATTENTION_STOP != 0;
+        let messages = attention >> session::ATTENTION_COUNT_SHIFT;
+        while self.messages_seen < messages {
+            match self.control.try_receive()? {
+                Some((Message::Peer(peer), descriptors)) => self.attach(&peer, descriptors)?,
+                Some(_) => {}
+                None => break,
+            }
+            self.messages_seen += 1;
+        }
+        for (index, input) in self.inputs.iter_mut().enumerate() {
+            if let Some(neighbour) = &input.neighbour {
+                input.final_tail = self.session.final_tail(index, neighbour.generation).unwrap_or(0);
+            }
+        }
+        for index in 0..self.outputs.len() {
+            self.take_final_acknowledgement(index);
+        }
+        Ok(())
+    }
+
+    fn take_final_acknowledgement(&mut self, index: usize) {
+        let Some(output) = self.outputs.get_mut(index) else { return };
+        let Some(neighbour) = &output.neighbour else { return };
+        if let Some((acknowledged, free)) = self.session.final_acknowledgement(index, neighbour.generation) {
+            // The agent computed these from the dead neighbour's slot; what cannot be is left to its successor's page.
+            let _impossible = output.producer.take_acknowledgement(acknowledged, free);
+        }
+    }
+
+    fn attach(&mut self, peer: &Peer, descriptors: Descriptors) -> Result<(), StageError> {
+        if let Err(error) = self.try_attach(peer, descriptors) {
+            let text = format!("neighbour of {} {}: {error}", if peer.is_producer { "input" } else { "output" }, peer.index);
+            let event = Event::Violation { is_producer: peer.is_producer, index: peer.index, text };
+            self.control.try_send(&Message::Event(event), &[])?;
+        }
+        Ok(())
+    }
+
+    fn try_attach(&mut self, peer: &Peer, descriptors: Descriptors) -> Result<(), OpenError> {
+        let mut descriptors = descriptors.into_iter();
+        let mut next = || descriptors.next().ok_or(ControlError::Malformed("a neighbour comes with fewer descriptors than it needs"));
+        let page = Segment::adopt(next()?, Kind::Commit)?.map(Access::ReadOnly)?;
+        let bell = Bell::adopt(next()?);
+        let neighbour = Neighbour {
+            page: CommitPageReader::new(page, peer.shape),
+            index: peer.peer_index as usize,
+            generation: peer.generation,
+            bell,
+            rung_at: 0,
+        };
+        let in_range = peer.peer_index < if peer.is_producer { peer.shape.outputs } else { peer.shape.inputs };
+        if !in_range {
+            return Err(ControlError::Malformed("a neighbour's ring is beyond its page").into());
+        }
+        if !peer.is_producer {
+            let output = self.outputs.get_mut(peer.index as usize).ok_or(ControlError::Malformed("a neighbour of an output that is not there"))?;
+            output.neighbour = Some(neighbour);
+            self.refresh_output(peer.index as usize);
+            return Ok(());
+        }
+        let slot = self.page.slot().inputs.get(peer.index as usize).copied().unwrap_or_default();
+        let input = self.inputs.get_mut(peer.index as usize).ok_or(ControlError::Malformed("a neighbour of an input that is not there"))?;
+        let ring = Segment::adopt(next()?, Kind::Data)?.map_ring(input.capacity, input.large_capacity, Access::ReadOnly)?;
+        let ring = Arc::new(ring);
+        let tail = neighbour.page.tail(neighbour.index);
+        match (&mut input.consumer, &input.neighbour) {
+            (Some(consumer), before) => {
+                let old = consumer.replace_bytes(ring);
+                if let Some(before) = before {
+                    input.retired.push((before.generation, old));
+                }
+                consumer.take_tail(tail)?;
+            }
+            (none, _) => {
+                let at = ReadPosition { acknowledged: slot.acknowledged, batch: slot.batch };
+                *none = Some(Consumer::new(ring, at, tail)?);
+            }
+        }
+        let (undone, index) = (&self.undone, peer.index);
+        input.retired.retain(|(generation, _)| undone.iter().any(|entry| entry.input == index && entry.generation == *generation));
+        input.neighbour = Some(neighbour);
+        input.final_tail = 0;
+        Ok(())
+    }
+}
+
+impl Router {
+    /// Emits to a node and to everything that hangs on it. On an error the caller restores the savepoints.
+    fn emit(&mut self, outputs: &mut [Output], node: usize, fields: &RecordFields<'_>, payload: &[u8]) -> Result<(), (EmitError, usize)> {
+        let Some(route) = self.nodes.get(node) else { return Ok(()) };
+        self.counted.push(route.counter);
+        for edge in &route.edges {
+            let place = match (edge.rings.len(), fields.key) {
+                (1, _) => 0,
+                (_, Some(_)) => edge.owners.get(key_group(u64::from(fields.key_hash) << 32)).map_or(0, |owner| usize::from(*owner)),
+                (workers, None) => {
+                    self.spread = self.spread.wrapping_add(1);
+                    self.spread as usize % workers
+                }
+            };
+            let ring = edge.rings.get(place).map_or(0, |ring| *ring as usize);
+            let Some(output) = outputs.get_mut(ring) else { continue };
+            self.savepoints.push((ring, output.producer.savepoint()));
+            output.producer.emit(fields, payload).map_err(|error| (error, ring))?;
+            output.has_pending = true;
+        }
+        for keyed in 0..route.keyed.len() {
+            let Some((main, errors)) = self.nodes.get(node).and_then(|route| route.keyed.get(keyed)).map(|(_, main, errors)| (*main as usize, *errors as usize)) else {
+                break;
+            };
+            let Some(evaluator) = self.evaluators.get_mut(node).and_then(|evaluators| evaluators.get_mut(keyed)) else { break };
+            let mut key = Vec::new();
+            match evaluator.evaluate(payload, &mut key) {
+                Ok(()) => {
+                    let fields = RecordFields { key: Some(&key), key_hash: upper_half(hash_key(&key)), ..*fields };
+                    self.emit(outputs, main, &fields, payload)?;
+                }
+                Err(reason) => {
+                    let mut attributes = Vec::new();
+                    let step = self.nodes.get(main).map_or("", |node| node.name.as_str());
+                    encode_error(step, &reason, &mut attributes);
+                    let fields = RecordFields { attributes: &attributes, ..*fields };
+                    self.emit(outputs, errors, &fields, payload)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The attributes of a record on an error output.
+pub fn encode_error(step: &str, reason: &str, attributes: &mut Vec<u8>) {
+    attributes_encode([("step", step.as_bytes()), ("reason", reason.as_bytes())], attributes);
+}
+
+/// Where a record's payload begins in the mapping of its input.
+#[must_use]
+pub fn payload_offset(mapping: &RingMapping, view: &RecordView) -> usize {
+    if view.large { mapping.offset_of_large(view.payload_position) } else { mapping.offset_of(view.payload_position) }
+}
+
+fn upper_half(hash: u64) -> u32 {
+    u32::try_from(hash >> 32).unwrap_or(0)
+}
