@@ -77,8 +77,7 @@ impl Report {
         expected: &str,
         suggestion: Option<String>,
     ) {
-        // Beyond this, sorting by place could not change what is shown much, and memory stays bounded.
-        if self.errors.len() < ERRORS_MAX * 10 {
+        if !self.is_full() {
             self.errors.push(SpecError {
                 origin: self.origin.clone(),
                 path: path.to_owned(),
@@ -89,6 +88,11 @@ impl Report {
                 suggestion,
             });
         }
+    }
+
+    /// Whether more would be dropped: nobody reads them, and a hostile file must not cost time or memory.
+    pub(crate) fn is_full(&self) -> bool {
+        self.errors.len() >= ERRORS_MAX * 10
     }
 
     pub(crate) fn len(&self) -> usize {

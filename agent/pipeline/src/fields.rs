@@ -9,6 +9,8 @@ pub(crate) struct Fields<'a> {
     /// The map itself, for errors about what is missing.
     pub(crate) node: &'a Node,
     members: Vec<(&'a str, &'a Node, &'a Node)>,
+    /// What unknown fields were probably meant to be: these are misspelt and not missing.
+    misspelt: Vec<String>,
 }
 
 /// What to say about a name that is known, but not here: what was found, and what to do instead.
@@ -23,9 +25,13 @@ pub(crate) fn fields<'a>(
     misplaced: Misplaced<'_>,
     report: &mut Report,
 ) -> Option<Fields<'a>> {
-    let Some(members) = unique_members(node, path, what, report) else { return None };
+    let members = unique_members(node, path, what, report)?;
     let mut known = Vec::new();
+    let mut misspelt = Vec::new();
     for (name, key, value) in members {
+        if report.is_full() {
+            break;
+        }
         if names.contains(&name) {
             known.push((name, key, value));
         } else if let Some((found, expected)) = misplaced(name) {
@@ -33,10 +39,12 @@ pub(crate) fn fields<'a>(
         } else {
             let expected =
                 if names.is_empty() { "no fields".to_owned() } else { format!("one of {}", names.join(", ")) };
-            report.at(key.line, key.column, &join(path, name), "an unknown field", &expected, meant(name, names));
+            let meant = meant(name, names);
+            misspelt.extend(meant.clone());
+            report.at(key.line, key.column, &join(path, name), "an unknown field", &expected, meant);
         }
     }
-    Some(Fields { node, members: known })
+    Some(Fields { node, members: known, misspelt })
 }
 
 /// What other systems call our fields. Edit distance does not find these.
@@ -105,7 +113,7 @@ impl<'a> Fields<'a> {
     /// A field that has to be there.
     pub(crate) fn required(&self, name: &str, path: &str, what: &str, report: &mut Report) -> Option<&'a Node> {
         let value = self.value(name);
-        if value.is_none() {
+        if value.is_none() && !self.misspelt.iter().any(|misspelt| misspelt == name) {
             report.node(self.node, &join(path, name), "nothing", what);
         }
         value
@@ -181,11 +189,13 @@ pub(crate) fn whole(node: &Node, path: &str, range: std::ops::RangeInclusive<u64
     match &node.value {
         Value::Number(Number { value: NumberValue::Whole(value), .. }) if range.contains(value) => Some(*value),
         _ => {
-            let found = match &node.value {
-                Value::Text(text) if text.parse::<u64>().is_ok() => format!("{} as text", describe(node)),
-                _ => describe(node),
+            let hint = match &node.value {
+                Value::Text(text) if text.parse::<u64>().is_ok() => ", without quotes",
+                Value::Number(Number { value: NumberValue::Fraction(_), .. }) => ", in digits only",
+                _ => "",
             };
-            report.node(node, path, &found, &format!("a whole number from {} to {}", range.start(), range.end()));
+            let expected = format!("a whole number from {} to {}{hint}", range.start(), range.end());
+            report.node(node, path, &describe(node), &expected);
             None
         }
     }
@@ -263,7 +273,7 @@ pub(crate) fn list<'a>(
 ) -> Option<&'a [Node]> {
     match &node.value {
         Value::List(items) if items.len() > items_max => {
-            report.node(node, path, &format!("a list of {}", items.len()), &format!("at most {items_max}"));
+            report.node(node, path, &format!("a list of {}", items.len()), &format!("at most {items_max} items"));
             None
         }
         Value::List(items) => Some(items),

@@ -106,7 +106,8 @@ pub(crate) fn image(text: &str) -> Form {
     if !digest_is_good || !tag_is_good || text.len() > 512 {
         return form();
     }
-    let mut components: Vec<&str> = folder.trim_end_matches('/').split('/').filter(|_| slash > 0).collect();
+    let mut components: Vec<&str> =
+        folder.strip_suffix('/').unwrap_or_default().split('/').filter(|_| slash > 0).collect();
     components.push(last);
     let mut components = components.into_iter().peekable();
     if let Some(first) = components.next_if(|first| slash > 0 && (first.contains(['.', ':']) || *first == "localhost"))

@@ -55,6 +55,9 @@ fn inputs(step: &RawStep<'_>, raw: &[RawStep<'_>], names: &HashMap<String, usize
     let mut inputs = Vec::new();
     for (index, item) in from.items.iter().enumerate() {
         let Some((text, node)) = *item else { continue };
+        if report.is_full() {
+            break;
+        }
         let path = format!("{}[{index}]", join(&step.place, "from"));
         let resolved = resolve(text, raw, names);
         match resolved {
@@ -85,8 +88,17 @@ fn input_before(step: &RawStep<'_>, raw: &[RawStep<'_>], report: &mut Report) ->
     );
     let readable = raw.iter().take(step.index).rev().find(|step| step.class != Class::Sink).map(RawStep::name);
     let example = readable.map_or_else(String::new, |name| format!(", as from: [{name}]"));
+    let back = match before.kind_name {
+        "kafka" => "; to read the topic back, add a second kafka step with from: []",
+        _ => "",
+    };
     let source = if matches!(step.kind_name, "kafka" | "file") { "; or from: [] if it is a new source" } else { "" };
-    report.node(step.node, &step.place, &found, &format!("from with the name of a step to read{example}{source}"));
+    report.node(
+        step.node,
+        &step.place,
+        &found,
+        &format!("\"from\" with the name of a step to read{example}{source}{back}"),
+    );
     None
 }
 

@@ -188,15 +188,18 @@ impl fmt::Display for KeyProgram {
 
 /// The first place where loading failed, and why.
 fn loading_failed<'a>(errors: load::Errors<&'a str, ()>, text: &'a str) -> (&'a str, String) {
-    let rest = |part: &str| if part.is_empty() { "the end".to_owned() } else { quote(part) };
+    let reason = |expected: &str, found: &str| match (expected, found) {
+        ("nothing", _) => format!("{} does not belong there", quote(found)),
+        (_, "") => format!("{expected} is missing at the end"),
+        _ => format!("{expected} is missing before {}", quote(found)),
+    };
     match errors.into_iter().next().map(|(_, error)| error) {
         Some(load::Error::Lex(errors)) => {
-            errors.into_iter().next().map(|(expected, found)| (found, format!("{} was expected", expected.as_str())))
+            errors.into_iter().next().map(|(expected, found)| (found, reason(expected.as_str(), found)))
         }
-        Some(load::Error::Parse(errors)) => errors
-            .into_iter()
-            .next()
-            .map(|(expected, found)| (found, format!("{} was expected and not {}", expected.as_str(), rest(found)))),
+        Some(load::Error::Parse(errors)) => {
+            errors.into_iter().next().map(|(expected, found)| (found, reason(expected.as_str(), found)))
+        }
         Some(load::Error::Io(_)) => Some((text, "a module is asked for, and a key has none".to_owned())),
         None => None,
     }

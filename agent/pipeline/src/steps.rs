@@ -181,7 +181,7 @@ fn siblings_fit(fields: &Fields<'_>, kind: &str, place: &str, report: &mut Repor
 }
 
 fn step_name<'a>(node: &'a Node, path: &str, report: &mut Report) -> Option<(&'a str, &'a Node)> {
-    let name = text(node, path, "a name", TEXT_BYTES_MAX, report)?;
+    let name = text(node, path, "a name, as name: clean", TEXT_BYTES_MAX, report)?;
     form(forms::name(name), node, path, report);
     Some((name, node))
 }
@@ -353,12 +353,17 @@ impl<'a> Reader<'a, '_> {
     fn topic(&mut self, fields: &Fields<'a>) -> Option<String> {
         let path = join(&self.path, "topic");
         let node = fields.required("topic", &self.path, "a topic's name, as topic: NAME", self.report)?;
-        let topic = text(node, &path, "a topic's name", TEXT_BYTES_MAX, self.report)?;
+        let topic = text(node, &path, "a topic's name, as topic: NAME", TEXT_BYTES_MAX, self.report)?;
         form(forms::topic(topic), node, &path, self.report).then(|| topic.to_owned())
     }
 
     fn bootstrap_servers(&mut self, fields: &Fields<'a>) -> Option<Option<String>> {
-        self.optional_form(fields, "bootstrapServers", "HOST:PORT", forms::bootstrap_servers)
+        self.optional_form(
+            fields,
+            "bootstrapServers",
+            "HOST:PORT, as bootstrapServers: \"broker-1:9092,broker-2:9092\"",
+            forms::bootstrap_servers,
+        )
     }
 
     /// A text with a form, that may be left out. None: it is there, and wrong.

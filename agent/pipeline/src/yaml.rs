@@ -113,15 +113,22 @@ fn refuse(error: &Error, report: &mut Report) {
     let location = error.location().unwrap_or(serde_saphyr::Location::UNKNOWN);
     let number = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
     let (line, column) = (number(location.line()), number(location.column()));
+    let error = match error {
+        Error::AliasError { error, .. } => error.without_snippet(),
+        other => other,
+    };
+    let too_deep = || {
+        (
+            "lists and maps nested too deep".to_owned(),
+            format!("at most {FILE_DEPTH_MAX} levels; a pipeline needs about five"),
+        )
+    };
     let (found, expected) = match error {
         Error::MultipleDocuments { .. } => (
             "a second YAML document".to_owned(),
             "one pipeline in a file; put what follows \"---\" into a file of its own".to_owned(),
         ),
-        Error::Budget { breach: serde_saphyr::budget::BudgetBreach::Depth { .. }, .. } => (
-            "lists and maps nested too deep".to_owned(),
-            format!("at most {FILE_DEPTH_MAX} levels; a pipeline needs about five"),
-        ),
+        Error::Budget { breach: serde_saphyr::budget::BudgetBreach::Depth { .. }, .. } => too_deep(),
         Error::AliasReplayLimitExceeded { .. }
         | Error::AliasReplayStackDepthExceeded { .. }
         | Error::AliasExpansionLimitExceeded { .. }
@@ -148,8 +155,17 @@ fn refuse(error: &Error, report: &mut Report) {
             let message = other.to_string();
             let reason = message.lines().next().unwrap_or_default();
             let reason = reason.split(" at line ").next().unwrap_or(reason).trim_start_matches("error: ").trim();
+            // The scanner has a bound of its own, which it may meet before the budget's.
+            if reason.contains("recursion limit") {
+                let (found, expected) = too_deep();
+                report.at(line, column, "document", &found, &expected, None);
+                return;
+            }
             let place = if line > 0 { format!(" at line {line}, column {column}") } else { String::new() };
-            (format!("text that is not YAML{place}: {}", shorten(reason, 160)), "a YAML document".to_owned())
+            (
+                format!("text that is not YAML{place}: {}", shorten(reason, 160)),
+                "YAML: indents are spaces, and text with special characters goes in quotes".to_owned(),
+            )
         }
     };
     report.at(line, column, "document", &found, &expected, None);

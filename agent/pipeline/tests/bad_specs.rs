@@ -1,6 +1,7 @@
 //! Specs that must be refused, each with its exact message. The table is `specs/bad.txt`; what does not fit a text file is here.
 //!
 //! `ARGO_STREAMS_BLESS=1 cargo test` writes the messages of today into the table; read the difference as a newcomer would.
+#![expect(clippy::panic, reason = "a helper of tests fails the test")]
 
 use std::fmt::Write as _;
 
@@ -25,7 +26,7 @@ fn table() -> Vec<Case<'static>> {
         let messages = rest.lines().filter_map(|line| line.strip_prefix("> ")).collect();
         Case { id, spec: spec.replace("$head\n", HEAD), messages }
     };
-    TABLE.split("=== ").skip(1).map(case).collect()
+    TABLE.split("\n=== ").skip(1).map(case).collect()
 }
 
 fn messages(spec: &[u8]) -> Vec<String> {
@@ -45,7 +46,7 @@ fn within_bounds(id: &str, messages: &[String]) {
 #[test]
 fn bad_specs() {
     let mut wrong = String::new();
-    let mut blessed = TABLE.split("=== ").next().unwrap_or_default().to_owned();
+    let mut blessed = TABLE.split("\n=== ").next().unwrap_or_default().to_owned();
     for case in table() {
         let found =
             std::panic::catch_unwind(|| messages(case.spec.as_bytes())).unwrap_or_else(|_| vec!["ACCEPTED".to_owned()]);
@@ -54,7 +55,7 @@ fn bad_specs() {
             writeln!(wrong, "{}:\n  expected {:#?}\n  found {found:#?}", case.id, case.messages).unwrap();
         }
         let lines: String = found.iter().map(|message| format!("> {message}\n")).collect();
-        write!(blessed, "=== {}\n{}{lines}\n", case.id, case.spec.replace(HEAD, "$head\n")).unwrap();
+        write!(blessed, "\n=== {}\n{}{lines}", case.id, case.spec.replace(HEAD, "$head\n")).unwrap();
     }
     if std::env::var_os("ARGO_STREAMS_BLESS").is_some() {
         std::fs::write(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/specs/bad.txt"), blessed).unwrap();
@@ -110,6 +111,21 @@ fn bad_bytes() {
         ("too many steps", spec(&many_steps)),
         ("too many errors", spec(&many_errors)),
         ("too many values", format!("status: [{}]\n", "1,".repeat(200_000)).into_bytes()),
+        (
+            "many unknown fields",
+            spec(&format!("  - {{{}}}\n", (0..40_000).map(|n| format!("pardo{n}: 1, ")).collect::<String>())),
+        ),
+        (
+            "many dangling names",
+            spec(&format!(
+                "{source}{}",
+                format!(
+                    "  - discard: {{}}\n    from: [{}]\n",
+                    (0..64).map(|n| format!("generate-{n}x, ")).collect::<String>()
+                )
+                .repeat(255)
+            )),
+        ),
         ("long name", spec(&format!("  - generate: {{}}\n    name: {}\n", long(64)))),
         ("long unknown field", spec(&format!("  - {}: {{}}\n", long(900)))),
         ("long key", spec(&format!("{source}  - groupByKey: {{key: .{}}}\n", long(2_000)))),
