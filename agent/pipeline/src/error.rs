@@ -54,7 +54,7 @@ pub(crate) struct Report {
 
 impl Report {
     pub(crate) fn new(origin: &str) -> Self {
-        Self { origin: shorten(origin, ORIGIN_LENGTH_MAX), errors: Vec::new() }
+        Self { origin: shorten(&printable(origin), ORIGIN_LENGTH_MAX), errors: Vec::new() }
     }
 
     /// Something wrong with a value, at its place.
@@ -80,12 +80,12 @@ impl Report {
         if !self.is_full() {
             self.errors.push(SpecError {
                 origin: self.origin.clone(),
-                path: path.to_owned(),
+                path: printable(path),
                 line: (line > 0).then_some(line),
                 column: (line > 0 && column > 0).then_some(column),
-                found: found.to_owned(),
-                expected: expected.to_owned(),
-                suggestion,
+                found: printable(found),
+                expected: printable(expected),
+                suggestion: suggestion.as_deref().map(printable),
             });
         }
     }
@@ -131,8 +131,12 @@ fn bounded(mut errors: Vec<SpecError>) -> Vec<SpecError> {
 /// Text from a spec, in quotes, made fit to print: control characters escaped, long texts cut.
 pub(crate) fn quote(text: &str) -> String {
     const QUOTED_LENGTH_MAX: usize = 60;
-    let escaped: String = text.chars().take(QUOTED_LENGTH_MAX + 1).flat_map(escape).collect();
-    format!("\"{}\"", shorten(&escaped, QUOTED_LENGTH_MAX))
+    format!("\"{}\"", shorten(&printable(&shorten(text, QUOTED_LENGTH_MAX)), QUOTED_LENGTH_MAX))
+}
+
+/// Text whose control characters are escaped: a message must not steer a terminal, nor pretend to be two.
+fn printable(text: &str) -> String {
+    text.chars().flat_map(escape).collect()
 }
 
 fn escape(character: char) -> impl Iterator<Item = char> {

@@ -88,6 +88,7 @@ pub(crate) fn unique_members<'a>(
     let mut seen = std::collections::HashMap::new();
     for (key, value) in members {
         let Some(name) = key.as_text() else {
+            let path = if path.is_empty() { "document" } else { path };
             report.node(key, path, &format!("{} as a field's name", describe(key)), "text; put it in quotes");
             continue;
         };

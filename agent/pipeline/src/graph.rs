@@ -73,8 +73,8 @@ fn inputs(step: &RawStep<'_>, raw: &[RawStep<'_>], names: &HashMap<String, usize
 
 /// What a step without `from` reads.
 fn input_before(step: &RawStep<'_>, raw: &[RawStep<'_>], report: &mut Report) -> Option<Input> {
-    // Sources read nothing; a source kind in the wrong place was reported.
-    if step.class == Class::Source {
+    // Sources read nothing; a source kind in the wrong place was reported, and so was a `from` that can't be read.
+    if step.class == Class::Source || step.from_is_broken {
         return None;
     }
     let before = raw.get(step.index.checked_sub(1)?)?;

@@ -20,6 +20,8 @@ use crate::yaml::{Node, Value};
 
 /// The kinds of steps.
 pub(crate) const KINDS: [&str; 8] = ["kafka", "file", "generate", "stdin", "groupByKey", "parDo", "log", "discard"];
+/// The kinds that can be a source.
+const SOURCES: [&str; 4] = ["kafka", "file", "generate", "stdin"];
 /// What may stand beside every kind.
 const SIBLINGS: [&str; 2] = ["name", "from"];
 /// What may stand beside parDo, and what it is.
@@ -51,6 +53,8 @@ pub(crate) struct RawStep<'a> {
     pub(crate) kind: Option<StepKind>,
     pub(crate) name: Option<(&'a str, &'a Node)>,
     pub(crate) from: Option<From<'a>>,
+    /// There is a `from`, but what it says is not known; the errors say why.
+    pub(crate) from_is_broken: bool,
 }
 
 /// What a step's `from` says.
@@ -113,15 +117,17 @@ pub(crate) fn step<'a>(node: &'a Node, index: usize, report: &mut Report) -> Opt
     };
     let name = fields.value("name").and_then(|node| step_name(node, &join(&place, "name"), report));
     let from = fields.value("from").and_then(|node| step_from(node, &join(&place, "from"), report));
+    let from_is_broken = from.is_none() && fields.value("from").is_some();
     let at_source = match &from {
         Some(from) => from.items.is_empty(),
-        // A broken `from` was reported; what it was meant to say is not known, but it was not left out.
-        None => index == 0 && fields.value("from").is_none(),
+        // A broken `from` was reported; as a guess, what can be a source in first place is one.
+        None if from_is_broken => index == 0 && SOURCES.contains(&kind_name),
+        None => index == 0,
     };
     siblings_fit(&fields, kind_name, &place, report);
     let mut reader = Reader { fields: &fields, value, path: join(&place, kind_name), place: &place, report };
     let (class, kind) = reader.kind(kind_name, at_source, from.is_some());
-    Some(RawStep { index, place, node, kind_name, class, kind, name, from })
+    Some(RawStep { index, place, node, kind_name, class, kind, name, from, from_is_broken })
 }
 
 /// Names that are known, but are no kinds and no siblings.
