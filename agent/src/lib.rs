@@ -1,1 +1,5 @@
-//! The agent of Argo Streams: run, validate, shim
+//! The agent of Argo Streams: it checks and lays out a pipeline, starts its ParDos, brokers their rings, runs sources and
+//! sinks, supervises and measures. `argo-streams run` is the agent in the foreground of one machine.
+#![forbid(unsafe_code)]
+
+pub mod physical;

@@ -1,1 +1,14 @@
-//! The small program beside the command of a ParDo: rings on one side, standard input and output on the other
+//! The small program beside the command of a ParDo: rings on one side, standard input and output on the other.
+//!
+//! The agent starts one shim for each worker of a `parDo`; the shim starts and ends the program, and is its stage unless
+//! the program opens the C library itself. Reading order: `program` starts and ends a process group; `lines` cuts its
+//! output; `serve` is the loop that joins them to the stage and to the agent.
+#![deny(unsafe_code)]
+
+mod lines;
+mod program;
+mod serve;
+mod spawn;
+
+pub use lines::{LINE_BYTES_MAX, Line, LineSplitter};
+pub use serve::{Acknowledgement, Options, ShimError, run};

@@ -1,0 +1,122 @@
+//! Cuts a program's output into lines.
+
+/// The longest line: the largest payload of a record.
+pub const LINE_BYTES_MAX: usize = argo_streams_shm_protocol::limits::RECORD_PAYLOAD_BYTES_MAX;
+
+/// One line of output.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Line {
+    /// A whole line, without its newline.
+    Whole(Vec<u8>),
+    /// A line longer than [`LINE_BYTES_MAX`]; its bytes were dropped as they came.
+    TooLong {
+        /// Its length without its newline.
+        len_bytes: u64,
+    },
+}
+
+/// Collects bytes and gives lines. Only `\n` ends a line; a `\r` before it belongs to the line.
+#[derive(Debug, Default)]
+pub struct LineSplitter {
+    buffer: Vec<u8>,
+    begin: usize,
+    searched: usize,
+    dropped: u64,
+}
+
+impl LineSplitter {
+    /// The buffer to read into: bytes are added to its end.
+    pub fn take_buffer(&mut self) -> Vec<u8> {
+        if self.begin > 0 {
+            self.buffer.drain(..self.begin);
+            self.searched -= self.begin;
+            self.begin = 0;
+        }
+        std::mem::take(&mut self.buffer)
+    }
+
+    /// Gives the buffer back with what was read.
+    pub fn put_buffer(&mut self, buffer: Vec<u8>) {
+        self.buffer = buffer;
+    }
+
+    /// The next line, if there is a whole one.
+    pub fn next_line(&mut self) -> Option<Line> {
+        let rest = self.buffer.get(self.searched..).unwrap_or_default();
+        match rest.iter().position(|byte| *byte == b'\n') {
+            Some(at) => {
+                let end = self.searched + at;
+                let line = self.buffer.get(self.begin..end).unwrap_or_default();
+                let line = self.finish_line(line.to_vec());
+                self.begin = end + 1;
+                self.searched = self.begin;
+                Some(line)
+            }
+            None => {
+                self.searched = self.buffer.len();
+                if self.buffer.len() - self.begin > LINE_BYTES_MAX {
+                    self.dropped += (self.buffer.len() - self.begin) as u64;
+                    self.buffer.clear();
+                    self.begin = 0;
+                    self.searched = 0;
+                }
+                None
+            }
+        }
+    }
+
+    /// What is left behind the last newline, at the end of the output.
+    pub fn take_unterminated(&mut self) -> Option<Line> {
+        let rest = self.buffer.get(self.begin..).unwrap_or_default().to_vec();
+        let is_empty = rest.is_empty() && self.dropped == 0;
+        let line = self.finish_line(rest);
+        *self = Self::default();
+        (!is_empty).then_some(line)
+    }
+
+    fn finish_line(&mut self, line: Vec<u8>) -> Line {
+        let len_bytes = line.len() as u64 + std::mem::take(&mut self.dropped);
+        if len_bytes > LINE_BYTES_MAX as u64 { Line::TooLong { len_bytes } } else { Line::Whole(line) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn feed(splitter: &mut LineSplitter, bytes: &[u8]) -> Vec<Line> {
+        let mut buffer = splitter.take_buffer();
+        buffer.extend_from_slice(bytes);
+        splitter.put_buffer(buffer);
+        std::iter::from_fn(|| splitter.next_line()).collect()
+    }
+
+    fn whole(text: &str) -> Line {
+        Line::Whole(text.as_bytes().to_vec())
+    }
+
+    #[test]
+    fn lines_come_out_whole_however_they_are_cut() {
+        let text = b"one\r\n\ntwo\n\0three\xff\nlast";
+        for step in 1..=text.len() {
+            let mut splitter = LineSplitter::default();
+            let lines: Vec<Line> = text.chunks(step).flat_map(|chunk| feed(&mut splitter, chunk)).collect();
+            assert_eq!(lines, [whole("one\r"), whole(""), whole("two"), Line::Whole(b"\0three\xff".to_vec())], "chunks of {step}");
+            assert_eq!(splitter.take_unterminated(), Some(whole("last")));
+            assert_eq!(splitter.take_unterminated(), None);
+        }
+    }
+
+    #[test]
+    fn a_line_beyond_the_limit_is_counted_and_not_kept() {
+        let mut splitter = LineSplitter::default();
+        let chunk = vec![b'x'; 1 << 20];
+        for _ in 0..20 {
+            assert_eq!(feed(&mut splitter, &chunk), []);
+        }
+        assert!(splitter.buffer.len() <= LINE_BYTES_MAX);
+        assert_eq!(feed(&mut splitter, b"\nnext\n"), [Line::TooLong { len_bytes: 20 << 20 }, whole("next")]);
+        let longest = [vec![b'y'; LINE_BYTES_MAX], b"\n".to_vec()].concat();
+        assert_eq!(feed(&mut splitter, &longest), [Line::Whole(vec![b'y'; LINE_BYTES_MAX])]);
+    }
+}

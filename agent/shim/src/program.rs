@@ -1,0 +1,179 @@
+//! One process of the user's program: its process group, its standard input and its output.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use argo_streams_stage::{Backend, Stream, ready_descriptor};
+use rustix::fs::{Mode, OFlags};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process_group, pidfd_open, test_kill_process_group, waitpid};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use crate::spawn::spawn_with_death_signal;
+
+/// What carries a program's output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum OutputKind {
+    /// A raw pseudo-terminal: programs flush each line.
+    Terminal,
+    /// A pipe: programs flush when their buffer is full. Six times faster.
+    Pipe,
+    /// Our standard error: the program is a stage by itself, and its output is log.
+    Log,
+}
+
+/// A running program.
+#[derive(Debug)]
+pub(crate) struct Program {
+    pid: Pid,
+    ended: AsyncFd<OwnedFd>,
+    status: Option<ExitStatus>,
+    stdin: Option<Stream>,
+    stdout: Option<Stream>,
+    written_bytes: u64,
+}
+
+impl Program {
+    /// Starts the command in a process group of its own.
+    ///
+    /// # Errors
+    /// What the kernel says: no such file, not executable.
+    pub(crate) fn start(backend: Backend, command: &[String], environment: &[(String, String)], output: OutputKind) -> io::Result<Self> {
+        let (name, arguments) = command.split_first().ok_or(io::ErrorKind::InvalidInput)?;
+        let mut starting = Command::new(name);
+        starting.args(arguments).envs(environment.iter().map(|(name, value)| (name, value))).process_group(0);
+        let mut stdin = None;
+        let mut stdout = None;
+        if output == OutputKind::Log {
+            starting.stdin(Stdio::null()).stdout(io::stderr().as_fd().try_clone_to_owned()?);
+        } else {
+            let (reader, writer) = io::pipe()?;
+            rustix::io::ioctl_fionbio(&writer, true)?;
+            starting.stdin(reader);
+            stdin = Some(Stream::new(backend, writer.into(), Interest::WRITABLE)?);
+            let ours = if output == OutputKind::Terminal {
+                let (ours, theirs) = raw_terminal()?;
+                starting.stdout(theirs).env("TERM", "dumb").env("NO_COLOR", "1");
+                ours
+            } else {
+                let (reader, writer) = io::pipe()?;
+                starting.stdout(writer);
+                reader.into()
+            };
+            stdout = Some(Stream::new(backend, ours, Interest::READABLE)?);
+        }
+        let child = spawn_with_death_signal(&mut starting)?;
+        // Our copies of the program's ends close here, so that its own are the only ones.
+        drop(starting);
+        let pid = Pid::from_child(&child);
+        let ended = ready_descriptor(pidfd_open(pid, PidfdFlags::empty())?, Interest::READABLE)?;
+        Ok(Self { pid, ended, status: None, stdin, stdout, written_bytes: 0 })
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        u32::try_from(self.pid.as_raw_nonzero().get()).unwrap_or(0)
+    }
+
+    /// Ends when the process has ended. May be dropped at any time.
+    pub(crate) async fn ended(&self) {
+        // An error means that the runtime is being shut down.
+        let _guard = self.ended.readable().await;
+    }
+
+    /// The exit status, once it has ended.
+    pub(crate) fn try_status(&mut self) -> io::Result<Option<ExitStatus>> {
+        if self.status.is_none()
+            && let Some((_, status)) = waitpid(Some(self.pid), WaitOptions::NOHANG)?
+        {
+            self.status = Some(ExitStatus::from_raw(status.as_raw()));
+        }
+        Ok(self.status)
+    }
+
+    pub(crate) fn stdin(&self) -> Option<&Stream> {
+        self.stdin.as_ref()
+    }
+
+    pub(crate) fn stdout(&self) -> Option<&Stream> {
+        self.stdout.as_ref()
+    }
+
+    pub(crate) fn close_stdin(&mut self) {
+        self.stdin = None;
+    }
+
+    pub(crate) fn close_stdout(&mut self) {
+        self.stdout = None;
+    }
+
+    pub(crate) fn count_written(&mut self, bytes: usize) {
+        self.written_bytes += bytes as u64;
+    }
+
+    /// Bytes of standard input that the program has taken out of the pipe, by FIONREAD on our end.
+    pub(crate) fn taken_bytes(&self) -> u64 {
+        let in_pipe = self.stdin.as_ref().and_then(Stream::descriptor).and_then(|stdin| rustix::io::ioctl_fionread(stdin).ok()).unwrap_or(0);
+        self.written_bytes.saturating_sub(in_pipe)
+    }
+
+    /// Asks the process group to end.
+    pub(crate) fn terminate(&self) {
+        // Gone already is what was asked for.
+        let _gone = kill_process_group(self.pid, Signal::TERM);
+    }
+
+    /// Kills what is left of the process group and waits until nothing is. The kernel ends a killed process in bounded time
+    /// unless it hangs in a device; after `patience` we go on, and say so.
+    pub(crate) async fn end_group(&mut self, patience: Duration) -> bool {
+        let step = Duration::from_millis(1);
+        let steps = patience.as_millis() / step.as_millis();
+        for _ in 0..=steps {
+            let _gone = kill_process_group(self.pid, Signal::KILL);
+            self.reap();
+            if self.status.is_some() && test_kill_process_group(self.pid).is_err() {
+                return true;
+            }
+            tokio::time::sleep(step).await;
+        }
+        false
+    }
+
+    /// We are the subreaper: orphans of the group are ours to wait for.
+    fn reap(&mut self) {
+        while let Ok(Some((pid, status))) = waitpid(None, WaitOptions::NOHANG) {
+            if pid == self.pid {
+                self.status = Some(ExitStatus::from_raw(status.as_raw()));
+            }
+        }
+    }
+}
+
+/// A pseudo-terminal that changes no byte on its way: our end, the program's end.
+fn raw_terminal() -> io::Result<(OwnedFd, OwnedFd)> {
+    let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
+    grantpt(&ours)?;
+    unlockpt(&ours)?;
+    let name = ptsname(&ours, Vec::new())?;
+    let theirs = rustix::fs::open(name, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty())?;
+    let mut settings = tcgetattr(&theirs)?;
+    settings.make_raw();
+    tcsetattr(&theirs, OptionalActions::Now, &settings)?;
+    Ok((ours, theirs))
+}
+
+/// An exit status in words.
+pub(crate) fn describe(status: ExitStatus) -> (u32, String) {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => (u32::try_from(code).unwrap_or(1), format!("exited with code {code}")),
+        (None, Some(signal)) => {
+            let name = Signal::from_named_raw(signal).map_or_else(|| signal.to_string(), |signal| format!("{signal:?}"));
+            (128 + u32::try_from(signal).unwrap_or(0), format!("was killed by signal {name}"))
+        }
+        (None, None) => (1, "ended in an unknown way".to_owned()),
+    }
+}

@@ -1,0 +1,739 @@
+//! The loop that joins a program to its stage and to the agent.
+//!
+//! Records go to the program in blocks, one line each; lines come back. What a line means for acknowledgement is declared
+//! (DESIGN.md, 5): with `line` the oldest unanswered record is answered by the next line, so a killed program is started
+//! again and gets the unanswered records once more; with `read` a record is done when the program has taken its bytes.
+
+use std::collections::VecDeque;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use argo_streams_shm_protocol::stage::{
+    BelongsTo, Emit, KeyChoice, OUTPUT_ERRORS, OUTPUT_MAIN, OpenError, PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MIN, Received, Stage, StageError, encode_error,
+};
+use argo_streams_shm_protocol::{Control, ControlError, Event, Hello, Message, ProgramEvent, RecordKind, Role, monotonic_ns};
+use argo_streams_stage::{Backend, StageBell, block_on, choose_backend, path_keys, ready_descriptor};
+use tokio::io::Interest;
+
+use crate::lines::{Line, LineSplitter};
+use crate::program::{OutputKind, Program, describe};
+
+const LIBRARY: &str = concat!("argo-streams-shim ", env!("CARGO_PKG_VERSION"));
+/// How long the agent may take to answer; it does so at once unless the machine is very busy.
+const OPEN_TIMEOUT_NS: u64 = 30_000_000_000;
+/// Input is fed in blocks of this size: the size of a pipe.
+const BLOCK_BYTES: usize = 64 << 10;
+/// Records that are fed and unanswered, so that a program that never answers holds a bounded number.
+const UNANSWERED_MAX: usize = 16 << 10;
+/// Lines that are emitted in one turn before the loop looks at everything else again.
+const LINES_PER_TURN: usize = 256;
+/// How long a killed process group may take to disappear, and its terminal to end, before we go on without it.
+const GROUP_PATIENCE: Duration = Duration::from_secs(2);
+/// With `read`, how often we look how much the program has taken while something is not taken.
+const TAKEN_INTERVAL: Duration = Duration::from_millis(5);
+/// With `auto`, after how long an unanswered line is worth a hint.
+const HINT_AFTER_NS: u64 = 5_000_000_000;
+
+/// When a record counts as done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Acknowledgement {
+    /// Not declared: as `Line`, with a hint when the program does not behave so.
+    Auto,
+    /// Exactly one line out for each line in, in order.
+    Line,
+    /// When the program has read it.
+    Read,
+}
+
+/// What a shim is told when it starts.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The agent's socket for this worker.
+    pub socket: PathBuf,
+    /// When a record counts as done.
+    pub acknowledgement: Acknowledgement,
+    /// Whether the program's output is a pipe instead of a terminal.
+    pub is_block_buffered: bool,
+    /// How long a program may take to end after its input did, and after SIGTERM.
+    pub grace: Duration,
+    /// The program and its arguments.
+    pub command: Vec<String>,
+}
+
+/// Why a shim gave up.
+#[derive(Debug, thiserror::Error)]
+pub enum ShimError {
+    /// The agent is gone, or does not speak to us.
+    #[error("the agent's socket {}: {source}", socket.display())]
+    Control {
+        /// The socket.
+        socket: PathBuf,
+        /// What happened.
+        source: ControlError,
+    },
+    /// The stage could not be opened.
+    #[error("the stage could not be opened: {0}")]
+    Open(#[from] OpenError),
+    /// The stage failed.
+    #[error("the stage failed: {0}")]
+    Stage(#[from] StageError),
+    /// The kernel refused something that every shim needs.
+    #[error("{0}")]
+    System(#[from] std::io::Error),
+}
+
+/// Serves a worker until the agent ends it. Blocks.
+///
+/// # Errors
+/// [`ShimError`].
+pub fn run(options: Options) -> Result<(), ShimError> {
+    // Orphans of the program become ours, so that "the whole group is gone" can be seen.
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid())).map_err(std::io::Error::from)?;
+    let (backend, reason) = choose_backend();
+    tracing::debug!(backend = backend.name(), reason, "shim I/O");
+    block_on(backend, async move {
+        let mut shim = Shim::connect(options, backend)?;
+        shim.serve().await
+    })?
+}
+
+/// What was received for the program, in the order in which it was received.
+#[derive(Debug)]
+enum InFlight {
+    /// Its bytes end here in the program's input; `None` = not fed to this process yet.
+    Line { end: Option<u64> },
+    /// It cannot be a line; the reason for the error output.
+    Refused(&'static str),
+    /// Not a data record.
+    Control,
+}
+
+#[derive(Debug)]
+struct Shim {
+    options: Options,
+    backend: Backend,
+    control: Control,
+    stage: Option<(Stage, StageBell)>,
+    program: Option<Program>,
+    in_flight: VecDeque<InFlight>,
+    /// How many of `in_flight` were fed to this process.
+    fed: usize,
+    feed: Vec<u8>,
+    feed_begin: usize,
+    fed_bytes: u64,
+    splitter: LineSplitter,
+    /// A line that found no room in an output.
+    held: Option<Line>,
+    /// With `read`: records done since the program last wrote anything: what a death may lose.
+    taken_since_output: u64,
+    /// Records that this process answered or took.
+    progress: u64,
+    deaths_in_a_row: u32,
+    /// As many records go one by one, to find the one that kills the program.
+    one_by_one: usize,
+    hinted: bool,
+    surplus: u64,
+    oldest_since_ns: u64,
+    stopping: Option<Stopping>,
+    over: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Stopping {
+    deadline_ns: u64,
+    terminated: bool,
+}
+
+impl Shim {
+    fn connect(options: Options, backend: Backend) -> Result<Self, ShimError> {
+        let failed = |source| ShimError::Control { socket: options.socket.clone(), source };
+        let control = Control::connect(&options.socket).map_err(failed)?;
+        let hello = Hello {
+            version_min: PROTOCOL_VERSION_MIN,
+            version_max: PROTOCOL_VERSION_MAX,
+            role: Role::Supervisor,
+            features: 0,
+            pid: std::process::id(),
+            library: LIBRARY.to_owned(),
+        };
+        control.send(&Message::Hello(hello), &[]).map_err(failed)?;
+        Ok(Self {
+            options,
+            backend,
+            control,
+            stage: None,
+            program: None,
+            in_flight: VecDeque::new(),
+            fed: 0,
+            feed: Vec::with_capacity(BLOCK_BYTES),
+            feed_begin: 0,
+            fed_bytes: 0,
+            splitter: LineSplitter::default(),
+            held: None,
+            taken_since_output: 0,
+            progress: 0,
+            deaths_in_a_row: 0,
+            one_by_one: 0,
+            hinted: false,
+            surplus: 0,
+            oldest_since_ns: 0,
+            stopping: None,
+            over: false,
+        })
+    }
+
+    fn send(&self, event: Event) -> Result<(), ShimError> {
+        self.control.send(&Message::Event(event), &[]).map_err(|source| ShimError::Control { socket: self.options.socket.clone(), source })
+    }
+
+    async fn serve(&mut self) -> Result<(), ShimError> {
+        let control_ready = ready_descriptor(self.control.descriptor().try_clone_to_owned()?, Interest::READABLE)?;
+        loop {
+            while let Some((message, _descriptors)) = match self.control.try_receive() {
+                Ok(received) => received,
+                // The agent is gone: so is our reason to be. The program goes with us.
+                Err(ControlError::Closed) => {
+                    self.end_program(false).await?;
+                    return Ok(());
+                }
+                Err(source) => return Err(ShimError::Control { socket: self.options.socket.clone(), source }),
+            } {
+                self.hear(message).await?;
+            }
+            let moved = self.turn().await?;
+            if moved {
+                // Let the runtime's driver run, but do not sleep.
+                tokio::task::yield_now().await;
+                continue;
+            }
+            self.sleep(&control_ready).await?;
+        }
+    }
+
+    async fn hear(&mut self, message: Message) -> Result<(), ShimError> {
+        match message {
+            Message::Event(Event::Start { shim_is_stage }) => self.start(shim_is_stage)?,
+            Message::Event(Event::Yield) => {
+                let taken_bytes = self.program.as_ref().map_or(0, Program::taken_bytes);
+                let given_up = self.stage.is_some() && taken_bytes == 0 && self.progress == 0;
+                if given_up {
+                    // Uncommitted: the opener gets everything again.
+                    self.stage = None;
+                    self.forget_input();
+                    self.in_flight.clear();
+                }
+                self.send(Event::Yielded { given_up, taken_bytes })?;
+            }
+            Message::Event(Event::Stop { grace_ms }) => {
+                let grace = Duration::from_millis(grace_ms);
+                self.begin_stop(grace);
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn start(&mut self, shim_is_stage: bool) -> Result<(), ShimError> {
+        self.forget_input();
+        self.splitter = LineSplitter::default();
+        self.progress = 0;
+        self.taken_since_output = 0;
+        self.stopping = None;
+        self.over = false;
+        let output = match (shim_is_stage, self.options.is_block_buffered) {
+            (false, _) => OutputKind::Log,
+            (true, true) => OutputKind::Pipe,
+            (true, false) => OutputKind::Terminal,
+        };
+        let environment = [("AGS_SOCKET".to_owned(), self.options.socket.to_string_lossy().into_owned())];
+        match Program::start(self.backend, &self.options.command, &environment, output) {
+            Ok(program) => {
+                self.send(Event::Program(ProgramEvent::Started { pid: program.pid() }))?;
+                self.program = Some(program);
+            }
+            Err(error) => {
+                let name = self.options.command.first().map_or("", String::as_str);
+                self.send(Event::Program(ProgramEvent::NotStarted { text: format!("{name:?} cannot be started: {error}") }))?;
+                return Ok(());
+            }
+        }
+        if shim_is_stage && self.stage.is_none() {
+            let control = Control::connect(&self.options.socket).map_err(|source| ShimError::Control { socket: self.options.socket.clone(), source })?;
+            match Stage::open(control, Role::ShimStage, LIBRARY, path_keys, OPEN_TIMEOUT_NS) {
+                Ok(stage) => {
+                    let bell = StageBell::new(&stage)?;
+                    self.stage = Some((stage, bell));
+                }
+                // The program opened the library before we were there: it is the stage.
+                Err(OpenError::Refused { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// What was fed to a dead process was not: it is fed again to the next one.
+    fn forget_input(&mut self) {
+        for entry in &mut self.in_flight {
+            if let InFlight::Line { end } = entry {
+                *end = None;
+            }
+        }
+        self.fed = 0;
+        self.fed_bytes = 0;
+        self.feed.clear();
+        self.feed_begin = 0;
+    }
+
+    fn begin_stop(&mut self, grace: Duration) {
+        if self.program.is_none() || self.stopping.is_some() {
+            return;
+        }
+        if let Some(program) = &mut self.program {
+            program.close_stdin();
+        }
+        self.stopping = Some(Stopping { deadline_ns: monotonic_ns() + nanoseconds(grace), terminated: false });
+    }
+
+    /// One round of work; whether anything moved.
+    async fn turn(&mut self) -> Result<bool, ShimError> {
+        let mut moved = false;
+        if self.stage.is_some() {
+            moved |= self.receive()?;
+            moved |= self.feed().await?;
+            moved |= self.answer()?;
+            moved |= self.take_read()?;
+        }
+        moved |= self.read_output().await?;
+        if let Some(program) = &mut self.program
+            && program.try_status()?.is_some()
+        {
+            self.end_program(true).await?;
+            return Ok(true);
+        }
+        moved |= self.stop_step();
+        moved |= self.finish()?;
+        Ok(moved)
+    }
+
+    /// Takes records from the rings and puts lines into the feed.
+    fn receive(&mut self) -> Result<bool, ShimError> {
+        let Some((stage, _)) = &mut self.stage else { return Ok(false) };
+        let mut moved = false;
+        let has_room = self.feed.len() < BLOCK_BYTES && self.in_flight.len() < UNANSWERED_MAX;
+        if has_room && self.fed == self.in_flight.len() {
+            let mut received: Vec<Received> = Vec::new();
+            stage.recv(&mut received, 256)?;
+            if self.in_flight.is_empty() && !received.is_empty() {
+                self.oldest_since_ns = monotonic_ns();
+            }
+            for record in &received {
+                let kind = if record.view.kind == RecordKind::Data { InFlight::Line { end: None } } else { InFlight::Control };
+                self.in_flight.push_back(kind);
+            }
+            moved |= !received.is_empty();
+        } else if stage.is_stop_requested() {
+            // Nothing to do: stops reach a ParDo in its rings.
+        }
+        if self.program.as_ref().and_then(Program::stdin).is_none() {
+            return Ok(moved);
+        }
+        // A record that killed its process before goes alone, until as many have passed as were unanswered then.
+        let limit = if self.one_by_one > 0 { 1 } else { UNANSWERED_MAX };
+        while self.fed < self.in_flight.len() && self.fed < limit && self.feed.len() < BLOCK_BYTES {
+            let Some(record) = stage.undone_record(self.fed) else { break };
+            let begin = self.feed.len();
+            if let Some(entry @ InFlight::Line { .. }) = self.in_flight.get_mut(self.fed) {
+                stage.append_payload(&record, &mut self.feed);
+                if self.feed.get(begin..).unwrap_or_default().contains(&b'\n') {
+                    self.feed.truncate(begin);
+                    *entry = InFlight::Refused("the payload has a newline in it, which `framing: lines` cannot carry");
+                } else {
+                    self.feed.push(b'\n');
+                    self.fed_bytes += (self.feed.len() - begin) as u64;
+                    *entry = InFlight::Line { end: Some(self.fed_bytes) };
+                }
+            }
+            self.fed += 1;
+            moved = true;
+        }
+        Ok(moved)
+    }
+
+    /// Writes what the program's input takes.
+    async fn feed(&mut self) -> Result<bool, ShimError> {
+        let Some(program) = &mut self.program else { return Ok(false) };
+        if self.feed_begin == self.feed.len() {
+            return Ok(false);
+        }
+        let Some(stdin) = program.stdin() else { return Ok(false) };
+        let (result, buffer) = stdin.write(std::mem::take(&mut self.feed), self.feed_begin).await;
+        self.feed = buffer;
+        match result {
+            Ok(count) => {
+                program.count_written(count);
+                self.feed_begin += count;
+                if self.feed_begin == self.feed.len() {
+                    self.feed.clear();
+                    self.feed_begin = 0;
+                }
+                Ok(count > 0)
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Ok(false),
+            // It closed its input: what it has not answered is seen when it ends.
+            Err(_broken_pipe) => {
+                program.close_stdin();
+                self.feed.clear();
+                self.feed_begin = 0;
+                Ok(true)
+            }
+        }
+    }
+
+    /// Reads the program's output, if there is some and room for it.
+    async fn read_output(&mut self) -> Result<bool, ShimError> {
+        if self.held.is_some() {
+            return Ok(false);
+        }
+        let Some(program) = &mut self.program else { return Ok(false) };
+        let Some(stdout) = program.stdout() else { return Ok(false) };
+        let Some(descriptor) = stdout.descriptor() else { return Ok(false) };
+        if !argo_streams_shm_protocol::wait_readable(descriptor, 0) {
+            return Ok(false);
+        }
+        let mut buffer = self.splitter.take_buffer();
+        buffer.reserve(BLOCK_BYTES);
+        let (result, buffer) = stdout.read(buffer).await;
+        self.splitter.put_buffer(buffer);
+        match result {
+            Ok(0) => program.close_stdout(),
+            Ok(_) => self.taken_since_output = 0,
+            Err(error) if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::Interrupted) => {}
+            Err(_) => program.close_stdout(),
+        }
+        self.answer()?;
+        Ok(true)
+    }
+
+    /// Emits lines that the program wrote.
+    fn answer(&mut self) -> Result<bool, ShimError> {
+        let mut moved = false;
+        for _ in 0..LINES_PER_TURN {
+            if !self.settle_front()? {
+                break;
+            }
+            let Some(line) = self.held.take().or_else(|| self.splitter.next_line()) else { break };
+            if !self.emit_line(line)? {
+                break;
+            }
+            moved = true;
+        }
+        if moved && self.options.acknowledgement == Acknowledgement::Read
+            && let Some((stage, _)) = &mut self.stage
+        {
+            // Lines of a `read` program belong to no record.
+            stage.done(0)?;
+        }
+        Ok(moved)
+    }
+
+    /// Finishes records at the front that the program never sees. `false`: no room, try again later.
+    fn settle_front(&mut self) -> Result<bool, ShimError> {
+        let Some((stage, _)) = &mut self.stage else { return Ok(self.held.is_none() || self.stage.is_some()) };
+        loop {
+            match self.in_flight.front() {
+                Some(InFlight::Refused(reason)) if self.fed > 0 => match stage.reject(0, reason) {
+                    Ok(()) => {}
+                    Err(StageError::Full) => return Ok(false),
+                    Err(error) => return Err(error.into()),
+                },
+                Some(InFlight::Control) if self.fed > 0 => {}
+                _ => return Ok(true),
+            }
+            stage.done(1)?;
+            self.in_flight.pop_front();
+            self.fed -= 1;
+            self.progress += 1;
+        }
+    }
+
+    /// Emits one line; `false` when there was no room for it, and it is held.
+    fn emit_line(&mut self, line: Line) -> Result<bool, ShimError> {
+        let Some((stage, _)) = &mut self.stage else { return Ok(true) };
+        let is_read = self.options.acknowledgement == Acknowledgement::Read;
+        let answers = !is_read && self.fed > 0 && matches!(self.in_flight.front(), Some(InFlight::Line { end: Some(_) }));
+        let emitted = match (&line, answers) {
+            (Line::Whole(payload), true) => stage.emit(OUTPUT_MAIN, &Emit::default(), payload),
+            (Line::Whole(payload), false) if is_read => {
+                stage.emit(OUTPUT_MAIN, &Emit { belongs_to: BelongsTo::Nothing, key: KeyChoice::None, ..Emit::default() }, payload)
+            }
+            (Line::Whole(payload), false) => {
+                self.surplus += 1;
+                emit_surplus(stage, payload)
+            }
+            (Line::TooLong { len_bytes }, true) => stage.reject(0, &format!("its answer has {len_bytes} bytes, the longest line is {} bytes", crate::LINE_BYTES_MAX)),
+            (Line::TooLong { .. }, false) => Ok(()),
+        };
+        match emitted {
+            Ok(()) => {}
+            Err(StageError::Full) => {
+                if !answers && !is_read {
+                    self.surplus -= 1;
+                }
+                self.held = Some(line);
+                return Ok(false);
+            }
+            // The undone outputs of `read` fill a ring: publish them and go on.
+            Err(StageError::BatchFull) => {
+                stage.done(0)?;
+                self.held = Some(line);
+                return Ok(false);
+            }
+            Err(StageError::TooLarge(error)) if answers => {
+                let reason = format!("its answer cannot be carried: {error}");
+                stage.reject(0, &reason)?;
+            }
+            Err(error) => return Err(error.into()),
+        }
+        if answers {
+            stage.done(1)?;
+            self.in_flight.pop_front();
+            self.fed -= 1;
+            self.progress += 1;
+            self.deaths_in_a_row = 0;
+            self.one_by_one = self.one_by_one.saturating_sub(1);
+            self.oldest_since_ns = monotonic_ns();
+        } else if !is_read {
+            stage.done(0)?;
+            if self.surplus == 1 {
+                stage.note("it wrote a line that answers no record: with `ack: line` every line in has exactly one line out; such lines go to the error output. If it writes any number of lines, declare `ack: read`")?;
+            }
+        }
+        Ok(true)
+    }
+
+    /// With `read`: finishes the records that the program has taken.
+    fn take_read(&mut self) -> Result<bool, ShimError> {
+        if self.options.acknowledgement != Acknowledgement::Read {
+            return Ok(false);
+        }
+        let Some(program) = &self.program else { return Ok(false) };
+        let taken = program.taken_bytes();
+        let mut moved = false;
+        while self.fed > 0 {
+            if !self.settle_front()? {
+                return Ok(moved);
+            }
+            let Some((stage, _)) = &mut self.stage else { return Ok(moved) };
+            match self.in_flight.front() {
+                Some(InFlight::Line { end: Some(end) }) if *end <= taken => {}
+                _ => return Ok(moved),
+            }
+            stage.done(1)?;
+            self.in_flight.pop_front();
+            self.fed -= 1;
+            self.progress += 1;
+            self.deaths_in_a_row = 0;
+            self.one_by_one = self.one_by_one.saturating_sub(1);
+            self.taken_since_output += 1;
+            self.oldest_since_ns = monotonic_ns();
+            moved = true;
+        }
+        Ok(moved)
+    }
+
+    /// Ends the process group, takes what it wrote, and reports.
+    async fn end_program(&mut self, by_itself: bool) -> Result<(), ShimError> {
+        let Some(mut program) = self.program.take() else { return Ok(()) };
+        if !program.end_group(GROUP_PATIENCE).await {
+            tracing::warn!(pid = program.pid(), "its process group did not end after SIGKILL; going on without it");
+        }
+        let status = program.try_status()?;
+        // What the dead process wrote is still in the pipe or terminal. A helper that escaped the group may hold it open:
+        // then the end is the first time that nothing is there.
+        program.close_stdin();
+        self.program = Some(program);
+        while self.program.as_ref().is_some_and(|program| program.stdout().is_some()) {
+            if !self.drain_answers().await? {
+                break;
+            }
+            if !self.read_output().await? {
+                let Some(stdout) = self.program.as_ref().and_then(Program::stdout) else { break };
+                if tokio::time::timeout(Duration::from_millis(20), stdout.readable()).await.is_err() {
+                    break;
+                }
+            }
+        }
+        self.drain_answers().await?;
+        let succeeded = status.is_some_and(|status| status.success());
+        // An unterminated last line counts only when the program ended well; else it is torn.
+        if succeeded && by_itself
+            && let Some(line) = self.splitter.take_unterminated()
+        {
+            self.held = Some(line);
+            self.drain_answers().await?;
+        }
+        self.splitter = LineSplitter::default();
+        self.held = None;
+        self.program = None;
+        let (code, mut text) = status.map_or((1, "ended in an unknown way".to_owned()), describe);
+        let unanswered = self.in_flight.iter().take(self.fed).filter(|entry| matches!(entry, InFlight::Line { .. })).count();
+        let is_read = self.options.acknowledgement == Acknowledgement::Read;
+        let all_answered = self.in_flight.is_empty() && self.stage.as_ref().is_some_and(|(stage, _)| stage.is_input_over());
+        let mut uncertain_records = 0;
+        if !all_answered && self.stage.is_some() {
+            self.deaths_in_a_row += 1;
+            if self.deaths_in_a_row > 1 {
+                self.one_by_one = self.in_flight.len();
+            }
+            uncertain_records = match self.options.acknowledgement {
+                Acknowledgement::Line => 0,
+                Acknowledgement::Auto => unanswered as u64,
+                Acknowledgement::Read => self.taken_since_output,
+            };
+            if unanswered > 0 && !is_read {
+                text = format!("{text} with {unanswered} lines unanswered, which are sent again");
+                if succeeded {
+                    text.push_str("; a program that does not answer every line needs `ack: read`");
+                }
+            }
+        }
+        self.forget_input();
+        self.over = all_answered;
+        self.send(Event::Program(ProgramEvent::Ended { code, text, uncertain_records }))?;
+        Ok(())
+    }
+
+    /// Emits everything that was read, waiting for room where there is none. `false` when the stage is being stopped by force.
+    async fn drain_answers(&mut self) -> Result<bool, ShimError> {
+        loop {
+            self.answer()?;
+            let Some((stage, bell)) = &mut self.stage else { return Ok(true) };
+            if self.held.is_none() && !stage.is_blocked() {
+                return Ok(true);
+            }
+            if self.held.is_none() {
+                stage.set_wants_input(false);
+            }
+            bell.wait(stage).await?;
+            stage.set_wants_input(true);
+        }
+    }
+
+    /// The order of stopping: input closed, the grace time, SIGTERM, the grace time again, SIGKILL.
+    fn stop_step(&mut self) -> bool {
+        let Some(stopping) = &mut self.stopping else { return false };
+        let Some(program) = &self.program else { return false };
+        if monotonic_ns() < stopping.deadline_ns {
+            return false;
+        }
+        if stopping.terminated {
+            let _gone = rustix::process::kill_process_group(rustix::process::Pid::from_raw(i32::try_from(program.pid()).unwrap_or(0)).unwrap_or(rustix::process::Pid::INIT), rustix::process::Signal::KILL);
+        } else {
+            program.terminate();
+        }
+        *stopping = Stopping { deadline_ns: monotonic_ns() + nanoseconds(self.options.grace), terminated: true };
+        true
+    }
+
+    /// Ends the program's input when ours is over, and the stage when all is answered.
+    fn finish(&mut self) -> Result<bool, ShimError> {
+        let Some((stage, _)) = &mut self.stage else { return Ok(false) };
+        if !stage.is_input_over() {
+            return Ok(false);
+        }
+        if let Some(program) = &mut self.program {
+            if self.fed == self.in_flight.len() && self.feed_begin == self.feed.len() && program.stdin().is_some() {
+                program.close_stdin();
+                return Ok(true);
+            }
+            // All is answered and it was told that nothing comes: it has the grace time to end.
+            if self.in_flight.is_empty() && program.stdin().is_none() && self.options.acknowledgement != Acknowledgement::Read && self.stopping.is_none() {
+                let grace = self.options.grace;
+                self.begin_stop(grace);
+                return Ok(true);
+            }
+            return Ok(false);
+        }
+        if self.over && self.in_flight.is_empty() {
+            match stage.finish(false) {
+                Ok(()) => {
+                    self.over = false;
+                    // The agent sees it on the commit page; this makes it look.
+                    stage.note("")?;
+                }
+                Err(StageError::Full) => {}
+                Err(error) => return Err(error.into()),
+            }
+            return Ok(!stage.is_blocked());
+        }
+        Ok(false)
+    }
+
+    async fn sleep(&mut self, control_ready: &tokio::io::unix::AsyncFd<std::os::fd::OwnedFd>) -> Result<(), ShimError> {
+        self.hint()?;
+        let can_receive = self.feed.len() < BLOCK_BYTES && self.in_flight.len() < UNANSWERED_MAX && self.fed == self.in_flight.len();
+        if let Some((stage, _)) = &mut self.stage {
+            stage.set_wants_input(can_receive);
+            if !stage.prepare_sleep()? {
+                return Ok(());
+            }
+        }
+        let is_taking = self.options.acknowledgement == Acknowledgement::Read && self.fed > 0;
+        let now = monotonic_ns();
+        let timer = match (&self.stopping, is_taking) {
+            (_, true) => TAKEN_INTERVAL,
+            (Some(stopping), false) => Duration::from_nanos(stopping.deadline_ns.saturating_sub(now)),
+            (None, false) => Duration::from_secs(1),
+        };
+        {
+            let program = self.program.as_ref();
+            let stdin = program.and_then(Program::stdin).filter(|_| self.feed_begin < self.feed.len());
+            let stdout = program.and_then(Program::stdout).filter(|_| self.held.is_none());
+            tokio::select! {
+                () = async { match &self.stage { Some((_, bell)) => bell.rung().await, None => std::future::pending().await } } => {}
+                guard = control_ready.readable() => { if let Ok(mut guard) = guard { guard.clear_ready(); } }
+                () = async { match stdin { Some(stdin) => stdin.writable().await, None => std::future::pending().await } } => {}
+                () = async { match stdout { Some(stdout) => stdout.readable().await, None => std::future::pending().await } } => {}
+                () = async { match program { Some(program) => program.ended().await, None => std::future::pending().await } } => {}
+                () = tokio::time::sleep(timer) => {}
+            }
+        }
+        if let Some((stage, _)) = &mut self.stage {
+            stage.end_sleep();
+            stage.set_wants_input(true);
+        }
+        Ok(())
+    }
+
+    /// With `auto`: says once what to declare when lines stay unanswered.
+    fn hint(&mut self) -> Result<(), ShimError> {
+        if self.hinted || self.options.acknowledgement != Acknowledgement::Auto || self.fed == 0 || self.program.is_none() {
+            return Ok(());
+        }
+        let waited_ns = monotonic_ns().saturating_sub(self.oldest_since_ns);
+        if waited_ns < HINT_AFTER_NS || self.oldest_since_ns == 0 {
+            return Ok(());
+        }
+        let Some((stage, _)) = &self.stage else { return Ok(()) };
+        self.hinted = true;
+        let text = format!(
+            "{} lines unanswered for {} s. `ack` is not declared and taken for `line` (one line out for each line in). If the program answers otherwise, declare `ack: read`; if it is only slow, declare `ack: line`",
+            self.fed,
+            waited_ns / 1_000_000_000
+        );
+        Ok(stage.note(&text)?)
+    }
+}
+
+fn emit_surplus(stage: &mut Stage, payload: &[u8]) -> Result<(), StageError> {
+    let mut attributes = Vec::new();
+    let name = stage.grant().name.clone();
+    encode_error(&name, "a line that answers no record", &mut attributes);
+    stage.emit(OUTPUT_ERRORS, &Emit { belongs_to: BelongsTo::Nothing, key: KeyChoice::None, attributes: &attributes, ..Emit::default() }, payload)
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,23 @@
+//! Keys by plain paths: what a shim and a program through the C library can evaluate. Programs in jq are the agent's.
+
+use argo_streams_key::KeyPath;
+use argo_streams_shm_protocol::stage::KeyEvaluator;
+
+struct PathKey(KeyPath);
+
+impl KeyEvaluator for PathKey {
+    fn evaluate(&mut self, payload: &[u8], key_out: &mut Vec<u8>) -> Result<(), String> {
+        self.0.evaluate(payload, key_out).map_err(|error| error.to_string())
+    }
+}
+
+/// The key factory for stages outside of the agent.
+///
+/// # Errors
+/// When the expression is not a plain path.
+pub fn path_keys(expression: &str) -> Result<Box<dyn KeyEvaluator>, String> {
+    match KeyPath::parse(expression) {
+        Some(path) => Ok(Box::new(PathKey(path))),
+        None => Err("it is a jq program, which only the agent evaluates".to_owned()),
+    }
+}
