@@ -6,8 +6,9 @@
 #   kafka.sh stop   DIR [NODE]                 clean shutdown of all nodes or one
 #   kafka.sh kill   DIR [NODE]                 SIGKILL, for fault tests
 #   kafka.sh status DIR                        one line per node
-#   kafka.sh guard  DIR                        wait for the end of stdin, then kill
-#                                              all nodes and remove DIR
+#   kafka.sh guard  DIR [PORT] [--brokers N]   start, wait for the end of stdin, then
+#                                              kill all nodes and remove DIR
+#   kafka.sh fetch                             get the jars, if they are not there
 #
 # `start` prints the bootstrap servers on stdout and nothing else; everything
 # meant for people goes to stderr. The data stays in DIR: a later `start DIR`
@@ -35,7 +36,7 @@ java=${JAVA_HOME:+$JAVA_HOME/bin/}java
 
 say() { printf 'kafka: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
-usage() { sed -n '5,10s/^# //p' "$0" >&2; exit 2; }
+usage() { sed -n '5,11s/^# //p' "$0" >&2; exit 2; }
 
 # Kafka's own id format: 16 bytes, base64url, no padding. A leading '-' is
 # refused by its argument parser.
@@ -100,7 +101,7 @@ load() {
 
 # Writes the configuration and formats the storage of every node.
 make_cluster() {
-    local i node rf isr id quorum= voters=
+    local i node rf isr id quorum='' voters=''
     rf=$((brokers < 3 ? brokers : 3))
     isr=$((rf > 2 ? 2 : 1))
     for ((i = 1; i <= brokers; i++)); do
@@ -291,23 +292,31 @@ cmd_status() {
 
 cmd_guard() {
     trap '' HUP INT TERM
-    cat >/dev/null || true
-    # A node that is being started is not in its pid file yet; look until nothing
-    # new turns up. `cluster` is missing if the first start was cut short.
+    local status=0
+    (cmd_start "$1" "$2") || status=$?
+    ((status != 0)) || cat >/dev/null || true
+    # Somebody may be starting a killed node again at this moment: look until
+    # nothing new can turn up.
     local _
     for _ in 1 2 3; do
         [[ ! -f $dir/cluster ]] || (cmd_signal KILL '')
         sleep 0.1
     done
-    rm -rf "$dir"
+    ((status != 0)) || rm -rf "$dir"
+    return "$status"
 }
 
+if [[ ${1:-} == fetch && $# -eq 1 ]]; then
+    folder=$(jars)
+    say "jars: $folder"
+    exit
+fi
 [[ $# -ge 2 ]] || usage
 command=$1
 dir=$(realpath -m -- "$2")
 shift 2
 case $command in
-start)
+start | guard)
     want_port='' want_brokers=''
     while [[ $# -gt 0 ]]; do
         case $1 in
@@ -315,11 +324,10 @@ start)
         *) [[ $1 =~ ^[0-9]+$ && -z $want_port ]] || usage; want_port=$1; shift ;;
         esac
     done
-    cmd_start "$want_port" "$want_brokers"
+    "cmd_$command" "$want_port" "$want_brokers"
     ;;
 stop) cmd_signal TERM "${1:-}" ;;
 kill) cmd_signal KILL "${1:-}" ;;
 status) cmd_status ;;
-guard) cmd_guard ;;
 *) usage ;;
 esac

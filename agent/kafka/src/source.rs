@@ -204,7 +204,7 @@ impl Source {
         let thread = std::thread::Builder::new()
             .name("kafka-source".to_owned())
             .spawn(move || {
-                worker::run(consumer, options, &for_thread, &sender);
+                worker::run(consumer, options, &for_thread, &sender, &alive);
                 drop(alive);
             })
             .map_err(|error| KafkaError::Thread { name: "kafka-source", reason: error.to_string() })?;
@@ -222,11 +222,7 @@ impl Source {
     /// that is not above what is stored, or whose partition belongs to another member, is ignored. A request that fails is
     /// repeated. Without a group nothing happens.
     pub fn commit(&self, offsets: &[(i32, i64)]) {
-        let mut wanted = lock(&self.shared.wanted);
-        for &(partition, next) in offsets {
-            let entry = wanted.entry(partition).or_insert(next);
-            *entry = next.max(*entry);
-        }
+        worker::want(&mut lock(&self.shared.wanted), offsets.iter().copied());
     }
 
     /// What the broker is known to have stored for the group: partition, and the offset of its next record.

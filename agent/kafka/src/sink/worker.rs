@@ -70,7 +70,8 @@ impl Reports {
     }
 
     fn refused_by_broker(&self, code: RDKafkaErrorCode, sequence: u64, message: &BorrowedMessage<'_>) {
-        let record = given_back(sequence, message);
+        let timestamp_ms = lock(&self.window).timestamp_ms(sequence);
+        let record = given_back(sequence, timestamp_ms, message);
         let topic = self.topic.clone();
         let error = match code {
             RDKafkaErrorCode::MessageSizeTooLarge | RDKafkaErrorCode::MessageBatchTooLarge => self.too_large(&record),
@@ -136,7 +137,7 @@ fn failure(code: RDKafkaErrorCode, topic: &str, servers: &str) -> KafkaError {
 }
 
 /// The record as it was before it went into librdkafka.
-fn given_back(sequence: u64, message: &BorrowedMessage<'_>) -> SinkRecord {
+fn given_back(sequence: u64, timestamp_ms: Option<i64>, message: &BorrowedMessage<'_>) -> SinkRecord {
     let headers = message.headers().map_or_else(Vec::new, |headers| {
         let one = |index| {
             let header = catch_unwind(AssertUnwindSafe(|| headers.try_get(index))).ok().flatten()?;
@@ -148,7 +149,7 @@ fn given_back(sequence: u64, message: &BorrowedMessage<'_>) -> SinkRecord {
         sequence,
         key: message.key().map(<[u8]>::to_vec),
         payload: message.payload().unwrap_or_default().to_vec(),
-        timestamp_ms: message.timestamp().to_millis(),
+        timestamp_ms,
         headers,
     }
 }
@@ -353,6 +354,7 @@ fn send(client: &Client, shared: &Shared, record: SinkRecord, room: &Receiver<()
     use RDKafkaErrorCode as Code;
     let reports = client.context();
     let sequence = record.sequence;
+    lock(&reports.window).send(record.timestamp_ms);
     if record.headers.iter().any(|(name, _)| name.as_bytes().contains(&0)) {
         return reports.refuse(sequence, RefusedRecord::HeaderName, record);
     }

@@ -7,8 +7,8 @@ use crate::source::lock;
 use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext, RebalanceProtocol};
-use rdkafka::error::{KafkaError as ClientError, KafkaResult, RDKafkaErrorCode};
-use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+use rdkafka::error::{KafkaError as ClientError, RDKafkaErrorCode};
+use rdkafka::topic_partition_list::TopicPartitionList;
 use rdkafka::types::RDKafkaRespErr;
 use std::collections::VecDeque;
 use std::sync::Mutex;
@@ -21,8 +21,8 @@ pub(super) enum Step {
     Revoke(Vec<i32>),
 }
 
-/// How the broker answered a commit: for the whole request, or for each partition.
-pub(super) type CommitAnswer = Vec<(i32, i64, Option<RDKafkaErrorCode>)>;
+/// How the broker answered a commit: what was to be stored, and why it was not.
+pub(super) type CommitAnswer = (Vec<(i32, i64)>, Option<RDKafkaErrorCode>);
 
 /// The notes.
 #[derive(Debug, Default)]
@@ -44,6 +44,10 @@ impl Context {
 
     pub(super) fn next_commit_answer(&self) -> Option<CommitAnswer> {
         lock(&self.commits).pop_front()
+    }
+
+    pub(super) fn commit_answered(&self, answer: CommitAnswer) {
+        lock(&self.commits).push_back(answer);
     }
 
     /// From now on partitions are given back at once: the loop has ended, and closing waits for it.
@@ -82,21 +86,5 @@ impl ConsumerContext for Context {
         }
         let partitions: Vec<i32> = list.elements().iter().map(|element| element.partition()).collect();
         lock(&self.steps).push_back(if assign { Step::Assign(partitions) } else { Step::Revoke(partitions) });
-    }
-
-    fn commit_callback(&self, result: KafkaResult<()>, offsets: &TopicPartitionList) {
-        let whole = result.err().and_then(|error| error.rdkafka_error_code());
-        let answer = offsets
-            .elements()
-            .iter()
-            .filter_map(|element| match element.offset() {
-                Offset::Offset(next) => {
-                    let own = element.error().err().and_then(|error| error.rdkafka_error_code());
-                    Some((element.partition(), next, whole.or(own)))
-                }
-                _ => None,
-            })
-            .collect();
-        lock(&self.commits).push_back(answer);
     }
 }

@@ -12,13 +12,14 @@ use crate::limits::{
     TICK, UNKNOWN_TOPIC_PAUSE, UNKNOWN_TOPIC_TRIES,
 };
 use crate::trouble::Trouble;
-use crossbeam::channel::{Sender, TrySendError};
+use crossbeam::channel::{self, Receiver, Sender, TrySendError};
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, RebalanceProtocol};
 use rdkafka::error::{KafkaError as ClientError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::message::{BorrowedMessage, Headers, Message};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use std::collections::{BTreeMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// The group that stands in the configuration of a source without one. It is never joined and never stores anything;
@@ -55,20 +56,55 @@ pub(super) fn consumer(options: &SourceOptions) -> Result<BaseConsumer<Context>,
         .map_err(|error: ClientError| KafkaError::Client { reason: error.to_string() })
 }
 
-/// Runs until it is told to stop or cannot go on.
+/// Runs until it is told to stop or cannot go on. The source has ended when nobody holds `alive` any more.
 pub(super) fn run(
     consumer: BaseConsumer<Context>,
     options: SourceOptions,
     shared: &Shared,
     events: &Sender<SourceEvent>,
+    alive: &Sender<()>,
 ) {
-    let mut worker = Worker::new(&consumer, &options, shared, events);
+    let consumer = Arc::new(consumer);
+    let (commits, to_commit) = channel::bounded(1);
+    if options.group.is_some()
+        && let Err(error) = start_committer(&consumer, &options.topic, to_commit, alive.clone())
+    {
+        let (name, reason) = ("kafka-commit", error.to_string());
+        return Worker::new(&consumer, &options, shared, events, commits).fail(KafkaError::Thread { name, reason });
+    }
+    let mut worker = Worker::new(&consumer, &options, shared, events, commits);
     match worker.work() {
         Ended::Stopped => worker.last_commit(),
         Ended::Failed(error) => worker.fail(error),
     }
     consumer.context().close();
     drop(consumer);
+}
+
+/// Starts the thread that stores offsets. rdkafka 0.39 gives no answer to a commit that is not waited for (librdkafka wants
+/// an `offset_commit_cb`, and the event interface sets none), so somebody has to wait.
+fn start_committer(
+    consumer: &Arc<BaseConsumer<Context>>,
+    topic: &str,
+    commits: Receiver<Vec<(i32, i64)>>,
+    alive: Sender<()>,
+) -> std::io::Result<()> {
+    let (consumer, topic) = (Arc::clone(consumer), topic.to_owned());
+    std::thread::Builder::new().name("kafka-commit".to_owned()).spawn(move || {
+        for offsets in commits {
+            let mut list = TopicPartitionList::with_capacity(offsets.len());
+            let sent = offsets
+                .iter()
+                .try_for_each(|&(id, next)| list.add_partition_offset(&topic, id, Offset::Offset(next)))
+                .and_then(|()| consumer.commit(&list, CommitMode::Sync));
+            let refused = sent.err().map(|error| error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Fail));
+            consumer.context().commit_answered((offsets, refused));
+        }
+        // Whoever is last closes the client; only then has the source ended.
+        drop(consumer);
+        drop(alive);
+    })?;
+    Ok(())
 }
 
 /// Why the loop ends.
@@ -104,6 +140,7 @@ struct Worker<'a> {
     options: &'a SourceOptions,
     shared: &'a Shared,
     events: &'a Sender<SourceEvent>,
+    commits: Sender<Vec<(i32, i64)>>,
     /// What does not fit into the queue: a batch, and the few events of a rebalance.
     outbox: VecDeque<SourceEvent>,
     batch: Vec<SourceRecord>,
@@ -117,8 +154,8 @@ struct Worker<'a> {
     trouble: Trouble,
     next_probe: Instant,
     topic_lost: Option<Instant>,
-    /// The commit that is on its way, and when to try again after one that failed.
-    commit_sent: Option<Instant>,
+    /// A commit is on its way; and when to try again after one that failed.
+    commit_sent: bool,
     commit_not_before: Option<Instant>,
 }
 
@@ -128,12 +165,14 @@ impl<'a> Worker<'a> {
         options: &'a SourceOptions,
         shared: &'a Shared,
         events: &'a Sender<SourceEvent>,
+        commits: Sender<Vec<(i32, i64)>>,
     ) -> Self {
         Self {
             consumer,
             options,
             shared,
             events,
+            commits,
             outbox: VecDeque::new(),
             batch: Vec::new(),
             batch_bytes: 0,
@@ -145,7 +184,7 @@ impl<'a> Worker<'a> {
             trouble: Trouble::default(),
             next_probe: Instant::now(),
             topic_lost: None,
-            commit_sent: None,
+            commit_sent: false,
             commit_not_before: None,
         }
     }
@@ -513,14 +552,7 @@ impl<'a> Worker<'a> {
             _ => self.consumer.assign(&list),
         };
         taken.map_err(|error| fatal("taking partitions", &error))?;
-        self.paused = false;
-        let done = self.partitions.iter().filter(|(_, partition)| partition.done).map(|(id, _)| (*id, Offset::Invalid));
-        let done = self.list(done.collect::<Vec<_>>())?;
-        if done.count() > 0
-            && let Err(error) = self.consumer.pause(&done)
-        {
-            tracing::debug!(%error, "finished partitions could not be paused");
-        }
+        self.pause_done()?;
         self.put(SourceEvent::Assigned { partitions: starts });
         self.flush();
         Ok(())
@@ -648,22 +680,18 @@ impl<'a> Worker<'a> {
         if self.options.group.is_none() {
             return;
         }
-        while let Some(answer) = self.consumer.context().next_commit_answer() {
-            self.commit_sent = None;
-            for (id, next, refused) in answer {
-                if let Some(code) = refused {
-                    tracing::debug!(partition = id, next, %code, "a commit was refused, and is tried again");
-                    self.commit_not_before = Some(Instant::now() + COMMIT_PAUSE);
-                    let mut wanted = lock(&self.shared.wanted);
-                    let entry = wanted.entry(id).or_insert(next);
-                    *entry = next.max(*entry);
-                } else {
-                    lock(&self.shared.stored).insert(id, next);
-                    self.shared.signal.raise();
-                }
+        while let Some((offsets, refused)) = self.consumer.context().next_commit_answer() {
+            self.commit_sent = false;
+            if let Some(code) = refused {
+                tracing::debug!(?offsets, %code, "a commit was refused, and is tried again");
+                self.commit_not_before = Some(Instant::now() + COMMIT_PAUSE);
+                want(&mut lock(&self.shared.wanted), offsets);
+            } else {
+                lock(&self.shared.stored).extend(offsets);
+                self.shared.signal.raise();
             }
         }
-        if self.commit_sent.is_some() || self.commit_not_before.is_some_and(|time| Instant::now() < time) {
+        if self.commit_sent || self.commit_not_before.is_some_and(|time| Instant::now() < time) {
             return;
         }
         let wanted = std::mem::take(&mut *lock(&self.shared.wanted));
@@ -671,31 +699,15 @@ impl<'a> Worker<'a> {
             return;
         }
         // A late commit for a partition that has gone could move its new owner's offset back.
-        let due: Vec<(i32, Offset)> = {
+        let due: Vec<(i32, i64)> = {
             let stored = lock(&self.shared.stored);
             let is_new = |id: &i32, next: &i64| stored.get(id).is_none_or(|known| next > known);
-            let ours = wanted.iter().filter(|(id, next)| self.partitions.contains_key(id) && is_new(id, next));
-            ours.map(|(id, next)| (*id, Offset::Offset(*next))).collect()
+            wanted.into_iter().filter(|(id, next)| self.partitions.contains_key(id) && is_new(id, next)).collect()
         };
-        if due.is_empty() {
-            return;
-        }
-        let sent = self.list(due).map(|list| self.consumer.commit(&list, CommitMode::Async));
-        match sent {
-            Ok(Ok(())) => {
-                self.commit_sent = Some(Instant::now());
-                self.commit_not_before = None;
-            }
-            Ok(Err(error)) => {
-                tracing::debug!(%error, "a commit could not be sent, and is tried again");
-                self.commit_not_before = Some(Instant::now() + COMMIT_PAUSE);
-                let mut kept = lock(&self.shared.wanted);
-                for (id, next) in wanted {
-                    let entry = kept.entry(id).or_insert(next);
-                    *entry = next.max(*entry);
-                }
-            }
-            Err(_) => {}
+        if !due.is_empty() {
+            // There is room: the last one was answered, which the thread does after it took it.
+            self.commit_sent = self.commits.try_send(due).is_ok();
+            self.commit_not_before = None;
         }
     }
 
@@ -707,7 +719,7 @@ impl<'a> Worker<'a> {
         let deadline = Instant::now() + patience;
         loop {
             self.serve_commits();
-            let idle = self.commit_sent.is_none() && lock(&self.shared.wanted).is_empty();
+            let idle = !self.commit_sent && lock(&self.shared.wanted).is_empty();
             if idle || Instant::now() >= deadline || self.poll(Duration::from_millis(5)).is_err() {
                 return;
             }
@@ -812,18 +824,49 @@ impl<'a> Worker<'a> {
     /// Some partition stands where the broker has nothing: before its oldest record, or beyond its end.
     fn find_place_again(&mut self) -> Outcome<()> {
         let ids: Vec<i32> = self.partitions.iter().filter(|(_, one)| !one.done).map(|(id, _)| *id).collect();
+        let mut moved = Vec::new();
         for id in ids {
             let (low, high) = self.watermarks(id)?;
             let Some(expected) = self.partitions.get(&id).map(|partition| partition.next) else { continue };
             if (low..=high).contains(&expected) {
                 continue;
             }
-            let topic = self.options.topic.clone();
-            self.ask(|consumer, timeout| consumer.seek(&topic, id, Offset::Offset(low), timeout))?;
             if let Some(partition) = self.partitions.get_mut(&id) {
                 partition.next = low;
             }
             self.put(SourceEvent::Skipped { partition: id, expected, resumed_at: low });
+            moved.push(id);
+        }
+        self.take_again(&moved)
+    }
+
+    /// Reads partitions that are ours on from where they now stand. A partition that librdkafka has given up cannot be
+    /// sought in, so it is assigned anew.
+    fn take_again(&mut self, moved: &[i32]) -> Outcome<()> {
+        if moved.is_empty() {
+            return Ok(());
+        }
+        let at = |id: &i32| self.partitions.get(id).map(|partition| (*id, Offset::Offset(partition.next)));
+        let taken = match self.consumer.rebalance_protocol() {
+            RebalanceProtocol::Cooperative => {
+                let list = self.list(moved.iter().filter_map(at))?;
+                self.consumer.incremental_unassign(&list).and_then(|()| self.consumer.incremental_assign(&list))
+            }
+            _ => self.consumer.assign(&self.list(self.partitions.keys().filter_map(at))?),
+        };
+        taken.map_err(|error| fatal("taking partitions again", &error))?;
+        self.pause_done()
+    }
+
+    /// A new assignment forgets what was paused.
+    fn pause_done(&mut self) -> Outcome<()> {
+        self.paused = false;
+        let done = self.partitions.iter().filter(|(_, partition)| partition.done).map(|(id, _)| (*id, Offset::Invalid));
+        let done = self.list(done.collect::<Vec<_>>())?;
+        if done.count() > 0
+            && let Err(error) = self.consumer.pause(&done)
+        {
+            tracing::debug!(%error, "finished partitions could not be paused");
         }
         Ok(())
     }
@@ -851,6 +894,14 @@ impl<'a> Worker<'a> {
                 .map_err(|error| fatal("naming partitions", &error))?;
         }
         Ok(list)
+    }
+}
+
+/// Adds to what is to be stored; of two offsets the higher one.
+pub(super) fn want(wanted: &mut BTreeMap<i32, i64>, offsets: impl IntoIterator<Item = (i32, i64)>) {
+    for (partition, next) in offsets {
+        let entry = wanted.entry(partition).or_insert(next);
+        *entry = next.max(*entry);
     }
 }
 

@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Installs what this project needs on a Debian machine that has cargo.
+#
+#   setup.sh build    what `cargo build` and the demo need (the default)
+#   setup.sh test     that, and what the tests need: Java and Apache Kafka,
+#                     Python, Valgrind, Clang
+#
+# May be run any number of times. What is there already is skipped, and then
+# the network is not touched. Packages come by apt-get (through sudo unless run
+# as root), the toolchain by rustup as rust-toolchain.toml pins it, and Kafka's
+# jars by mvn as kafka-pom.xml pins them, each from wherever that client is
+# configured to look.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+die() { say "$*"; exit 1; }
+usage() { sed -n '4,6s/^# //p' "$0" >&2; exit 2; }
+
+as_root() {
+    if [[ $(id -u) == 0 ]]; then
+        "$@"
+    elif command -v sudo >/dev/null; then
+        sudo "$@"
+    else
+        die "neither root nor sudo; please run: $*"
+    fi
+}
+
+installed() { [[ $(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null) == installed ]]; }
+
+# Installs those of the packages that are missing.
+packages() {
+    local name missing=()
+    for name in "$@"; do
+        installed "$name" || missing+=("$name")
+    done
+    if [[ ${#missing[@]} -eq 0 ]]; then
+        say "packages: all there"
+        return
+    fi
+    command -v apt-get >/dev/null || die "no apt-get; please install by hand: ${missing[*]}"
+    say "packages: installing ${missing[*]}"
+    as_root apt-get -qq update
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends install "${missing[@]}"
+}
+
+# The first use of cargo in the checkout makes rustup fetch the pinned toolchain.
+toolchain() {
+    command -v cargo >/dev/null || die "no cargo: install rustup first"
+    (cd "$here/.." && cargo --version >&2)
+}
+
+java_is_new_enough() {
+    local version
+    version=$(java -version 2>&1 | sed -n 's/.* version "\([0-9]*\).*/\1/p' | head -n 1) || return 1
+    [[ -n $version && $version -ge 17 ]]
+}
+
+case ${1:-build} in
+build | test) ;;
+*) usage ;;
+esac
+
+# librdkafka is built from source: a C compiler, make, and the headers of zlib
+# and OpenSSL.
+packages build-essential pkg-config zlib1g-dev libssl-dev python3
+toolchain
+if [[ ${1:-build} == test ]]; then
+    packages valgrind clang
+    java_is_new_enough || packages default-jre-headless
+    java_is_new_enough || die "Kafka needs Java 17 or later, and this one is older"
+    command -v mvn >/dev/null || packages maven
+    "$here/kafka.sh" fetch
+fi
+say "done"
