@@ -76,6 +76,9 @@ struct Ahead {
     read: i64,
     /// The offset after the last one taken.
     end: i64,
+    /// It was full, and waits until half of it is read: the mock broker gives one batch to one fetch, so that records which
+    /// trickle in are read one batch of a few at a time.
+    waits_for_half: bool,
 }
 
 impl Ahead {
@@ -286,7 +289,9 @@ fn wait_for_room(
             return false;
         }
         let Some(ahead) = state.partitions.get_mut(index) else { return false };
-        if ahead.bytes == 0 || ahead.bytes.saturating_add(bytes) <= ahead_bytes {
+        let most = if ahead.waits_for_half { ahead_bytes / 2 } else { ahead_bytes };
+        ahead.waits_for_half = ahead.bytes > 0 && ahead.bytes.saturating_add(bytes) > most;
+        if !ahead.waits_for_half {
             ahead.bytes = ahead.bytes.saturating_add(bytes);
             return true;
         }

@@ -308,7 +308,7 @@ impl<'a> Worker<'a> {
             self.serve_commits();
             self.serve_rebalance()?;
             self.probe()?;
-            self.look_for_end();
+            self.look_for_end()?;
             if self.flush() {
                 full_since = None;
                 self.resume();
@@ -389,7 +389,7 @@ impl<'a> Worker<'a> {
     }
 
     fn reached_end_of(&mut self, id: i32) {
-        // The end of what is there now is at or beyond the end that was there at the start: markers and aborted records
+        // librdkafka says this at the end of what is there now, which is at or beyond the end that was noted before: markers and aborted records
         // may fill the rest, and no record will say so.
         if self.partitions.get(&id).is_some_and(|partition| partition.end.is_some()) {
             self.mark_done(id);
@@ -409,23 +409,23 @@ impl<'a> Worker<'a> {
         }
     }
 
-    fn look_for_end(&mut self) {
+    fn look_for_end(&mut self) -> Outcome<()> {
         if let Some(ends) = lock(&self.shared.end_at).take() {
             let ends: BTreeMap<i32, i64> = ends.into_iter().collect();
             for (id, partition) in &mut self.partitions {
-                partition.end = Some(ends.get(id).copied().unwrap_or(partition.next));
+                let end = ends.get(id).copied().unwrap_or(partition.next);
+                partition.end = Some(end);
+                partition.done = partition.next >= end;
             }
             self.ends = Some(ends);
-            let reached: Vec<i32> = self
-                .partitions
-                .iter()
-                .filter(|(_, partition)| partition.end.is_some_and(|end| partition.next >= end))
-                .map(|(id, _)| *id)
-                .collect();
-            reached.into_iter().for_each(|id| self.mark_done(id));
+            // librdkafka may hold word of an end that was one before the last records came, and would end here too early.
+            // A new assignment makes it forget what it holds.
+            let open: Vec<i32> = self.partitions.iter().filter(|(_, one)| !one.done).map(|(id, _)| *id).collect();
+            self.take_again(&open)?;
+            self.pause_done()?;
         }
         if self.ends.is_none() || self.ended {
-            return;
+            return Ok(());
         }
         let all_done = if self.partitions.is_empty() {
             self.empty_since.is_some_and(|since| since.elapsed() > EMPTY_SHARE_PATIENCE)
@@ -436,6 +436,7 @@ impl<'a> Worker<'a> {
             self.ended = true;
             self.put(SourceEvent::EndOfInput);
         }
+        Ok(())
     }
 
     // ---- The queue ----
