@@ -124,7 +124,9 @@ fn a_group_works_there() {
         sink.try_send(SinkRecord { sequence, payload: b"x".to_vec(), ..SinkRecord::default() }).unwrap();
     }
     assert_eq!(sink.finish(PATIENCE).outcome, Ok(100));
-    let options = SourceOptions { group: Some("g".to_owned()), ..SourceOptions::new(connection, "group") };
+    let mut options = SourceOptions { group: Some("g".to_owned()), ..SourceOptions::new(connection, "group") };
+    // The mock lets a group that was left wait for so long before somebody can join it again.
+    options.connection.properties.push(("session.timeout.ms".to_owned(), "6000".to_owned()));
     let source = Source::start(options.clone(), Box::new(|| {})).unwrap();
     let mut seen = 0;
     until("the records", || {

@@ -75,7 +75,10 @@ fn free_port() -> u16 {
 impl Broker {
     fn start() -> Self {
         const HINT: &str = "these tests need Apache Kafka: run `scripts/setup.sh test` first";
-        let java = Command::new("java").arg("-version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+        // As in the script: the Java of JAVA_HOME, else the one on PATH.
+        let java =
+            std::env::var_os("JAVA_HOME").map_or_else(|| "java".into(), |home| Path::new(&home).join("bin/java"));
+        let java = Command::new(java).arg("-version").stdout(Stdio::null()).stderr(Stdio::null()).status();
         assert!(java.is_ok_and(|status| status.success()), "no Java; {HINT}");
         let dir = tempfile::Builder::new().prefix("argo-kafka-").tempdir().unwrap().keep();
         let mut guard = Command::new(script())
