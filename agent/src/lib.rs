@@ -1,5 +1,27 @@
 //! The agent of Argo Streams: it checks and lays out a pipeline, starts its ParDos, brokers their rings, runs sources and
 //! sinks, supervises and measures. `argo-streams run` is the agent in the foreground of one machine.
+//!
+//! Reading order: `physical` lays a plan out; `broker` hands out, joins and recovers; `run` owns processes, threads and
+//! time; `internal` is what sources, sinks and the router share; `status` shows numbers.
 #![forbid(unsafe_code)]
 
+pub mod cli;
+
 pub mod physical;
+
+pub mod broker;
+
+pub mod run;
+
+pub mod identity;
+pub mod kafka_setup;
+pub mod offsets;
+pub mod screen;
+pub mod status;
+
+pub mod internal;
+pub mod router;
+pub mod sinks;
+pub mod sources;
+
+pub mod generator;

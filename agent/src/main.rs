@@ -1,2 +1,106 @@
-//! The binary `argo-streams`.
-fn main() {}
+//! The binary `argo-streams`: parse, do one thing, exit with a code that says how it went.
+#![forbid(unsafe_code)]
+
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use argo_streams_agent::cli::{Cli, Command};
+use argo_streams_agent::run::{Options, RunError, run, write_summary};
+use argo_streams_agent::screen::{Screen, ScreenWriter};
+use argo_streams_pipeline::{Plan, limits::FILE_BYTES_MAX};
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+const FAILED: u8 = 1;
+const BAD_USAGE: u8 = 2;
+const RESTART_LIMIT: u8 = 3;
+const ALREADY_RUNNING: u8 = 4;
+const FORCED: u8 = 5;
+
+fn main() -> ExitCode {
+    match Cli::parse().command {
+        Command::Run(arguments) => run_command(arguments.into_options()),
+        Command::Validate { files } => {
+            let mut code = ExitCode::SUCCESS;
+            for file in files {
+                match load(&file) {
+                    Ok(plan) => say(&format!("{}: pipeline {:?} with {} steps is good", file.display(), plan.name(), plan.steps().len())),
+                    Err(text) => {
+                        say(&text);
+                        code = ExitCode::from(BAD_USAGE);
+                    }
+                }
+            }
+            code
+        }
+        Command::Shim(arguments) => {
+            tracing_subscriber::fmt().with_env_filter(filter()).with_writer(std::io::stderr).with_target(false).with_ansi(false).init();
+            match argo_streams_shim::run(arguments.into_options()) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    say(&format!("shim: {error}"));
+                    ExitCode::from(FAILED)
+                }
+            }
+        }
+    }
+}
+
+fn run_command(options: Options) -> ExitCode {
+    let plan = match load(&options.file) {
+        Ok(plan) => plan,
+        Err(text) => {
+            say(&text);
+            return ExitCode::from(BAD_USAGE);
+        }
+    };
+    let is_json = options.is_json;
+    let screen = Arc::new(Screen::new(options.live, is_json));
+    tracing_subscriber::fmt().with_env_filter(filter()).with_writer(ScreenWriter(Arc::clone(&screen))).with_target(false).with_ansi(screen.is_live()).init();
+    let (result, summary) = run(plan, options, screen);
+    if let (true, Some(summary)) = (is_json, &summary)
+        && let Err(error) = write_summary(summary)
+    {
+        say(&format!("the summary cannot be written: {error}"));
+        return ExitCode::from(FAILED);
+    }
+    match result {
+        Ok(_ended_or_drained) => ExitCode::SUCCESS,
+        Err(error) => {
+            say(&format!("argo-streams: {error}"));
+            ExitCode::from(match error {
+                RunError::RestartLimit { .. } => RESTART_LIMIT,
+                RunError::Identity(_) => ALREADY_RUNNING,
+                RunError::Forced { .. } => FORCED,
+                RunError::Missing(_) | RunError::Physical(_) | RunError::Kafka(_) => BAD_USAGE,
+                RunError::Failed { .. } | RunError::System { .. } => FAILED,
+            })
+        }
+    }
+}
+
+/// Reads and checks a pipeline file; the error is the whole report.
+fn load(file: &Path) -> Result<Plan, String> {
+    let mut text = Vec::new();
+    // One byte more than allowed is enough to refuse it.
+    let limit = FILE_BYTES_MAX as u64 + 1;
+    let read = if file == Path::new("-") {
+        std::io::stdin().take(limit).read_to_end(&mut text)
+    } else {
+        std::fs::File::open(file).and_then(|opened| opened.take(limit).read_to_end(&mut text))
+    };
+    let name = file.display().to_string();
+    read.map_err(|error| format!("{name}: cannot be read: {error}"))?;
+    argo_streams_pipeline::parse(&text, &name).map_err(|errors| errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))
+}
+
+fn filter() -> EnvFilter {
+    EnvFilter::try_from_env("AGS_LOG").unwrap_or_else(|_unset| EnvFilter::new("info"))
+}
+
+fn say(text: &str) {
+    // Nobody can be told that standard error is broken.
+    let _unheard = writeln!(std::io::stderr(), "{text}");
+}

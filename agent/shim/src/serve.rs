@@ -5,7 +5,7 @@
 //! again and gets the unanswered records once more; with `read` a record is done when the program has taken its bytes.
 
 use std::collections::VecDeque;
-use std::os::fd::AsFd;
+use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -460,7 +460,14 @@ impl Shim {
 
     /// Emits one line; `false` when there was no room for it, and it is held.
     fn emit_line(&mut self, line: Line) -> Result<bool, ShimError> {
-        let Some((stage, _)) = &mut self.stage else { return Ok(true) };
+        let Some((stage, _)) = &mut self.stage else {
+            // The program is a stage by itself: what it writes is log. Nobody can do anything about a broken standard error.
+            if let Line::Whole(mut text) = line {
+                text.push(b'\n');
+                let _unheard = std::io::stderr().write_all(&text);
+            }
+            return Ok(true);
+        };
         let is_read = self.options.acknowledgement == Acknowledgement::Read;
         let answers = !is_read && self.fed > 0 && matches!(self.in_flight.front(), Some(InFlight::Line { end: Some(_) }));
         let emitted = match (&line, answers) {

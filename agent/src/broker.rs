@@ -1,0 +1,769 @@
+//! The broker: makes every incarnation of every stage, hands it out, joins neighbours, and recovers what dies.
+//!
+//! It is one thread without waiting: [`Broker::handle`] is fed readiness and time by `run`. It never touches the data path;
+//! it reads the commit pages and writes the session pages.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use argo_streams_shm_protocol::layout::session;
+use argo_streams_shm_protocol::stage::PROTOCOL_VERSION_MAX;
+use argo_streams_shm_protocol::{
+    Control, ControlError, Event, Hello, Histogram, HistogramView, Incarnation, IncarnationError, Message, ProgramEvent, ReaderPosition, RefusalCode, Role, Slot,
+    StageState,
+};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+
+use crate::physical::Physical;
+
+/// The first restart comes after this; each further one after twice the time.
+pub const BACKOFF_FIRST: Duration = Duration::from_millis(10);
+/// The longest time before a restart.
+pub const BACKOFF_LAST: Duration = Duration::from_secs(1);
+/// Restarts in a row without any progress before the run gives up.
+pub const RESTARTS_WITHOUT_PROGRESS_MAX: u32 = 10;
+
+/// How a worker's stage comes to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// A thread of the agent.
+    Internal,
+    /// The shim, unless the program opens the library first.
+    Auto,
+    /// The shim.
+    Stdio,
+    /// The program.
+    Shm,
+}
+
+/// What the broker asks of `run`, which owns processes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Start the shim of this stage.
+    StartShim {
+        /// The stage.
+        stage: usize,
+    },
+    /// Kill the process group of this stage's program: its shim is gone.
+    KillProgram {
+        /// Its process group.
+        pid: u32,
+    },
+    /// Log a line about a stage.
+    Say {
+        /// The stage.
+        stage: usize,
+        /// How bad.
+        level: Level,
+        /// The text.
+        text: String,
+    },
+    /// The run cannot go on.
+    GiveUp {
+        /// The stage.
+        stage: usize,
+        /// Why.
+        text: String,
+        /// Whether it is the restart limit.
+        is_restart_limit: bool,
+    },
+}
+
+/// How bad it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Level {
+    /// Life cycle.
+    Info,
+    /// Degraded, or recovered.
+    Warn,
+}
+
+#[derive(Debug)]
+struct Client {
+    control: Control,
+    role: Option<Role>,
+}
+
+/// What a worker is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Its incarnation is made; nobody has it yet.
+    Waiting,
+    /// Granted; not mapped yet.
+    Granted,
+    /// Mapped and sealed.
+    Live,
+    /// All its work is done.
+    Finished,
+}
+
+#[derive(Debug)]
+struct Worker {
+    transport: Transport,
+    socket: Option<PathBuf>,
+    phase: Phase,
+    incarnation: Incarnation,
+    /// Sealed: its descriptors may be shown to neighbours.
+    is_sealed: bool,
+    stage_client: Option<usize>,
+    stage_role: Option<Role>,
+    supervisor: Option<usize>,
+    /// An opener that waits for the shim to give the stage up.
+    opener: Option<usize>,
+    program: Option<u32>,
+    has_opened_itself: bool,
+    restarts: u64,
+    restarts_in_a_row: u32,
+    progress_at_start: u64,
+    start_at_ns: Option<u64>,
+    shim_must_start: bool,
+    uncertain_records: u64,
+    latencies: Vec<Histogram>,
+}
+
+/// The broker of one pipeline.
+#[derive(Debug)]
+pub struct Broker {
+    physical: Physical,
+    workers: Vec<Worker>,
+    clients: HashMap<usize, (usize, Client)>,
+    next_client: usize,
+    actions: Vec<Action>,
+    is_stopping: bool,
+}
+
+impl Broker {
+    /// Makes the first incarnation of every stage. `sockets` are the paths of the ParDos' sockets.
+    ///
+    /// # Errors
+    /// When the kernel refuses segments.
+    pub fn new(physical: Physical, transports: &[Transport], sockets: &[Option<PathBuf>]) -> Result<Self, IncarnationError> {
+        let mut workers = Vec::with_capacity(physical.stages.len());
+        for (index, stage) in physical.stages.iter().enumerate() {
+            let readers = vec![ReaderPosition::default(); stage.spec.outputs.len()];
+            let incarnation = Incarnation::create(&stage.spec, 1, Slot::empty(&stage.spec.shape), &readers, None)?;
+            workers.push(Worker {
+                transport: transports.get(index).copied().unwrap_or(Transport::Internal),
+                socket: sockets.get(index).cloned().flatten(),
+                phase: Phase::Waiting,
+                incarnation,
+                is_sealed: false,
+                stage_client: None,
+                stage_role: None,
+                supervisor: None,
+                opener: None,
+                program: None,
+                has_opened_itself: false,
+                restarts: 0,
+                restarts_in_a_row: 0,
+                progress_at_start: 0,
+                start_at_ns: None,
+                shim_must_start: false,
+                uncertain_records: 0,
+                latencies: vec![Histogram::default(); stage.spec.inputs.len()],
+            });
+        }
+        Ok(Self { physical, workers, clients: HashMap::new(), next_client: 0, actions: Vec::new(), is_stopping: false })
+    }
+
+    /// The layout that is brokered.
+    #[must_use]
+    pub fn physical(&self) -> &Physical {
+        &self.physical
+    }
+
+    /// A connected socket for a stage that runs on a thread of the agent.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn internal_client(&mut self, stage: usize) -> std::io::Result<Control> {
+        let (ours, theirs) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        self.add_client(stage, ours);
+        Ok(Control::adopt(theirs))
+    }
+
+    /// Takes a connection to a stage's socket. Only our own user may connect.
+    pub fn add_client(&mut self, stage: usize, socket: OwnedFd) {
+        let control = Control::adopt(socket);
+        let own = rustix::process::geteuid().as_raw();
+        match control.credentials() {
+            Ok((user, _)) if user == own || user == 0 => {
+                self.clients.insert(self.next_client, (stage, Client { control, role: None }));
+                self.next_client += 1;
+            }
+            Ok((user, process)) => {
+                let text = format!("refused a connection of user {user} (process {process}): only user {own} may connect");
+                self.refuse(&control, RefusalCode::Permission, &text);
+                self.say(stage, Level::Warn, text);
+            }
+            Err(error) => self.say(stage, Level::Warn, format!("refused a connection whose user is not known: {error}")),
+        }
+    }
+
+    /// Every descriptor that the broker wants to hear of, with its number for [`Broker::handle`].
+    pub fn descriptors(&self) -> impl Iterator<Item = (usize, BorrowedFd<'_>)> + '_ {
+        self.clients.iter().map(|(id, (_, client))| (*id, client.control.descriptor()))
+    }
+
+    /// Reads what a client sent.
+    pub fn handle(&mut self, client: usize) {
+        loop {
+            let Some((stage, entry)) = self.clients.get(&client) else { return };
+            let stage = *stage;
+            match entry.control.try_receive() {
+                Ok(Some((message, _descriptors))) => self.hear(client, stage, message),
+                Ok(None) => return,
+                Err(ControlError::Closed) => return self.client_gone(client),
+                Err(error) => {
+                    self.say(stage, Level::Warn, format!("control socket ended: {error}"));
+                    return self.client_gone(client);
+                }
+            }
+        }
+    }
+
+    /// Does what is due by now, and says when it wants to be called again.
+    pub fn tick(&mut self, now_ns: u64) -> Option<u64> {
+        let mut next: Option<u64> = None;
+        for stage in 0..self.workers.len() {
+            let Some(at) = self.workers.get(stage).and_then(|worker| worker.start_at_ns) else { continue };
+            if at <= now_ns {
+                self.start_program(stage);
+            } else {
+                next = Some(next.map_or(at, |next| next.min(at)));
+            }
+        }
+        next
+    }
+
+    /// What `run` has to do.
+    pub fn take_actions(&mut self) -> Vec<Action> {
+        std::mem::take(&mut self.actions)
+    }
+
+    /// Begins: every ParDo's shim is to be started.
+    pub fn begin(&mut self) {
+        for stage in 0..self.workers.len() {
+            if self.workers.get(stage).is_some_and(|worker| worker.transport != Transport::Internal) {
+                self.actions.push(Action::StartShim { stage });
+            }
+        }
+    }
+
+    /// Asks every source to stop; everything in flight is finished.
+    pub fn stop_sources(&mut self) {
+        if std::mem::replace(&mut self.is_stopping, true) {
+            return;
+        }
+        for (worker, stage) in self.workers.iter_mut().zip(&self.physical.stages) {
+            if stage.producers.is_empty() {
+                worker.incarnation.session().set_attention(session::ATTENTION_STOP);
+                worker.incarnation.publish_session();
+            }
+        }
+    }
+
+    /// Ends every session at once: nothing that is not committed counts any more.
+    pub fn revoke_all(&mut self) {
+        for worker in &mut self.workers {
+            worker.start_at_ns = None;
+            worker.incarnation.session().set_attention(session::ATTENTION_REVOKED);
+            worker.incarnation.publish_session();
+            if let Some(client) = worker.supervisor.take() {
+                self.clients.remove(&client);
+            }
+        }
+    }
+
+    /// Tells every shim to end its program.
+    pub fn stop_programs(&mut self, grace: Duration) {
+        let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
+        for stage in 0..self.workers.len() {
+            self.send_supervisor(stage, Event::Stop { grace_ms });
+        }
+    }
+
+    /// Whether every stage has finished.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        self.workers.iter().all(|worker| worker.phase == Phase::Finished)
+    }
+
+    /// Looks which stages have finished since.
+    pub fn look_for_finished(&mut self) {
+        for stage in 0..self.workers.len() {
+            let Some(worker) = self.workers.get(stage) else { break };
+            if worker.phase != Phase::Live {
+                continue;
+            }
+            let finished = worker.incarnation.page().read().is_ok_and(|slot| matches!(slot.state, StageState::Finished | StageState::Drained));
+            if finished {
+                self.finished(stage);
+            }
+        }
+    }
+
+    /// A shim's process ended.
+    pub fn shim_ended(&mut self, stage: usize, text: &str) {
+        let Some(worker) = self.workers.get_mut(stage) else { return };
+        if worker.phase == Phase::Finished {
+            return;
+        }
+        let program = worker.program.take();
+        worker.shim_must_start = true;
+        if let Some(pid) = program {
+            self.actions.push(Action::KillProgram { pid });
+        }
+        if let Some(client) = self.workers.get_mut(stage).and_then(|worker| worker.supervisor.take()) {
+            self.clients.remove(&client);
+        }
+        self.say(stage, Level::Warn, format!("its shim {text}"));
+        self.recover(stage);
+        self.schedule_restart(stage, &format!("its shim {text}"));
+    }
+
+    /// The committed slot of a stage.
+    #[must_use]
+    pub fn slot(&self, stage: usize) -> Option<Slot> {
+        self.workers.get(stage).and_then(|worker| worker.incarnation.page().read().ok())
+    }
+
+    /// What the status shows of a stage.
+    #[must_use]
+    pub fn snapshot(&self, stage: usize) -> Option<StageSnapshot> {
+        let worker = self.workers.get(stage)?;
+        let plan = self.physical.stages.get(stage)?;
+        let page = worker.incarnation.page();
+        let slot = page.read().ok()?;
+        let mut latencies = worker.latencies.clone();
+        for (input, latency) in latencies.iter_mut().enumerate() {
+            HistogramView::new(page.words(), page.shape().histogram(input)).add_to(latency);
+        }
+        let depths = plan.producers.iter().enumerate().map(|(input, producer)| {
+            let tail = self.workers.get(producer.stage).map_or(0, |worker| worker.incarnation.page().tail(producer.index));
+            tail.saturating_sub(slot.inputs.get(input).map_or(0, |entry| entry.acknowledged))
+        });
+        Some(StageSnapshot {
+            depths_bytes: depths.collect(),
+            slot,
+            latencies,
+            phase: worker.phase,
+            restarts: worker.restarts,
+            uncertain_records: worker.uncertain_records,
+            undone: page.statistic(argo_streams_shm_protocol::layout::commit::STATISTICS_UNDONE),
+            undone_since_ns: page.statistic(argo_streams_shm_protocol::layout::commit::STATISTICS_UNDONE_SINCE),
+            has_opened_itself: worker.has_opened_itself,
+        })
+    }
+
+    fn hear(&mut self, client: usize, stage: usize, message: Message) {
+        match message {
+            Message::Hello(hello) => self.hello(client, stage, &hello),
+            Message::Mapped => self.mapped(client, stage),
+            Message::Event(event) => self.event(client, stage, event),
+            other => self.say(stage, Level::Warn, format!("ignored a message that no client sends: {other:?}")),
+        }
+    }
+
+    fn hello(&mut self, client: usize, stage: usize, hello: &Hello) {
+        if !(hello.version_min..=hello.version_max).contains(&PROTOCOL_VERSION_MAX) {
+            let text = format!("{} speaks protocol versions {} to {}, this agent speaks {PROTOCOL_VERSION_MAX}", hello.library, hello.version_min, hello.version_max);
+            return self.refuse_client(client, RefusalCode::Version, &text);
+        }
+        if let Some((_, entry)) = self.clients.get_mut(&client) {
+            entry.role = Some(hello.role);
+        }
+        let Some(worker) = self.workers.get_mut(stage) else { return };
+        match (hello.role, worker.transport) {
+            (Role::Supervisor, Transport::Internal) => self.refuse_client(client, RefusalCode::State, "this stage runs in the agent"),
+            (Role::Supervisor, _) => {
+                worker.supervisor = Some(client);
+                self.start_program(stage);
+            }
+            (Role::Stage, Transport::Stdio) => {
+                self.refuse_client(client, RefusalCode::State, "the step declares `transport: stdio`: declare `transport: shm` or `auto` to open the library");
+            }
+            (Role::ShimStage, Transport::Shm) => self.refuse_client(client, RefusalCode::State, "the step declares `transport: shm`"),
+            (Role::Stage | Role::ShimStage, _) => match (worker.phase, worker.stage_role) {
+                (Phase::Waiting, _) => self.grant(client, stage, hello.role),
+                // The shim is fed and waits; the program may still take over if it has read nothing.
+                (Phase::Granted | Phase::Live, Some(Role::ShimStage)) if hello.role == Role::Stage && worker.transport == Transport::Auto => {
+                    worker.opener = Some(client);
+                    self.send_supervisor(stage, Event::Yield);
+                }
+                (Phase::Finished, _) => self.refuse_client(client, RefusalCode::State, "the stage has finished"),
+                _ => self.refuse_client(client, RefusalCode::State, "another process holds this stage"),
+            },
+        }
+    }
+
+    fn grant(&mut self, client: usize, stage: usize, role: Role) {
+        let (Some(worker), Some(plan)) = (self.workers.get_mut(stage), self.physical.stages.get(stage)) else { return };
+        let Some((_, entry)) = self.clients.get(&client) else { return };
+        let (grant, descriptors) = worker.incarnation.grant(&plan.spec, PROTOCOL_VERSION_MAX);
+        match entry.control.try_send(&Message::Grant(Box::new(grant)), &descriptors) {
+            Ok(()) => {
+                worker.phase = Phase::Granted;
+                worker.stage_client = Some(client);
+                worker.stage_role = Some(role);
+                worker.has_opened_itself |= role == Role::Stage && worker.transport != Transport::Internal;
+            }
+            Err(error) => {
+                self.say(stage, Level::Warn, format!("the grant could not be sent: {error}"));
+                self.client_gone(client);
+            }
+        }
+    }
+
+    fn mapped(&mut self, client: usize, stage: usize) {
+        let Some(worker) = self.workers.get_mut(stage) else { return };
+        if worker.stage_client != Some(client) || worker.phase != Phase::Granted {
+            return;
+        }
+        if let Err(error) = worker.incarnation.seal() {
+            let text = format!("its segments cannot be sealed: {error}");
+            self.say(stage, Level::Warn, text);
+            return self.client_gone(client);
+        }
+        worker.is_sealed = true;
+        worker.phase = Phase::Live;
+        if let Some((_, entry)) = self.clients.get(&client)
+            && entry.control.try_send(&Message::Ready, &[]).is_err()
+        {
+            return self.client_gone(client);
+        }
+        if self.is_stopping && self.physical.stages.get(stage).is_some_and(|plan| plan.producers.is_empty()) {
+            if let Some(worker) = self.workers.get_mut(stage) {
+                worker.incarnation.session().set_attention(session::ATTENTION_STOP);
+                worker.incarnation.publish_session();
+            }
+        }
+        self.join(stage);
+    }
+
+    /// Shows a live stage to its live neighbours, and them to it.
+    fn join(&mut self, stage: usize) {
+        let Some(plan) = self.physical.stages.get(stage).cloned() else { return };
+        for (input, producer) in plan.producers.iter().enumerate() {
+            self.show(stage, producer.stage, |neighbour| neighbour.as_producer(index(producer.index), index(input)));
+            self.show(producer.stage, stage, |this| this.as_consumer(index(input), index(producer.index)));
+        }
+        for (output, consumer) in plan.consumers.iter().enumerate() {
+            self.show(stage, consumer.stage, |neighbour| neighbour.as_consumer(index(consumer.index), index(output)));
+            self.show(consumer.stage, stage, |this| this.as_producer(index(output), index(consumer.index)));
+        }
+    }
+
+    /// Sends one neighbour to a live stage. The neighbour must be sealed: whoever gets its descriptors could write it else.
+    fn show(&mut self, to: usize, neighbour: usize, peer: impl Fn(&Incarnation) -> (argo_streams_shm_protocol::Peer, Vec<BorrowedFd<'_>>)) {
+        let (Some(receiver), Some(shown)) = (self.workers.get(to), self.workers.get(neighbour)) else { return };
+        let receives = matches!(receiver.phase, Phase::Live | Phase::Finished) && shown.is_sealed;
+        let Some((_, client)) = receiver.stage_client.and_then(|client| self.clients.get(&client)) else { return };
+        if !receives {
+            return;
+        }
+        let (peer, descriptors) = peer(&shown.incarnation);
+        let sent = client.control.try_send(&Message::Peer(peer), &descriptors);
+        let Some(receiver) = self.workers.get_mut(to) else { return };
+        match sent {
+            Ok(()) => {
+                receiver.incarnation.session().announce_message();
+                receiver.incarnation.publish_session();
+            }
+            // A finished one has closed its socket; a live one's death is heard of on its own.
+            Err(ControlError::Closed) => {}
+            Err(error) => self.say(to, Level::Warn, format!("a neighbour could not be shown to it: {error}")),
+        }
+    }
+
+    fn event(&mut self, client: usize, stage: usize, event: Event) {
+        let is_supervisor = self.workers.get(stage).is_some_and(|worker| worker.supervisor == Some(client));
+        match event {
+            Event::Program(event) if is_supervisor => self.program_event(stage, event),
+            Event::Yielded { given_up, taken_bytes } if is_supervisor => self.yielded(stage, given_up, taken_bytes),
+            Event::Violation { is_producer, index, text } => self.violation(stage, is_producer, index as usize, &text),
+            Event::Note { text } => {
+                if text.is_empty() {
+                    self.look_for_finished();
+                } else {
+                    self.say(stage, Level::Warn, text);
+                }
+            }
+            other => self.say(stage, Level::Warn, format!("ignored an event that this client cannot send: {other:?}")),
+        }
+    }
+
+    fn program_event(&mut self, stage: usize, event: ProgramEvent) {
+        let Some(worker) = self.workers.get_mut(stage) else { return };
+        match event {
+            ProgramEvent::Started { pid } => {
+                worker.program = Some(pid);
+                self.say(stage, Level::Info, format!("program started, process {pid}"));
+            }
+            ProgramEvent::NotStarted { text } => {
+                worker.program = None;
+                self.schedule_restart(stage, &text);
+            }
+            ProgramEvent::Ended { code, text, uncertain_records } => {
+                worker.program = None;
+                worker.uncertain_records += uncertain_records;
+                let shim_is_stage = worker.stage_role == Some(Role::ShimStage);
+                let state = worker.incarnation.page().read().map(|slot| slot.state);
+                if matches!(state, Ok(StageState::Finished | StageState::Drained)) {
+                    return self.finished(stage);
+                }
+                if shim_is_stage && self.input_is_over(stage) {
+                    // The last lines are answered; the shim finishes the stage now.
+                    if code != 0 {
+                        self.say(stage, Level::Warn, format!("its program {text}, after all records were answered"));
+                    }
+                    return;
+                }
+                if !shim_is_stage {
+                    self.recover(stage);
+                }
+                self.schedule_restart(stage, &format!("its program {text}"));
+            }
+        }
+    }
+
+    /// Whether a stage has acknowledged the end of all its inputs.
+    fn input_is_over(&self, stage: usize) -> bool {
+        let inputs = self.physical.stages.get(stage).map_or(0, |plan| plan.producers.len());
+        self.slot(stage).is_some_and(|slot| slot.inputs.iter().take(inputs).all(argo_streams_shm_protocol::InputSlot::has_ended))
+    }
+
+    fn yielded(&mut self, stage: usize, given_up: bool, taken_bytes: u64) {
+        let Some(opener) = self.workers.get_mut(stage).and_then(|worker| worker.opener.take()) else { return };
+        if given_up {
+            self.recover(stage);
+            self.grant(opener, stage, Role::Stage);
+        } else {
+            let text = format!("the program took {taken_bytes} bytes of standard input before it opened the library: open it first, or declare `transport: shm`");
+            self.refuse_client(opener, RefusalCode::TooLate, &text);
+        }
+    }
+
+    /// A neighbour wrote something impossible: its session ends, nobody else's.
+    fn violation(&mut self, reporter: usize, is_producer: bool, index: usize, text: &str) {
+        let Some(plan) = self.physical.stages.get(reporter) else { return };
+        let culprit = if is_producer { plan.producers.get(index) } else { plan.consumers.get(index) };
+        let Some(culprit) = culprit.map(|end| end.stage) else { return };
+        self.say(culprit, Level::Warn, format!("its neighbour {} found its ring impossible and its session is ended: {text}", plan.spec.name.clone()));
+        let Some(worker) = self.workers.get_mut(culprit) else { return };
+        worker.incarnation.session().set_attention(session::ATTENTION_REVOKED);
+        worker.incarnation.publish_session();
+        if let Some(pid) = worker.program {
+            self.actions.push(Action::KillProgram { pid });
+        }
+    }
+
+    fn client_gone(&mut self, client: usize) {
+        let Some((stage, entry)) = self.clients.remove(&client) else { return };
+        let Some(worker) = self.workers.get_mut(stage) else { return };
+        if worker.opener == Some(client) {
+            worker.opener = None;
+        }
+        if worker.stage_client != Some(client) {
+            return;
+        }
+        let _ = entry;
+        // The stage let go. If it has finished, that is all; if its process died, its supervisor (or its thread) says so when
+        // the whole group is gone, and only then may its pages be read as final.
+        let state = worker.incarnation.page().read().map(|slot| slot.state);
+        if matches!(state, Ok(StageState::Finished | StageState::Drained)) {
+            self.finished(stage);
+        } else if worker.transport == Transport::Internal && worker.phase != Phase::Finished {
+            self.actions.push(Action::GiveUp { stage, text: "its thread in the agent ended".to_owned(), is_restart_limit: false });
+        }
+    }
+
+    fn finished(&mut self, stage: usize) {
+        let Some(worker) = self.workers.get_mut(stage) else { return };
+        if worker.phase == Phase::Finished {
+            return;
+        }
+        worker.phase = Phase::Finished;
+        worker.start_at_ns = None;
+        // Closing the supervisor's socket ends the shim, and the program that it may still have.
+        if let Some(client) = worker.supervisor.take() {
+            self.clients.remove(&client);
+        }
+    }
+
+    /// The stage's process group is gone: what it committed is final, and its successor goes on there.
+    fn recover(&mut self, stage: usize) {
+        let Some(plan) = self.physical.stages.get(stage).cloned() else { return };
+        let Some(worker) = self.workers.get(stage) else { return };
+        if worker.phase == Phase::Waiting {
+            return;
+        }
+        let generation = worker.incarnation.generation();
+        let mut slot = match worker.incarnation.recover() {
+            Ok(slot) => slot,
+            Err(error) => return self.actions.push(Action::GiveUp { stage, text: error.to_string(), is_restart_limit: false }),
+        };
+        if let Some(client) = self.workers.get_mut(stage).and_then(|worker| worker.stage_client.take()) {
+            self.clients.remove(&client);
+        }
+        // Neighbours hear the final positions: nobody can write the dead page's mirrors any more.
+        for (input, producer) in plan.producers.iter().enumerate() {
+            let entry = slot.inputs.get(input).copied().unwrap_or_default();
+            if let Some(neighbour) = self.workers.get_mut(producer.stage) {
+                neighbour.incarnation.session().set_final_acknowledgement(producer.index, generation, entry.acknowledged, entry.batch);
+                neighbour.incarnation.publish_session();
+            }
+        }
+        let mut readers = Vec::with_capacity(plan.consumers.len());
+        for (output, consumer) in plan.consumers.iter().enumerate() {
+            let entry = slot.outputs.get(output).copied().unwrap_or_default();
+            if let Some(neighbour) = self.workers.get_mut(consumer.stage) {
+                let (acknowledged, free) = neighbour.incarnation.page().acknowledgement(consumer.index);
+                readers.push(ReaderPosition { acknowledged, free });
+                neighbour.incarnation.session().set_final_tail(consumer.index, generation, entry.tail);
+                neighbour.incarnation.publish_session();
+            }
+        }
+        let Some(worker) = self.workers.get_mut(stage) else { return };
+        let page = worker.incarnation.page();
+        for (input, latency) in worker.latencies.iter_mut().enumerate() {
+            HistogramView::new(page.words(), page.shape().histogram(input)).add_to(latency);
+        }
+        let progress = progress_of(&slot);
+        slot.attempts = if progress == worker.progress_at_start { slot.attempts + 1 } else { 0 };
+        match Incarnation::create(&plan.spec, generation + 1, slot, &readers, Some(&worker.incarnation)) {
+            Ok(next) => {
+                worker.incarnation = next;
+                worker.phase = Phase::Waiting;
+                worker.is_sealed = false;
+                worker.stage_role = None;
+            }
+            Err(error) => self.actions.push(Action::GiveUp { stage, text: error.to_string(), is_restart_limit: false }),
+        }
+    }
+
+    fn schedule_restart(&mut self, stage: usize, why: &str) {
+        let Some(worker) = self.workers.get_mut(stage) else { return };
+        let progress = worker.incarnation.page().read().map_or(worker.progress_at_start, |slot| progress_of(&slot));
+        if progress != worker.progress_at_start {
+            worker.restarts_in_a_row = 0;
+            worker.progress_at_start = progress;
+        }
+        if worker.restarts_in_a_row >= RESTARTS_WITHOUT_PROGRESS_MAX {
+            let text = format!("{why}; it was started {RESTARTS_WITHOUT_PROGRESS_MAX} times again without any progress");
+            return self.actions.push(Action::GiveUp { stage, text, is_restart_limit: true });
+        }
+        let backoff = BACKOFF_FIRST.saturating_mul(1 << worker.restarts_in_a_row.min(16)).min(BACKOFF_LAST);
+        worker.restarts += 1;
+        worker.restarts_in_a_row += 1;
+        worker.start_at_ns = Some(argo_streams_shm_protocol::monotonic_ns() + u64::try_from(backoff.as_nanos()).unwrap_or(0));
+        self.say(stage, Level::Warn, format!("{why}; starting it again in {} ms", backoff.as_millis()));
+    }
+
+    fn start_program(&mut self, stage: usize) {
+        let Some(worker) = self.workers.get_mut(stage) else { return };
+        worker.start_at_ns = None;
+        if worker.shim_must_start {
+            worker.shim_must_start = false;
+            return self.actions.push(Action::StartShim { stage });
+        }
+        // A program that opened the library once is expected to do so again.
+        let shim_is_stage = worker.transport != Transport::Shm && !worker.has_opened_itself;
+        self.send_supervisor(stage, Event::Start { shim_is_stage });
+    }
+
+    fn send_supervisor(&mut self, stage: usize, event: Event) {
+        let Some(client) = self.workers.get(stage).and_then(|worker| worker.supervisor) else { return };
+        let Some((_, entry)) = self.clients.get(&client) else { return };
+        if let Err(error) = entry.control.try_send(&Message::Event(event), &[]) {
+            self.say(stage, Level::Warn, format!("its shim does not listen: {error}"));
+        }
+    }
+
+    fn refuse(&self, control: &Control, code: RefusalCode, text: &str) {
+        // Who does not listen to a refusal is refused all the same.
+        let _unheard = control.try_send(&Message::Refused { code, text: text.to_owned() }, &[]);
+    }
+
+    fn refuse_client(&mut self, client: usize, code: RefusalCode, text: &str) {
+        if let Some((stage, entry)) = self.clients.remove(&client) {
+            self.refuse(&entry.control, code, text);
+            let is_race = code == RefusalCode::State && entry.role == Some(Role::ShimStage);
+            if !is_race {
+                self.say(stage, Level::Warn, format!("refused a client: {text}"));
+            }
+        }
+    }
+
+    fn say(&mut self, stage: usize, level: Level, text: String) {
+        self.actions.push(Action::Say { stage, level, text });
+    }
+
+    /// The socket of a stage.
+    #[must_use]
+    pub fn socket(&self, stage: usize) -> Option<&PathBuf> {
+        self.workers.get(stage).and_then(|worker| worker.socket.as_ref())
+    }
+
+    /// The second descriptor of a stage's bell, for threads that feed an internal stage.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn bell(&self, stage: usize) -> std::io::Result<Option<OwnedFd>> {
+        self.workers.get(stage).map(|worker| worker.incarnation.bell()).transpose()
+    }
+
+    /// Memory of all segments at present.
+    #[must_use]
+    pub fn resident_bytes(&self) -> u64 {
+        self.workers.iter().filter_map(|worker| worker.incarnation.resident_bytes().ok()).sum()
+    }
+}
+
+/// What the status shows of one stage.
+#[derive(Clone, Debug)]
+pub struct StageSnapshot {
+    /// What it committed.
+    pub slot: Slot,
+    /// Waiting bytes of each input.
+    pub depths_bytes: Vec<u64>,
+    /// Latency of each input, all incarnations.
+    pub latencies: Vec<Histogram>,
+    /// What it is doing.
+    pub phase: Phase,
+    /// How often it was started again.
+    pub restarts: u64,
+    /// Records that a death may have lost or doubled.
+    pub uncertain_records: u64,
+    /// Records that are handed out and not done.
+    pub undone: u64,
+    /// Since when, monotonic.
+    pub undone_since_ns: u64,
+    /// Whether the program opened the library.
+    pub has_opened_itself: bool,
+}
+
+/// Grows with everything that a stage commits.
+fn progress_of(slot: &Slot) -> u64 {
+    let read: u64 = slot.inputs.iter().map(|input| input.acknowledged).sum();
+    let written: u64 = slot.outputs.iter().map(|output| output.tail).sum();
+    read.wrapping_add(written)
+}
+
+fn index(value: usize) -> u32 {
+    u32::try_from(value).unwrap_or(u32::MAX)
+}
+
+/// A listening socket for one ParDo worker, in a directory that only our user may enter.
+///
+/// # Errors
+/// What the kernel says.
+pub fn listen(path: &std::path::Path) -> std::io::Result<OwnedFd> {
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)?;
+    let address = rustix::net::SocketAddrUnix::new(path)?;
+    rustix::net::bind(&socket, &address)?;
+    rustix::net::listen(socket.as_fd(), 16)?;
+    Ok(socket)
+}

@@ -1,0 +1,216 @@
+//! The command line.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Stream processing with any program as a step.
+///
+/// Exit codes: 0 good, also after a clean drain on SIGTERM; 1 failed; 2 bad usage or bad spec; 3 a program was started
+/// again 10 times in a row without progress; 4 the same pipeline is running already; 5 stopped by force.
+#[derive(Debug, Parser)]
+#[command(name = "argo-streams", version, max_term_width = 110)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a pipeline on this machine, in the foreground, without root.
+    Run(RunArguments),
+    /// Check pipeline files; every error with its place and what to write instead.
+    Validate {
+        /// Pipeline files; `-` is standard input.
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+    },
+    /// Run a program beside its rings (started by the agent).
+    #[command(hide = true)]
+    Shim(ShimArguments),
+}
+
+/// Arguments of `run`.
+#[derive(Args, Debug)]
+pub struct RunArguments {
+    /// The pipeline's file. Paths in it are relative to it.
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// What starts an image on this machine, e.g. `--image combiner="python3 combine.py"`. Repeatable.
+    #[arg(long = "image", value_name = "IMAGE=COMMAND", value_parser = image)]
+    pub images: Vec<(String, Vec<String>)>,
+    /// Brokers for Kafka steps that name none. Without it, they use an embedded Kafka that ends with this run.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub kafka: Option<String>,
+    /// Fill a topic of the embedded Kafka from a file (a line is a record, .gz too) or a generator: taxiRides, counter or
+    /// bytes, endless or with `:COUNT`. Repeatable.
+    #[arg(long, value_name = "TOPIC=FILE|GENERATOR", value_parser = pair)]
+    pub kafka_fill: Vec<(String, String)>,
+    /// Stop and drain after this time: 20s, 5m, 1h, 500ms.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub duration: Option<Duration>,
+    /// `end`: Kafka sources stop at the offsets that were the end when the run began.
+    #[arg(long, value_name = "WHEN")]
+    pub until: Option<Until>,
+    /// How long a drain may take before it is forced; half of it a program that is asked to end.
+    #[arg(long, value_name = "TIME", default_value = "20s", value_parser = duration)]
+    pub grace: Duration,
+    /// `json`: one object with all numbers at the end on standard output; `log` steps then write to standard error.
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    pub output: OutputFormat,
+    /// No live view, also on a terminal.
+    #[arg(long)]
+    pub no_live: bool,
+}
+
+impl RunArguments {
+    /// As `run` takes them.
+    #[must_use]
+    pub fn into_options(self) -> crate::run::Options {
+        crate::run::Options {
+            file: self.file,
+            images: self.images.into_iter().collect::<HashMap<_, _>>(),
+            kafka: self.kafka,
+            kafka_fill: self.kafka_fill,
+            duration: self.duration,
+            until_end: self.until.is_some(),
+            is_json: self.output == OutputFormat::Json,
+            grace: self.grace,
+            live: !self.no_live,
+        }
+    }
+}
+
+/// When a run ends by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Until {
+    /// At the end of what was there at the start.
+    End,
+}
+
+/// How results are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OutputFormat {
+    /// For people.
+    Text,
+    /// For machines.
+    Json,
+}
+
+/// Arguments of `shim`.
+#[derive(Args, Debug)]
+pub struct ShimArguments {
+    /// The agent's socket for this worker.
+    #[arg(long)]
+    pub socket: PathBuf,
+    /// When a record counts as done.
+    #[arg(long, default_value = "auto")]
+    pub ack: Ack,
+    /// What carries the program's output.
+    #[arg(long, default_value = "line")]
+    pub buffering: BufferingKind,
+    /// How long a program may take to end.
+    #[arg(long, default_value_t = 10_000)]
+    pub grace_ms: u64,
+    /// The program and its arguments.
+    #[arg(last = true, required = true)]
+    pub command: Vec<String>,
+}
+
+impl ShimArguments {
+    /// As the shim takes them.
+    #[must_use]
+    pub fn into_options(self) -> argo_streams_shim::Options {
+        argo_streams_shim::Options {
+            socket: self.socket,
+            acknowledgement: match self.ack {
+                Ack::Auto => argo_streams_shim::Acknowledgement::Auto,
+                Ack::Line => argo_streams_shim::Acknowledgement::Line,
+                Ack::Read => argo_streams_shim::Acknowledgement::Read,
+            },
+            is_block_buffered: self.buffering == BufferingKind::Block,
+            grace: Duration::from_millis(self.grace_ms),
+            command: self.command,
+        }
+    }
+}
+
+/// When a record counts as done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Ack {
+    /// Not declared.
+    Auto,
+    /// One line out for each line in.
+    Line,
+    /// When the program has read it.
+    Read,
+}
+
+/// What carries a program's output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BufferingKind {
+    /// A terminal.
+    Line,
+    /// A pipe.
+    Block,
+}
+
+fn pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() && !value.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("expected NAME=VALUE".to_owned()),
+    }
+}
+
+/// Words as in a shell, with quotes and backslashes; nothing is expanded.
+fn image(text: &str) -> Result<(String, Vec<String>), String> {
+    let (image, command) = pair(text)?;
+    let words = shell_words::split(&command).map_err(|_unbalanced| format!("the quotes in {command:?} do not match"))?;
+    if words.is_empty() { Err("the command is empty".to_owned()) } else { Ok((image, words)) }
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("{text:?} is no time: expected a number and ms, s, m or h, e.g. 20s");
+    let digits = text.find(|character: char| !character.is_ascii_digit() && character != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: f64 = number.parse().map_err(|_invalid| wrong())?;
+    let seconds = match unit {
+        "ms" => number / 1e3,
+        "s" | "" => number,
+        "m" => number * 60.0,
+        "h" => number * 3600.0,
+        _ => return Err(wrong()),
+    };
+    Duration::try_from_secs_f64(seconds).ok().filter(|duration| duration.as_secs() <= 366 * 86_400).ok_or_else(wrong)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations() {
+        for (text, ms) in [("500ms", 500), ("20s", 20_000), ("1.5m", 90_000), ("2h", 7_200_000), ("3", 3000)] {
+            assert_eq!(duration(text).unwrap(), Duration::from_millis(ms));
+        }
+        for text in ["", "s", "1d", "-1s", "1e9h", "one", "99999999h"] {
+            assert!(duration(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn images() {
+        assert_eq!(image("a/b:1=python3 -c 'x y' z").unwrap(), ("a/b:1".to_owned(), ["python3", "-c", "x y", "z"].map(str::to_owned).to_vec()));
+        assert!(image("a=").is_err() && image("=x").is_err() && image("a='x").is_err());
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+}

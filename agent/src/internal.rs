@@ -1,0 +1,181 @@
+//! What every stage in the agent shares: a thread with its own runtime, a stage, its bell, and words for people.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use argo_streams_pipeline::KeyExpression;
+use argo_streams_shm_protocol::stage::{BelongsTo, Emit, KeyChoice, KeyEvaluator, OUTPUT_MAIN, OpenError, Stage, StageError};
+use argo_streams_shm_protocol::{Control, Histogram, Role, attributes_iter, realtime_ns};
+use argo_streams_stage::{Backend, StageBell};
+
+use crate::screen::Screen;
+
+const OPEN_TIMEOUT_NS: u64 = 30_000_000_000;
+const LIBRARY: &str = concat!("argo-streams-agent ", env!("CARGO_PKG_VERSION"));
+
+/// Why a stage in the agent ended badly.
+#[derive(Debug, thiserror::Error)]
+pub enum InternalError {
+    /// The stage could not be opened.
+    #[error("the stage could not be opened: {0}")]
+    Open(#[from] OpenError),
+    /// The stage failed.
+    #[error("{0}")]
+    Stage(#[from] StageError),
+    /// A file or stream failed.
+    #[error("{what}: {source}")]
+    Io {
+        /// Which, and what was attempted.
+        what: String,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// Anything else that a person has to mend; says what to do.
+    #[error("{0}")]
+    Refused(String),
+}
+
+impl InternalError {
+    /// Adds what was attempted to an error of the kernel.
+    pub fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Io { what, source }
+    }
+}
+
+/// What a thread is given to become a stage.
+#[derive(Debug)]
+pub struct Context {
+    /// Its end of the control socket.
+    pub control: Control,
+    /// Its step's name.
+    pub name: String,
+    /// What its I/O runs on.
+    pub backend: Backend,
+    /// Where relative paths begin.
+    pub directory: PathBuf,
+    /// Where words go.
+    pub screen: Arc<Screen>,
+    /// From entering the pipeline to leaving it; written by sinks.
+    pub latency: Arc<Mutex<Histogram>>,
+}
+
+/// An open stage with its bell.
+#[derive(Debug)]
+pub struct Internal {
+    /// The stage.
+    pub stage: Stage,
+    bell: StageBell,
+}
+
+impl Internal {
+    /// Opens the stage, in the context of a runtime.
+    ///
+    /// # Errors
+    /// [`InternalError::Open`].
+    pub fn open(control: Control) -> Result<Self, InternalError> {
+        let stage = Stage::open(control, Role::Stage, LIBRARY, agent_keys, OPEN_TIMEOUT_NS)?;
+        let bell = StageBell::new(&stage).map_err(InternalError::io("the stage's bell"))?;
+        Ok(Self { stage, bell })
+    }
+
+    /// Waits until the stage has something to do.
+    ///
+    /// # Errors
+    /// As [`Stage::prepare_sleep`].
+    pub async fn wait(&mut self) -> Result<(), StageError> {
+        self.bell.wait(&mut self.stage).await?;
+        Ok(())
+    }
+
+    /// Waits until the stage has something to do, or `other` ends. `other` may be dropped in the middle.
+    ///
+    /// # Errors
+    /// As [`Stage::prepare_sleep`].
+    pub async fn wait_or(&mut self, other: impl Future<Output = ()>) -> Result<(), StageError> {
+        if !self.stage.prepare_sleep()? {
+            return Ok(());
+        }
+        tokio::select! {
+            () = self.bell.rung() => {}
+            () = other => {}
+        }
+        self.stage.end_sleep();
+        Ok(())
+    }
+
+    /// Emits a record of a source; publishes what is there and waits for room where there is none.
+    ///
+    /// # Errors
+    /// As [`Stage::emit`], but never for want of room.
+    pub async fn emit(&mut self, emit: &Emit<'_>, payload: &[u8]) -> Result<(), StageError> {
+        loop {
+            match self.stage.emit(OUTPUT_MAIN, emit, payload) {
+                Err(StageError::Full | StageError::BatchFull) => {
+                    self.stage.done(0)?;
+                    if self.stage.is_blocked() {
+                        self.wait().await?;
+                    }
+                }
+                result => return result,
+            }
+        }
+    }
+
+    /// Ends the outputs of a source or of a stage whose inputs are over.
+    ///
+    /// # Errors
+    /// As [`Stage::finish`], but never for want of room.
+    pub async fn finish(&mut self, is_stop: bool) -> Result<(), StageError> {
+        loop {
+            match self.stage.finish(is_stop) {
+                Err(StageError::Full) => self.wait().await?,
+                result => return result,
+            }
+        }
+    }
+}
+
+/// How a source emits: its records belong to nothing before them.
+#[must_use]
+pub fn from_source(key: Option<&[u8]>, event_time_ns: Option<i64>) -> Emit<'_> {
+    Emit { belongs_to: BelongsTo::Nothing, key: key.map_or(KeyChoice::None, KeyChoice::Set), event_time_ns, attributes: b"" }
+}
+
+struct ExpressionKey(KeyExpression);
+
+impl KeyEvaluator for ExpressionKey {
+    fn evaluate(&mut self, payload: &[u8], key_out: &mut Vec<u8>) -> Result<(), String> {
+        self.0.evaluate(payload, key_out).map_err(|error| error.to_string())
+    }
+}
+
+/// The agent evaluates every key, jq programs too.
+fn agent_keys(expression: &str) -> Result<Box<dyn KeyEvaluator>, String> {
+    let expression = KeyExpression::parse(expression).map_err(|error| error.to_string())?;
+    Ok(Box::new(ExpressionKey(expression)))
+}
+
+/// Counts how long records took from entering the pipeline.
+pub fn measure(latency: &Mutex<Histogram>, ingest_times_ns: impl Iterator<Item = u64>) {
+    let now = realtime_ns();
+    if let Ok(mut latency) = latency.lock() {
+        for ingest_time_ns in ingest_times_ns {
+            latency.record(now.saturating_sub(ingest_time_ns));
+        }
+    }
+}
+
+/// A record of an error output as one line of JSON: the original bytes are in it as text.
+pub fn error_envelope(attributes: &[u8], key: Option<&[u8]>, payload: &[u8], line: &mut Vec<u8>) -> bool {
+    let find = |name: &[u8]| attributes_iter(attributes).find(|(found, _)| *found == name).map(|(_, value)| String::from_utf8_lossy(value).into_owned());
+    let (Some(step), Some(reason)) = (find(b"step"), find(b"reason")) else { return false };
+    let envelope = serde_json::json!({
+        "step": step,
+        "reason": reason,
+        "key": key.map(String::from_utf8_lossy),
+        "payload": String::from_utf8_lossy(payload),
+    });
+    line.extend_from_slice(envelope.to_string().as_bytes());
+    true
+}

@@ -1,0 +1,705 @@
+//! `argo-streams run`: the agent in the foreground of one machine. Owns processes, threads, descriptors and time; what is
+//! decided is decided in [`crate::broker`].
+
+use std::collections::HashMap;
+use std::io::{self, BufRead, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use argo_streams_pipeline::{Acknowledgement, Buffering, KeyExpression, ParDo, Plan, Sink, Source, StepKind, Transport as Declared};
+use argo_streams_shm_protocol::{Histogram, monotonic_ns};
+use argo_streams_stage::{Backend, block_on, choose_backend};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+
+use crate::broker::{Action, Broker, Level, Transport, listen};
+use crate::identity::{Identity, IdentityError};
+use crate::internal::{Context, InternalError};
+use crate::kafka_setup::{KafkaError, KafkaSetup};
+use crate::offsets::OffsetTracker;
+use crate::physical::{Physical, PhysicalError};
+use crate::screen::Screen;
+use crate::status::{Status, Summary, summary_text};
+use crate::{router, sinks, sources};
+
+/// How often we look at progress when nothing happens.
+const LOOK_INTERVAL_NS: u64 = 100_000_000;
+/// How often the live view is drawn.
+const DRAW_INTERVAL_NS: u64 = 500_000_000;
+/// How long processes and threads may take to end when all work is done or given up.
+const END_PATIENCE_NS: u64 = 10_000_000_000;
+/// The longest line of a program's standard error that is passed on whole.
+const WORDS_BYTES_MAX: usize = 8 << 10;
+
+/// What the user asked for.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The pipeline's file.
+    pub file: PathBuf,
+    /// Image names and what starts them.
+    pub images: HashMap<String, Vec<String>>,
+    /// Brokers for Kafka steps that name none.
+    pub kafka: Option<String>,
+    /// Topics of the embedded Kafka to fill: topic, file or generator.
+    pub kafka_fill: Vec<(String, String)>,
+    /// Stop after this time.
+    pub duration: Option<Duration>,
+    /// Kafka sources stop at the ends that were there at the start.
+    pub until_end: bool,
+    /// Whether the summary is JSON on standard output.
+    pub is_json: bool,
+    /// How long a drain may take, and a program that is asked to end.
+    pub grace: Duration,
+    /// Whether a live view is wanted.
+    pub live: bool,
+}
+
+/// How a run ended well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// All input was processed.
+    Ended,
+    /// It was stopped, and everything in flight was processed.
+    Drained,
+}
+
+/// How a run ended badly.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The plan does not fit.
+    #[error(transparent)]
+    Physical(#[from] PhysicalError),
+    /// Another run holds the pipeline.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The file names things that are not there.
+    #[error("{0}")]
+    Missing(String),
+    /// Kafka could not be set up.
+    #[error(transparent)]
+    Kafka(#[from] KafkaError),
+    /// A step failed for good.
+    #[error("{step}: {text}")]
+    Failed {
+        /// The step.
+        step: String,
+        /// Why.
+        text: String,
+    },
+    /// A program was started again and again without progress.
+    #[error("{step}: {text}")]
+    RestartLimit {
+        /// The step.
+        step: String,
+        /// Why.
+        text: String,
+    },
+    /// A second signal, or a drain that took too long.
+    #[error("stopped by force: {undone} records were read and not finished; they are not counted as done")]
+    Forced {
+        /// Records in flight.
+        undone: u64,
+    },
+    /// The kernel refused something.
+    #[error("{what}: {source}")]
+    System {
+        /// What was attempted.
+        what: &'static str,
+        /// What it said.
+        source: io::Error,
+    },
+}
+
+fn system(what: &'static str) -> impl FnOnce(io::Error) -> RunError {
+    move |source| RunError::System { what, source }
+}
+
+/// A shim's process and its standard error.
+#[derive(Debug)]
+struct Shim {
+    child: Child,
+    ended: OwnedFd,
+    words: Option<std::process::ChildStderr>,
+    line: Vec<u8>,
+}
+
+struct Run {
+    options: Options,
+    plan: Arc<Plan>,
+    broker: Broker,
+    screen: Arc<Screen>,
+    listeners: Vec<(usize, OwnedFd)>,
+    shims: HashMap<usize, Shim>,
+    threads: Vec<(usize, JoinHandle<Result<(), InternalError>>)>,
+    latencies: Vec<Arc<Mutex<Histogram>>>,
+    trackers: Vec<OffsetTracker>,
+    degradations: Vec<String>,
+    failure: Option<RunError>,
+    is_draining: bool,
+    drain_deadline_ns: Option<u64>,
+    told_programs: bool,
+}
+
+/// Runs a pipeline to its end. Blocks.
+///
+/// # Errors
+/// [`RunError`]; the summary up to then is returned beside it, if there is one.
+pub fn run(plan: Plan, options: Options, screen: Arc<Screen>) -> (Result<Outcome, RunError>, Option<Summary>) {
+    let (backend, backend_reason) = choose_backend();
+    let mut signals = match Signals::install() {
+        Ok(signals) => signals,
+        Err(error) => return (Err(system("cannot listen for signals")(error)), None),
+    };
+    let (mut run, _identity, kafka) = match Run::prepare(plan, options, screen, backend) {
+        Ok(prepared) => prepared,
+        Err(error) => return (Err(error), None),
+    };
+    if backend == Backend::Epoll {
+        run.degradations.push(format!("io_uring is off: {backend_reason}"));
+    }
+    let result = run.serve(&mut signals, &kafka);
+    let status = Status::take(&run.plan, &run.broker, &run.latencies);
+    let summary = status.summary(&run.broker, backend.name(), &backend_reason, run.degradations.clone());
+    run.end();
+    if !run.options.is_json {
+        run.screen.words(summary_text(&summary).as_bytes());
+    }
+    (result, Some(summary))
+}
+
+impl Run {
+    fn prepare(plan: Plan, options: Options, screen: Arc<Screen>, backend: Backend) -> Result<(Self, Identity, KafkaSetup), RunError> {
+        let physical = Physical::new(&plan)?;
+        let directory = options.file.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_path_buf();
+        check_files(&plan, &directory)?;
+        for step in plan.steps() {
+            if let StepKind::ParDo(pardo) = step.kind() {
+                command_of(&options, step.name(), &step.place(), pardo, &directory)?;
+            }
+        }
+        let identity = Identity::take(plan.name(), &options.file)?;
+        let kafka = KafkaSetup::prepare(&plan, &options, &directory)?;
+        let plan = Arc::new(plan);
+        let mut transports = Vec::new();
+        let mut sockets = Vec::new();
+        let mut listeners = Vec::new();
+        for (index, stage) in physical.stages.iter().enumerate() {
+            let transport = match plan.step(stage.step).map(argo_streams_pipeline::Step::kind) {
+                Some(StepKind::ParDo(pardo)) => match pardo.transport() {
+                    Declared::Auto => Transport::Auto,
+                    Declared::Stdio => Transport::Stdio,
+                    Declared::Shm => Transport::Shm,
+                },
+                _ => Transport::Internal,
+            };
+            let socket = (transport != Transport::Internal).then(|| identity.directory().join(format!("{index}.sock")));
+            if let Some(path) = &socket {
+                listeners.push((index, listen(path).map_err(system("cannot listen for ParDos"))?));
+            }
+            transports.push(transport);
+            sockets.push(socket);
+        }
+        let latencies: Vec<Arc<Mutex<Histogram>>> = physical.stages.iter().map(|_| Arc::default()).collect();
+        let broker = Broker::new(physical, &transports, &sockets).map_err(|error| RunError::Failed { step: "agent".to_owned(), text: error.to_string() })?;
+        let mut run = Self {
+            options,
+            plan,
+            broker,
+            screen,
+            listeners,
+            shims: HashMap::new(),
+            threads: Vec::new(),
+            latencies,
+            trackers: Vec::new(),
+            degradations: kafka.degradations(),
+            failure: None,
+            is_draining: false,
+            drain_deadline_ns: None,
+            told_programs: false,
+        };
+        run.start_threads(backend, &directory, &kafka)?;
+        Ok((run, identity, kafka))
+    }
+
+    fn start_threads(&mut self, backend: Backend, directory: &Path, kafka: &KafkaSetup) -> Result<(), RunError> {
+        for index in 0..self.broker.physical().stages.len() {
+            let Some(stage) = self.broker.physical().stages.get(index) else { break };
+            let Some(step) = self.plan.step(stage.step) else { continue };
+            let kind = step.kind().clone();
+            if matches!(kind, StepKind::ParDo(_)) {
+                continue;
+            }
+            let name = step.name().to_owned();
+            let step_index = step.index();
+            let control = self.broker.internal_client(index).map_err(system("cannot make a control socket"))?;
+            let latency = self.latencies.get(index).cloned().unwrap_or_default();
+            let context = Context { control, name: name.clone(), backend, directory: directory.to_path_buf(), screen: Arc::clone(&self.screen), latency };
+            let job: Job = match kind {
+                StepKind::Source(Source::File(source)) => Box::new(move || flatten(block_on(backend, sources::file::run(context, source)))),
+                StepKind::Source(Source::Stdin) => Box::new(move || flatten(block_on(backend, sources::stdin::run(context)))),
+                StepKind::Source(Source::Generate(source)) => Box::new(move || flatten(block_on(backend, sources::generate::run(context, source)))),
+                StepKind::Source(Source::Kafka(source)) => {
+                    let (options, hooks) = kafka.source(step_index, &source);
+                    if let Some(group) = &hooks.group {
+                        self.trackers.push(OffsetTracker::new(index, Arc::clone(group)));
+                    }
+                    Box::new(move || flatten(block_on(backend, sources::kafka::run(context, options, hooks))))
+                }
+                StepKind::Sink(Sink::File(sink)) => Box::new(move || flatten(block_on(backend, sinks::file::run(context, sink)))),
+                StepKind::Sink(Sink::Log) => Box::new(move || flatten(block_on(backend, sinks::log::run(context)))),
+                StepKind::Sink(Sink::Discard) => Box::new(move || flatten(block_on(backend, sinks::discard::run(context)))),
+                StepKind::Sink(Sink::Kafka(sink)) => {
+                    let options = kafka.sink(&sink);
+                    Box::new(move || flatten(block_on(backend, sinks::kafka::run(context, options))))
+                }
+                StepKind::GroupByKey(group) => {
+                    let key: KeyExpression = group.key().clone();
+                    Box::new(move || flatten(block_on(backend, router::run(context, key))))
+                }
+                StepKind::ParDo(_) => continue,
+            };
+            // Thread names are cut at 15 bytes by the kernel.
+            let thread = std::thread::Builder::new().name(name.chars().take(15).collect()).spawn(job).map_err(system("cannot start a thread"))?;
+            self.threads.push((index, thread));
+        }
+        Ok(())
+    }
+
+    fn serve(&mut self, signals: &mut Signals, kafka: &KafkaSetup) -> Result<Outcome, RunError> {
+        self.broker.begin();
+        let begin_ns = monotonic_ns();
+        let stop_at_ns = self.options.duration.map(|duration| begin_ns + nanoseconds(duration));
+        let mut drawn = Status::take(&self.plan, &self.broker, &self.latencies);
+        let mut draw_at_ns = begin_ns + DRAW_INTERVAL_NS;
+        loop {
+            let now = monotonic_ns();
+            let due = self.broker.tick(now);
+            self.act();
+            self.look(now);
+            if let Some(failure) = self.failure.take() {
+                return Err(failure);
+            }
+            if self.broker.is_finished() && self.threads.is_empty() {
+                return Ok(if self.is_draining { Outcome::Drained } else { Outcome::Ended });
+            }
+            if stop_at_ns.is_some_and(|at| now >= at) {
+                self.drain();
+            }
+            if self.drain_deadline_ns.is_some_and(|at| now >= at) {
+                tracing::warn!(grace_s = self.options.grace.as_secs(), "the drain took longer than the grace time; stopping by force");
+                return Err(self.forced());
+            }
+            if self.screen.is_live() && now >= draw_at_ns {
+                let status = Status::take(&self.plan, &self.broker, &self.latencies);
+                let mut text = status.live(&self.broker, &drawn);
+                text.push_str(&kafka.status_text());
+                self.screen.draw(&text);
+                drawn = status;
+                draw_at_ns = now + DRAW_INTERVAL_NS;
+            }
+            let mut wake_ns = now + if self.screen.is_live() { DRAW_INTERVAL_NS } else { LOOK_INTERVAL_NS * 10 };
+            if self.is_ending() {
+                wake_ns = now + LOOK_INTERVAL_NS / 10;
+            }
+            if !self.trackers.is_empty() {
+                wake_ns = wake_ns.min(now + LOOK_INTERVAL_NS / 2);
+            }
+            for at in [due, stop_at_ns, self.drain_deadline_ns].into_iter().flatten() {
+                wake_ns = wake_ns.min(at);
+            }
+            for heard in self.poll(signals, wake_ns.saturating_sub(monotonic_ns())) {
+                match heard {
+                    Heard::Client(client) => self.broker.handle(client),
+                    Heard::Listener(place) => self.accept(place),
+                    Heard::Words(stage) => self.read_words(stage),
+                    Heard::ShimEnded(stage) => self.shim_ended(stage),
+                    Heard::Signal => {
+                        if signals.take() == 0 {
+                            continue;
+                        }
+                        if self.is_draining {
+                            return Err(self.forced());
+                        }
+                        tracing::info!("draining: sources stop, what is in flight is finished; a second signal stops by force");
+                        self.drain();
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether some stage has finished, so that the others are about to.
+    fn is_ending(&self) -> bool {
+        self.is_draining || self.threads.iter().any(|(_, thread)| thread.is_finished()) || self.threads.len() < self.internal_count()
+    }
+
+    fn internal_count(&self) -> usize {
+        self.broker.physical().stages.len() - self.listeners.len()
+    }
+
+    fn forced(&self) -> RunError {
+        let undone = (0..self.broker.physical().stages.len()).filter_map(|stage| self.broker.snapshot(stage)).map(|snapshot| snapshot.undone).sum();
+        RunError::Forced { undone }
+    }
+
+    fn drain(&mut self) {
+        if !std::mem::replace(&mut self.is_draining, true) {
+            self.broker.stop_sources();
+            self.drain_deadline_ns = Some(monotonic_ns() + nanoseconds(self.options.grace) * 2);
+        } else if let Some(deadline_ns) = self.drain_deadline_ns
+            && !self.told_programs
+            && monotonic_ns() + nanoseconds(self.options.grace) >= deadline_ns
+        {
+            // Half of the time is over: programs that have not ended by themselves are asked to.
+            self.told_programs = true;
+            self.broker.stop_programs(self.options.grace / 2);
+        }
+    }
+
+    fn look(&mut self, now: u64) {
+        self.broker.look_for_finished();
+        let is_over = self.broker.is_finished();
+        for tracker in &mut self.trackers {
+            if let Some(stage) = tracker.look(&self.broker, is_over) {
+                let name = self.broker.physical().stages.get(stage).map_or("", |stage| stage.spec.name.as_str());
+                let text = format!("offsets of the consumer group are not committed: step {name} keeps state, which does not outlive this run yet (no checkpoints)");
+                tracing::warn!("{text}");
+                self.degradations.push(text);
+            }
+        }
+        let mut index = 0;
+        while let Some((_, thread)) = self.threads.get(index) {
+            if !thread.is_finished() {
+                index += 1;
+                continue;
+            }
+            let (stage, thread) = self.threads.swap_remove(index);
+            let step = self.broker.physical().stages.get(stage).map_or(String::new(), |stage| stage.spec.name.clone());
+            match thread.join() {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => self.fail(RunError::Failed { step, text: error.to_string() }),
+                Err(_panic) => self.fail(RunError::Failed { step, text: "its thread panicked: this is a bug of Argo Streams".to_owned() }),
+            }
+        }
+        if self.is_draining {
+            self.drain();
+        }
+        let _ = now;
+    }
+
+    fn fail(&mut self, failure: RunError) {
+        // The first one is the cause; what follows is mostly its consequence.
+        self.failure.get_or_insert(failure);
+    }
+
+    fn act(&mut self) {
+        for action in self.broker.take_actions() {
+            let step = |stage: usize, broker: &Broker| broker.physical().stages.get(stage).map_or(String::new(), |stage| stage.spec.name.clone());
+            match action {
+                Action::StartShim { stage } => {
+                    if let Err(error) = self.start_shim(stage) {
+                        let step = step(stage, &self.broker);
+                        self.fail(RunError::Failed { step, text: format!("its shim cannot be started: {error}") });
+                    }
+                }
+                Action::KillProgram { pid } => {
+                    if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+                        // Gone already is what was asked for.
+                        let _gone = kill_process_group(pid, Signal::KILL);
+                    }
+                }
+                Action::Say { stage, level, text } => {
+                    let (step, worker) = (step(stage, &self.broker), self.broker.physical().stages.get(stage).map_or(0, |stage| stage.worker));
+                    match level {
+                        Level::Info => tracing::info!(step, worker, "{text}"),
+                        Level::Warn => tracing::warn!(step, worker, "{text}"),
+                    }
+                }
+                Action::GiveUp { stage, text, is_restart_limit } => {
+                    let step = step(stage, &self.broker);
+                    if is_restart_limit {
+                        self.fail(RunError::RestartLimit { step, text });
+                    } else if let Some(place) = self.threads.iter().position(|(index, _)| *index == stage) {
+                        // The thread's own words say more than "it ended".
+                        let (_, thread) = self.threads.swap_remove(place);
+                        let text = match thread.join() {
+                            Ok(Err(error)) => error.to_string(),
+                            _ => text,
+                        };
+                        self.fail(RunError::Failed { step, text });
+                    } else {
+                        self.fail(RunError::Failed { step, text });
+                    }
+                }
+            }
+        }
+    }
+
+    fn start_shim(&mut self, stage: usize) -> io::Result<()> {
+        let physical = self.broker.physical();
+        let Some(plan) = physical.stages.get(stage) else { return Ok(()) };
+        let Some(step) = self.plan.step(plan.step) else { return Ok(()) };
+        let StepKind::ParDo(pardo) = step.kind() else { return Ok(()) };
+        let Some(socket) = self.broker.socket(stage) else { return Ok(()) };
+        let directory = self.options.file.parent().unwrap_or(Path::new("."));
+        let command = command_of(&self.options, step.name(), &step.place(), pardo, directory).map_err(|error| io::Error::other(error.to_string()))?;
+        let mut shim = Command::new(std::env::current_exe()?);
+        shim.arg("shim").arg("--socket").arg(socket);
+        shim.arg("--ack").arg(match pardo.acknowledgement() {
+            Acknowledgement::Auto => "auto",
+            Acknowledgement::Line => "line",
+            Acknowledgement::Read => "read",
+        });
+        shim.arg("--buffering").arg(match pardo.buffering() {
+            Buffering::Line => "line",
+            Buffering::Block => "block",
+        });
+        shim.arg("--grace-ms").arg((self.options.grace.as_millis() / 2).to_string());
+        shim.arg("--").args(command);
+        shim.envs(pardo.environment().iter().map(|(name, value)| (name, value)));
+        // A group of its own: the terminal's Ctrl-C is for the agent, which drains.
+        shim.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).process_group(0);
+        let mut child = shim.spawn()?;
+        let ended = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
+        let words = child.stderr.take();
+        if let Some(words) = &words {
+            rustix::io::ioctl_fionbio(words, true)?;
+        }
+        self.shims.insert(stage, Shim { child, ended, words, line: Vec::new() });
+        Ok(())
+    }
+
+    fn accept(&mut self, place: usize) {
+        let Some((stage, listener)) = self.listeners.get(place) else { return };
+        while let Ok(socket) = rustix::net::accept_with(listener, rustix::net::SocketFlags::CLOEXEC) {
+            self.broker.add_client(*stage, socket);
+        }
+    }
+
+    fn read_words(&mut self, stage: usize) {
+        let Some(shim) = self.shims.get_mut(&stage) else { return };
+        let Some(words) = &mut shim.words else { return };
+        let mut bytes = [0; 16 << 10];
+        let is_over = match words.read(&mut bytes) {
+            Ok(0) => true,
+            Ok(count) => {
+                shim.line.extend_from_slice(bytes.get(..count).unwrap_or_default());
+                false
+            }
+            Err(error) => !matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted),
+        };
+        let name = self.broker.physical().stages.get(stage).map_or(String::new(), |plan| plan.spec.name.clone());
+        let mut text = Vec::new();
+        while let Some(end) = shim.line.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = shim.line.drain(..=end).collect();
+            text.extend_from_slice(format!("{name}: ").as_bytes());
+            text.extend_from_slice(&line);
+        }
+        if shim.line.len() > WORDS_BYTES_MAX || (is_over && !shim.line.is_empty()) {
+            text.extend_from_slice(format!("{name}: ").as_bytes());
+            text.append(&mut shim.line);
+            text.push(b'\n');
+        }
+        if is_over {
+            shim.words = None;
+        }
+        if !text.is_empty() {
+            self.screen.words(&text);
+        }
+    }
+
+    fn shim_ended(&mut self, stage: usize) {
+        self.read_words(stage);
+        let Some(mut shim) = self.shims.remove(&stage) else { return };
+        let text = match shim.child.wait() {
+            Ok(status) => format!("ended: {status}"),
+            Err(error) => format!("ended in an unknown way: {error}"),
+        };
+        self.broker.shim_ended(stage, &text);
+    }
+
+    fn poll(&mut self, signals: &Signals, timeout_ns: u64) -> Vec<Heard> {
+        let mut names = vec![Heard::Signal];
+        let mut descriptors: Vec<BorrowedFd<'_>> = vec![signals.reader.as_fd()];
+        for (client, descriptor) in self.broker.descriptors() {
+            names.push(Heard::Client(client));
+            descriptors.push(descriptor);
+        }
+        for (place, (_, listener)) in self.listeners.iter().enumerate() {
+            names.push(Heard::Listener(place));
+            descriptors.push(listener.as_fd());
+        }
+        for (stage, shim) in &self.shims {
+            names.push(Heard::ShimEnded(*stage));
+            descriptors.push(shim.ended.as_fd());
+            if let Some(words) = &shim.words {
+                names.push(Heard::Words(*stage));
+                descriptors.push(words.as_fd());
+            }
+        }
+        let mut waits: Vec<PollFd<'_>> = descriptors.iter().map(|descriptor| PollFd::from_borrowed_fd(*descriptor, PollFlags::IN)).collect();
+        let timeout = Timespec { tv_sec: i64::try_from(timeout_ns / 1_000_000_000).unwrap_or(1), tv_nsec: i64::try_from(timeout_ns % 1_000_000_000).unwrap_or(0) };
+        // An interruption is a signal, which is read at the next turn.
+        let _interrupted = poll(&mut waits, Some(&timeout));
+        names.into_iter().zip(&waits).filter(|(_, wait)| !wait.revents().is_empty()).map(|(name, _)| name).collect()
+    }
+
+    /// Ends processes and threads that are still there, in bounded time.
+    fn end(&mut self) {
+        self.broker.revoke_all();
+        let deadline_ns = monotonic_ns() + END_PATIENCE_NS.min(nanoseconds(self.options.grace));
+        while !self.shims.is_empty() && monotonic_ns() < deadline_ns {
+            let ended: Vec<usize> = self.shims.iter_mut().filter_map(|(stage, shim)| matches!(shim.child.try_wait(), Ok(Some(_))).then_some(*stage)).collect();
+            for stage in ended {
+                self.read_words(stage);
+                self.shims.remove(&stage);
+            }
+            let waits: Vec<usize> = self.shims.keys().copied().collect();
+            for stage in waits {
+                self.read_words(stage);
+            }
+            if let Some(shim) = self.shims.values().next() {
+                let _ended = argo_streams_shm_protocol::wait_readable(shim.ended.as_fd(), 20_000_000);
+            }
+        }
+        for (_, mut shim) in self.shims.drain() {
+            // Its program dies with it: it asked the kernel for that.
+            let _gone = shim.child.kill();
+            let _reaped = shim.child.wait();
+        }
+        for (_, thread) in self.threads.drain(..) {
+            // A thread that waits for a broker or a disk is not waited for: the process ends with it.
+            while !thread.is_finished() && monotonic_ns() < deadline_ns {
+                std::thread::yield_now();
+                let _bounded = argo_streams_shm_protocol::wait_readable(io::stdin().as_fd(), 0);
+                std::thread::park_timeout(Duration::from_millis(5));
+            }
+            if thread.is_finished() {
+                let _reported_before = thread.join();
+            }
+        }
+    }
+}
+
+type Job = Box<dyn FnOnce() -> Result<(), InternalError> + Send>;
+
+fn flatten(result: io::Result<Result<(), InternalError>>) -> Result<(), InternalError> {
+    result.map_err(InternalError::io("cannot make a runtime"))?
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Heard {
+    Client(usize),
+    Listener(usize),
+    Words(usize),
+    ShimEnded(usize),
+    Signal,
+}
+
+/// SIGINT and SIGTERM as bytes on a socket.
+struct Signals {
+    reader: UnixStream,
+}
+
+impl Signals {
+    fn install() -> io::Result<Self> {
+        let (reader, writer) = UnixStream::pair()?;
+        reader.set_nonblocking(true)?;
+        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+            signal_hook::low_level::pipe::register(signal, writer.try_clone()?)?;
+        }
+        Ok(Self { reader })
+    }
+
+    fn take(&mut self) -> usize {
+        let mut bytes = [0; 16];
+        self.reader.read(&mut bytes).unwrap_or(0)
+    }
+}
+
+/// What starts a ParDo: `--image`, else the step's `command`, else an error that says both.
+fn command_of(options: &Options, name: &str, place: &str, pardo: &ParDo, directory: &Path) -> Result<Vec<String>, RunError> {
+    let (mut command, base, origin) = match (options.images.get(pardo.image()), pardo.command()) {
+        (Some(command), _) => (command.clone(), Path::new("."), "--image"),
+        (None, Some(command)) => (command.to_vec(), directory, "command"),
+        (None, None) => {
+            return Err(RunError::Missing(format!(
+                "{place} ({name}): nothing says what starts image {image:?} on this machine: pass --image {image}=COMMAND, or give the step `command: [...]`",
+                image = pardo.image()
+            )));
+        }
+    };
+    let missing = |found: &str| RunError::Missing(format!("{place} ({name}): the program of {origin}, {found:?}, is not there or not executable"));
+    if let Some(program) = command.first_mut() {
+        if program.contains('/') {
+            let path = base.join(&*program);
+            if !path.is_file() {
+                return Err(missing(&path.display().to_string()));
+            }
+            *program = std::path::absolute(&path).unwrap_or(path).to_string_lossy().into_owned();
+        } else if !is_in_path(program) {
+            return Err(missing(program));
+        }
+    }
+    Ok(command)
+}
+
+fn is_in_path(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|directory| directory.join(program).is_file())
+}
+
+/// `validate` checks the form of paths, `run` that what they name is there.
+fn check_files(plan: &Plan, directory: &Path) -> Result<(), RunError> {
+    for step in plan.steps() {
+        match step.kind() {
+            StepKind::Source(Source::File(file)) => {
+                let path = directory.join(file.path());
+                if let Err(error) = std::fs::File::open(&path) {
+                    return Err(RunError::Missing(format!("{} ({}): cannot open {}: {error}", step.place(), step.name(), path.display())));
+                }
+            }
+            StepKind::Sink(Sink::File(file)) => {
+                let path = directory.join(file.path());
+                let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+                if !parent.is_dir() {
+                    return Err(RunError::Missing(format!("{} ({}): the directory {} is not there", step.place(), step.name(), parent.display())));
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Reads the lines of a file, unpacked if it is a `.gz`.
+///
+/// # Errors
+/// What the kernel says.
+pub fn open_lines(path: &Path) -> io::Result<Box<dyn BufRead + Send>> {
+    let file = std::fs::File::open(path)?;
+    let is_gzip = path.extension().is_some_and(|extension| extension == "gz");
+    Ok(if is_gzip { Box::new(io::BufReader::new(flate2::read::MultiGzDecoder::new(file))) } else { Box::new(io::BufReader::new(file)) })
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX / 4)
+}
+
+/// Writes the summary as the last object on standard output.
+///
+/// # Errors
+/// What the kernel says.
+pub fn write_summary(summary: &Summary) -> io::Result<()> {
+    let mut output = io::stdout().lock();
+    serde_json::to_writer(&mut output, summary)?;
+    output.write_all(b"\n")?;
+    output.flush()
+}
+

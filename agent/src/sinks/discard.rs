@@ -1,0 +1,25 @@
+//! `discard`: counts records and how long they took, and forgets them.
+
+use super::TAKE_RECORDS;
+use crate::internal::{Context, Internal, InternalError, measure};
+
+/// Runs the sink until its inputs end.
+///
+/// # Errors
+/// [`InternalError`].
+pub async fn run(context: Context) -> Result<(), InternalError> {
+    let mut internal = Internal::open(context.control)?;
+    let mut records = Vec::with_capacity(TAKE_RECORDS);
+    loop {
+        records.clear();
+        let count = internal.stage.recv(&mut records, TAKE_RECORDS)?;
+        if count > 0 {
+            measure(&context.latency, records.iter().map(|record| record.view.ingest_time_ns));
+            internal.stage.done(count)?;
+        } else if internal.stage.is_ended() {
+            return Ok(internal.finish(false).await?);
+        } else {
+            internal.wait().await?;
+        }
+    }
+}

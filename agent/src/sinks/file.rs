@@ -1,0 +1,120 @@
+//! `file` as a sink: positioned writes at the committed length, never more than a bounded batch ahead of it.
+//!
+//! The committed slot holds which file it is (device, inode, birth time) and how long it is, so that a successor can tell
+//! whether it goes on in the same file and cut what was not committed. The file is locked against a second writer.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::time::Duration;
+
+use argo_streams_pipeline::FileSink;
+use argo_streams_stage::RegularFile;
+use rustix::fs::{FlockOperation, flock};
+
+use super::{TAKE_RECORDS, append_line};
+use crate::internal::{Context, Internal, InternalError, measure};
+
+/// How long we wait before a write is tried again that the disk refused.
+const RETRY_AFTER: Duration = Duration::from_millis(500);
+
+/// Runs the sink until its inputs end.
+///
+/// # Errors
+/// [`InternalError`].
+pub async fn run(context: Context, sink: FileSink) -> Result<(), InternalError> {
+    let path = context.directory.join(sink.path());
+    let (file, mut len_bytes) = open(&path, sink.truncate())?;
+    let identity = identity(&file).map_err(InternalError::io(format!("cannot look at {}", path.display())))?;
+    let file = RegularFile::new(context.backend, file).map_err(InternalError::io(format!("cannot open {}", path.display())))?;
+    let mut internal = Internal::open(context.control)?;
+    let mut records = Vec::with_capacity(TAKE_RECORDS);
+    let mut block = Vec::new();
+    loop {
+        records.clear();
+        let count = internal.stage.recv(&mut records, TAKE_RECORDS)?;
+        if count > 0 {
+            block.clear();
+            for record in &records {
+                append_line(&internal.stage, record, &mut block);
+            }
+            block = write(&mut internal, &file, &path, &context.name, block, len_bytes).await?;
+            len_bytes += block.len() as u64;
+            measure(&context.latency, records.iter().map(|record| record.view.ingest_time_ns));
+            internal.stage.change_slot(|slot| {
+                slot.opaque.clear();
+                for word in identity.iter().chain([&len_bytes]) {
+                    slot.opaque.extend_from_slice(&word.to_le_bytes());
+                }
+            });
+            internal.stage.done(count)?;
+        } else if internal.stage.is_ended() {
+            file.sync_data().await.map_err(InternalError::io(format!("cannot bring {} to the disk", path.display())))?;
+            return Ok(internal.finish(false).await?);
+        } else {
+            internal.wait().await?;
+        }
+    }
+}
+
+/// Writes a block; a full disk is waited for, said once, and loses nothing.
+async fn write(internal: &mut Internal, file: &RegularFile, path: &Path, name: &str, mut block: Vec<u8>, position: u64) -> Result<Vec<u8>, InternalError> {
+    let mut is_said = false;
+    loop {
+        let (result, back) = file.write_all_at(block, position).await;
+        block = back;
+        match result {
+            Ok(()) => {
+                if is_said {
+                    tracing::warn!(step = name, file = %path.display(), "the file can be written again");
+                }
+                return Ok(block);
+            }
+            Err((_, error)) if matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
+                if !is_said {
+                    tracing::warn!(step = name, file = %path.display(), %error, "the disk is full; the pipeline waits and tries again, nothing is lost");
+                    is_said = true;
+                }
+                // The session is looked at meanwhile, so that a forced stop is heard.
+                internal.stage.commit()?;
+                tokio::time::sleep(RETRY_AFTER).await;
+            }
+            Err((_, source)) => return Err(InternalError::Io { what: format!("cannot write {}", path.display()), source }),
+        }
+    }
+}
+
+fn open(path: &Path, truncate: bool) -> Result<(File, u64), InternalError> {
+    let failed = |what: &str| InternalError::io(format!("{what} {}", path.display()));
+    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(failed("cannot open for writing"))?;
+    let metadata = file.metadata().map_err(failed("cannot look at"))?;
+    if !metadata.is_file() {
+        return Err(InternalError::Refused(format!("{} is not a regular file; `file` writes regular files only", path.display())));
+    }
+    flock(&file, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|_held| InternalError::Refused(format!("{} is being written by another pipeline; stop it, or write to another file", path.display())))?;
+    if truncate {
+        file.set_len(0).map_err(failed("cannot truncate"))?;
+        return Ok((file, 0));
+    }
+    let len = metadata.len();
+    let mut last = [0];
+    if len > 0 {
+        file.read_exact_at(&mut last, len - 1).map_err(failed("cannot read the end of"))?;
+        if last != *b"\n" {
+            return Err(InternalError::Refused(format!(
+                "{} does not end in a newline, so a record would be appended to its last line: add a newline, or use `truncate: true`",
+                path.display()
+            )));
+        }
+    }
+    Ok((file, len))
+}
+
+/// Device, inode and birth time: inodes are used again at once.
+fn identity(file: &File) -> io::Result<[u64; 3]> {
+    let metadata = file.metadata()?;
+    let born = metadata.created().ok().and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
+    Ok([metadata.dev(), metadata.ino(), born.map_or(0, |born| u64::try_from(born.as_nanos()).unwrap_or(0))])
+}

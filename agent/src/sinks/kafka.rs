@@ -1,0 +1,99 @@
+//! `kafka` as a sink: an idempotent producer; a record counts as done when its delivery report is there.
+
+use argo_streams_kafka::{Sink, SinkEvent, SinkOptions, SinkRecord};
+use argo_streams_shm_protocol::{Bell, attributes_iter};
+
+use super::TAKE_RECORDS;
+use crate::internal::{Context, Internal, InternalError, measure};
+use crate::physical::COUNTER_ERRORS;
+
+/// Records that are on their way to the brokers.
+const IN_FLIGHT_MAX: usize = 8192;
+/// How long the brokers may take for the last ones at the end; they are waited for longer while they answer.
+const FINISH_PATIENCE: std::time::Duration = std::time::Duration::from_secs(30);
+
+/// Runs the sink until its inputs end.
+///
+/// # Errors
+/// [`InternalError`].
+pub async fn run(context: Context, options: SinkOptions) -> Result<(), InternalError> {
+    let topic = options.topic.clone();
+    let mut internal = Internal::open(context.control)?;
+    let bell = internal.stage.bell_descriptor().try_clone_to_owned().map_err(InternalError::io("the stage's bell"))?;
+    let bell = Bell::adopt(bell);
+    let sink = Sink::start(options, Box::new(move || bell.ring())).map_err(|error| InternalError::Refused(error.to_string()))?;
+    let mut records = Vec::with_capacity(TAKE_RECORDS);
+    let mut waiting: std::collections::VecDeque<SinkRecord> = std::collections::VecDeque::new();
+    let mut ingest_times: std::collections::VecDeque<u64> = std::collections::VecDeque::new();
+    let (mut sequence, mut done) = (0_u64, 0_u64);
+    loop {
+        let mut moved = false;
+        while let Some(event) = sink.try_event() {
+            moved = true;
+            hear(&context.name, &topic, &mut internal, event)?;
+        }
+        let delivered = sink.delivered();
+        if delivered > done {
+            let count = usize::try_from(delivered - done).unwrap_or(usize::MAX);
+            measure(&context.latency, ingest_times.drain(..count.min(ingest_times.len())));
+            internal.stage.done(count)?;
+            done = delivered;
+            moved = true;
+        }
+        while let Some(record) = waiting.pop_front() {
+            if let Err(back) = sink.try_send(record) {
+                waiting.push_front(back);
+                break;
+            }
+            moved = true;
+        }
+        let has_room = waiting.is_empty() && internal.stage.undone_len() < IN_FLIGHT_MAX;
+        if has_room {
+            records.clear();
+            internal.stage.recv(&mut records, TAKE_RECORDS)?;
+            for record in &records {
+                let (mut payload, mut key, mut attributes) = (Vec::new(), Vec::new(), Vec::new());
+                internal.stage.append_payload(record, &mut payload);
+                internal.stage.append_key(record, &mut key);
+                internal.stage.append_attributes(record, &mut attributes);
+                let headers = attributes_iter(&attributes).map(|(name, value)| (String::from_utf8_lossy(name).into_owned(), value.to_vec()));
+                let timestamp_ms = Some(record.view.event_time_ns / 1_000_000).filter(|time| *time > 0);
+                waiting.push_back(SinkRecord { sequence, key: record.view.keyed.then_some(key), payload, timestamp_ms, headers: headers.collect() });
+                ingest_times.push_back(record.view.ingest_time_ns);
+                sequence += 1;
+                moved = true;
+            }
+        }
+        if moved {
+            continue;
+        }
+        if internal.stage.is_input_over() && internal.stage.undone_len() == 0 && waiting.is_empty() {
+            break;
+        }
+        internal.stage.set_wants_input(has_room);
+        internal.wait().await?;
+        internal.stage.set_wants_input(true);
+    }
+    let finished = sink.finish(FINISH_PATIENCE);
+    for event in finished.events {
+        hear(&context.name, &topic, &mut internal, event)?;
+    }
+    finished.outcome.map_err(|error| InternalError::Refused(error.to_string()))?;
+    Ok(internal.finish(false).await?)
+}
+
+fn hear(step: &str, topic: &str, internal: &mut Internal, event: SinkEvent) -> Result<(), InternalError> {
+    match event {
+        SinkEvent::Refused { sequence, error, .. } => {
+            internal.stage.add_counter(COUNTER_ERRORS, 1);
+            tracing::error!(step, topic, sequence, %error, "a record is not written");
+        }
+        SinkEvent::Unreachable { since, attempt, error } => {
+            tracing::warn!(step, topic, seconds = since.elapsed().as_secs(), attempt, error, "no Kafka broker answers; trying again, nothing is lost");
+        }
+        SinkEvent::Reachable => tracing::warn!(step, topic, "the Kafka brokers answer again"),
+        SinkEvent::Failed(error) => return Err(InternalError::Refused(error.to_string())),
+        other => tracing::info!(step, topic, ?other, "kafka"),
+    }
+    Ok(())
+}

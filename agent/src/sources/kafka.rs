@@ -1,0 +1,136 @@
+//! `kafka` as a source: records of a topic, handed on when they arrive.
+//!
+//! The committed slot holds the next offset of each partition, together with the published tails: that pair is what the
+//! agent notes for the rule by which a group's offsets may be committed (DESIGN.md, 4.3; [`crate::offsets`]).
+
+use std::sync::Arc;
+
+use argo_streams_kafka::{Source, SourceEvent, SourceOptions};
+use argo_streams_shm_protocol::Bell;
+use argo_streams_shm_protocol::attributes_encode;
+use argo_streams_shm_protocol::stage::{Emit, StageError};
+
+use crate::internal::{Context, Internal, InternalError, from_source};
+use crate::offsets::GroupOffsets;
+use crate::physical::COUNTER_ERRORS;
+
+/// Hears how far a partition was read: what fills an embedded topic goes no faster.
+pub type Progress = Arc<dyn Fn(i32, i64) + Send + Sync>;
+
+/// What a Kafka source is given beside its options.
+#[derive(Clone, Default)]
+pub struct Hooks {
+    /// Hears how far each partition was read.
+    pub progress: Option<Progress>,
+    /// Offsets that may be committed.
+    pub group: Option<Arc<GroupOffsets>>,
+    /// Offsets at which to end, once they are known (an embedded topic that was filled).
+    pub ends: Option<Arc<dyn Fn() -> Option<Vec<(i32, i64)>> + Send + Sync>>,
+}
+
+impl std::fmt::Debug for Hooks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Hooks").field("group", &self.group).finish_non_exhaustive()
+    }
+}
+
+/// Runs the source until its end, or until the agent asks it to stop.
+///
+/// # Errors
+/// [`InternalError`].
+pub async fn run(context: Context, options: SourceOptions, hooks: Hooks) -> Result<(), InternalError> {
+    let topic = options.topic.clone();
+    let mut internal = Internal::open(context.control)?;
+    let bell = internal.stage.bell_descriptor().try_clone_to_owned().map_err(InternalError::io("the stage's bell"))?;
+    let bell = Bell::adopt(bell);
+    let source = Source::start(options, Box::new(move || bell.ring())).map_err(|error| InternalError::Refused(error.to_string()))?;
+    let mut offsets: Vec<(u64, u64)> = internal.stage.slot().partitions.clone();
+    let mut ends_told = false;
+    let is_stop = loop {
+        if internal.stage.is_stop_requested() {
+            break true;
+        }
+        if let (Some(ends), false) = (&hooks.ends, ends_told)
+            && let Some(ends) = ends()
+        {
+            source.end_at(&ends);
+            ends_told = true;
+        }
+        commit_offsets(&source, &hooks);
+        match source.try_next() {
+            Some(SourceEvent::Records(records)) => {
+                for record in records {
+                    let event_time_ns = record.timestamp_ms.map(|time| time.saturating_mul(1_000_000));
+                    let mut attributes = Vec::new();
+                    attributes_encode(record.headers.iter().map(|(name, value)| (name.as_str(), value.as_deref().unwrap_or_default())), &mut attributes);
+                    // The topic's own key is no key of the pipeline: only groupByKey makes one.
+                    let emit = Emit { attributes: &attributes, ..from_source(None, event_time_ns) };
+                    match internal.emit(&emit, &record.payload).await {
+                        Ok(()) => {}
+                        Err(error @ StageError::TooLarge(_)) => {
+                            internal.stage.add_counter(COUNTER_ERRORS, 1);
+                            let (partition, offset) = (record.partition, record.offset);
+                            tracing::warn!(step = context.name, topic, partition, offset, %error, "a record is left out; it is counted as an error of this step");
+                        }
+                        Err(error) => return Err(error.into()),
+                    }
+                    let (partition, next) = (record.partition.unsigned_abs().into(), record.offset.unsigned_abs() + 1);
+                    match offsets.iter_mut().find(|(known, _)| *known == partition) {
+                        Some(entry) => entry.1 = next,
+                        None => offsets.push((partition, next)),
+                    }
+                }
+                internal.stage.change_slot(|slot| slot.partitions.clone_from(&offsets));
+                internal.stage.done(0)?;
+                if let Some(progress) = &hooks.progress {
+                    for (partition, next) in &offsets {
+                        progress(i32::try_from(*partition).unwrap_or(0), i64::try_from(*next).unwrap_or(0));
+                    }
+                }
+            }
+            Some(SourceEvent::EndOfInput) => break false,
+            Some(SourceEvent::Failed(error)) => return Err(InternalError::Refused(error.to_string())),
+            Some(event) => say(&context.name, &topic, &event),
+            None => internal.wait().await?,
+        }
+    };
+    internal.finish(is_stop).await?;
+    // A group's last offsets are committed when every sink is done with what was read, so the source outlives its stage.
+    if let Some(group) = &hooks.group {
+        let backend = group.clone();
+        let (bell_pause, rounds) = (std::time::Duration::from_millis(10), 3000);
+        for _ in 0..rounds {
+            commit_offsets(&source, &hooks);
+            if backend.is_settled() {
+                break;
+            }
+            tokio::time::sleep(bell_pause).await;
+        }
+        commit_offsets(&source, &hooks);
+    }
+    source.stop();
+    Ok(())
+}
+
+fn commit_offsets(source: &Source, hooks: &Hooks) {
+    if let Some(offsets) = hooks.group.as_ref().and_then(|group| group.take()) {
+        let offsets: Vec<(i32, i64)> =
+            offsets.iter().filter_map(|(partition, next)| Some((i32::try_from(*partition).ok()?, i64::try_from(*next).ok()?))).collect();
+        source.commit(&offsets);
+    }
+}
+
+fn say(step: &str, topic: &str, event: &SourceEvent) {
+    match event {
+        SourceEvent::Assigned { partitions } => tracing::info!(step, topic, ?partitions, "partitions assigned"),
+        SourceEvent::Revoked { partitions } => tracing::info!(step, topic, ?partitions, "partitions revoked"),
+        SourceEvent::Unreachable { since, attempt, error } => {
+            tracing::warn!(step, topic, seconds = since.elapsed().as_secs(), attempt, error, "no Kafka broker answers; trying again, nothing is lost");
+        }
+        SourceEvent::Reachable => tracing::warn!(step, topic, "the Kafka brokers answer again"),
+        SourceEvent::Skipped { partition, expected, resumed_at } => {
+            tracing::error!(step, topic, partition, expected, resumed_at, "records are gone from the broker before they were read");
+        }
+        _ => tracing::info!(step, topic, ?event, "kafka"),
+    }
+}
