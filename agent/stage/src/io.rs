@@ -110,18 +110,19 @@ impl Stream {
         loop {
             // An error here means that the runtime is being shut down: the operation itself will say so.
             let Ok(mut guard) = ready.ready(interest).await else { return };
-            let mut looks = [PollFd::new(ready.get_ref(), flags)];
-            if matches!(poll(&mut looks, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(0)) {
-                guard.clear_ready();
-            } else {
+            if self.is_ready_now(flags) {
                 return;
             }
+            guard.clear_ready();
         }
     }
 
-    /// Reads at most the spare capacity of `buffer` to its end. Call it after [`Stream::readable`], and do not drop it.
+    /// Reads at most the spare capacity of `buffer` to its end; `WouldBlock` when nothing is there now. Do not drop it.
     /// 0 bytes = the end; a terminal whose other side is gone is an end too.
     pub async fn read(&self, buffer: Vec<u8>) -> (io::Result<usize>, Vec<u8>) {
+        if !self.is_ready_now(PollFlags::IN) {
+            return (Err(io::ErrorKind::WouldBlock.into()), buffer);
+        }
         let (result, buffer) = match &self.uring {
             Some(file) => {
                 let begin = buffer.len();
@@ -138,8 +139,12 @@ impl Stream {
     }
 
     /// Writes some of `buffer` from `begin` on and says how much. The descriptor must be non-blocking, so that this ends at
-    /// once; call it after [`Stream::writable`], and do not drop it.
+    /// once; `WouldBlock` when there is no room now. Do not drop it.
     pub async fn write(&self, buffer: Vec<u8>, begin: usize) -> (io::Result<usize>, Vec<u8>) {
+        // io_uring does not look at O_NONBLOCK of a pipe: it would wait for room, and its caller with it.
+        if !self.is_ready_now(PollFlags::OUT) {
+            return (Err(io::ErrorKind::WouldBlock.into()), buffer);
+        }
         match &self.uring {
             Some(file) => {
                 let (result, slice) = file.write_at(tokio_uring::buf::BoundedBuf::slice(buffer, begin..), u64::MAX).submit().await;
@@ -153,6 +158,13 @@ impl Stream {
                 (result, buffer)
             }
         }
+    }
+
+    fn is_ready_now(&self, flags: PollFlags) -> bool {
+        let Some(descriptor) = self.descriptor() else { return false };
+        let mut looks = [PollFd::from_borrowed_fd(descriptor, flags)];
+        // An error of poll is left to the operation to say.
+        !matches!(poll(&mut looks, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(0))
     }
 
     /// The descriptor.
@@ -324,6 +336,24 @@ mod tests {
             })
             .unwrap();
             assert!(reading.join().unwrap() == expected, "{backend:?}");
+        });
+    }
+
+    /// Both would wait for ever with io_uring, which looks neither at O_NONBLOCK of a pipe nor at who else must be served.
+    #[test]
+    fn what_is_not_ready_says_so_at_once() {
+        both(|backend| {
+            let (reader, writer) = std::io::pipe().unwrap();
+            rustix::io::ioctl_fionbio(&writer, true).unwrap();
+            block_on(backend, async move {
+                let input = Stream::new(backend, reader.into(), Interest::READABLE).unwrap();
+                let output = Stream::new(backend, writer.into(), Interest::WRITABLE).unwrap();
+                assert_eq!(input.read(Vec::with_capacity(8)).await.0.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+                while output.write(vec![7; 100_000], 0).await.0.is_ok() {}
+                assert_eq!(output.write(vec![7; 10], 0).await.0.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+                assert_eq!(input.read(Vec::with_capacity(8)).await.0.unwrap(), 8);
+            })
+            .unwrap();
         });
     }
 
