@@ -175,15 +175,23 @@ pub struct OutputSlot {
     pub generation: u64,
     /// Published position of the room for large records.
     pub large_tail: u64,
+    /// `OUTPUT_FLAG_*`.
+    pub flags: u64,
 }
 
 impl OutputSlot {
     fn words(&self) -> [u64; 8] {
-        [self.tail, self.watermark_ns.cast_unsigned(), self.records, self.bytes, self.generation, self.large_tail, 0, 0]
+        [self.tail, self.watermark_ns.cast_unsigned(), self.records, self.bytes, self.generation, self.large_tail, self.flags, 0]
     }
 
-    fn from_words([tail, watermark, records, bytes, generation, large_tail, ..]: [u64; 8]) -> Self {
-        Self { tail, watermark_ns: watermark.cast_signed(), records, bytes, generation, large_tail }
+    fn from_words([tail, watermark, records, bytes, generation, large_tail, flags, _]: [u64; 8]) -> Self {
+        Self { tail, watermark_ns: watermark.cast_signed(), records, bytes, generation, large_tail, flags }
+    }
+
+    /// Whether the end of the stream was published.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.flags & slot::OUTPUT_FLAG_ENDED != 0
     }
 }
 
@@ -306,7 +314,7 @@ pub struct CommitPage<W> {
 }
 
 impl<W: Words> CommitPage<W> {
-    /// Begins a page with what `slot` says: both slots and every mirror. For the agent, before a descriptor of it leaves.
+    /// Begins a page with what `slot` says: the slot that its epoch names, and every mirror. For the agent, before a descriptor of it leaves.
     pub fn create(words: W, shape: PageShape, slot: Slot) -> Self {
         for (offset, value) in [
             (commit::SHAPE_INPUTS_OUTPUTS, u64::from(shape.inputs) | u64::from(shape.outputs) << 32),
@@ -450,7 +458,7 @@ impl<W: Words> CommitPage<W> {
         self.counters.turn();
     }
 
-    /// Sets how far the space of an input may be used again; it is mirrored at once and never above what is acknowledged.
+    /// Sets how far the space of an input may be used again; the next commit mirrors it, never above what is acknowledged.
     pub fn set_free(&mut self, input: usize, free: u64) {
         let acknowledged_batch = self.slot.inputs.get(input).map_or(0, |entry| entry.batch);
         if let Some(entry) = self.free.get_mut(input) {

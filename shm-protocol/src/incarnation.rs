@@ -95,6 +95,10 @@ impl Incarnation {
             let reader = readers.get(index).copied().unwrap_or_default();
             if let Some(old) = before.and_then(|before| before.outputs.get(index)) {
                 let tail = slot.outputs.get(index).map_or(0, |entry| entry.tail);
+                if reader.acknowledged > tail {
+                    // An honest reader acknowledges only what was published: the dead stage took its own tail back.
+                    return Err(RingViolation::Tail { found: tail, low: reader.acknowledged, high: u64::MAX }.into());
+                }
                 let from = old.map_ring(output.capacity, output.large_capacity, Access::ReadOnly)?;
                 let to = segment.map_ring(output.capacity, output.large_capacity, Access::Writable)?;
                 copy_unread(&from, &to, reader.free, tail)?;
@@ -106,7 +110,7 @@ impl Incarnation {
         CommitPage::create(commit.map(Access::Writable)?, shape, slot);
         let session_segment = Segment::create(Kind::Session, session_len_bytes(&shape) as u64, owner, generation)?;
         let session = SessionPage::new(session_segment.map(Access::Writable)?, shape);
-        // Written by the agent only, and the agent has its mapping: no further one, ever.
+        // Written by the agent only, and the agent has its mapping: no further one for writing, ever.
         session_segment.seal()?;
         let state = match before.and_then(|before| before.state.as_ref()) {
             Some(state) => Some(state.duplicate()?),

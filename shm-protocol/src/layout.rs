@@ -159,6 +159,10 @@ pub mod slot {
     pub const OUTPUT_GENERATION: usize = 32;
     /// u64: published position of the room for large records.
     pub const OUTPUT_LARGE_TAIL: usize = 40;
+    /// u64: flags, see `OUTPUT_FLAG_*`.
+    pub const OUTPUT_FLAGS: usize = 48;
+    /// The end of the stream was published.
+    pub const OUTPUT_FLAG_ENDED: u64 = 1;
 
     /// u64 partition, u64 next offset.
     pub const PARTITION_STRIDE: usize = 16;

@@ -7,6 +7,9 @@ pub const KEY_BYTES_MAX: usize = 64 << 10;
 /// The largest attribute list of a record: trace context and user headers.
 pub const ATTRIBUTES_BYTES_MAX: usize = 64 << 10;
 
+/// The longest reason on an error output: a sentence, that fits even into the smallest ring.
+pub const ERROR_REASON_BYTES_MAX: usize = 1024;
+
 /// Capacity of a ring unless the agent says otherwise: 256 KiB to 1 MiB was best in every measurement (notes/shm.md, 3).
 pub const RING_CAPACITY_BYTES: u64 = 1 << 20;
 /// The smallest ring: one page, because it is mapped twice in a row.

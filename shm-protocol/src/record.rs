@@ -150,7 +150,7 @@ pub enum RecordKind {
     Barrier = 5,
     /// Nothing follows. The argument says why: 0 the input ended, 1 the pipeline is being stopped (windows do not fire).
     EndOfStream = 6,
-    /// Nothing; skipped.
+    /// Nothing: no program sees it.
     Padding = 7,
 }
 
@@ -274,8 +274,9 @@ impl RecordHead {
 /// Upper bound of the bytes that a record takes in a ring, padding and a new batch header included.
 #[must_use]
 pub fn record_len_bytes(fields: &RecordFields<'_>, payload_len: usize) -> u64 {
-    let body = 56 + pad(fields.key.map_or(0, <[u8]>::len)) + pad(fields.attributes.len()) + pad(payload_len);
-    (record::HEAD_LEN + body) as u64
+    // A large record has a descriptor of 16 bytes in the place of its payload, whatever is left of the payload when it is committed.
+    let body = 56 + pad(fields.key.map_or(0, <[u8]>::len)) + pad(fields.attributes.len()) + pad(payload_len.max(16));
+    (record::HEAD_LEN + body) as u64 + 2 * BATCH_ALIGN
 }
 
 /// Rounds a length up to a multiple of 8.

@@ -15,6 +15,9 @@ use crate::record::{BatchHeader, Inherited, Origin, RecordError, RecordFields, R
 /// new header (64 + 63 bytes), and for that header's own padding.
 const SLACK_BYTES: u64 = 256;
 
+/// No honest ring gets here in centuries; below it, sums of positions and lengths do not overflow.
+const POSITION_MAX: u64 = 1 << 63;
+
 /// Why a record was not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum EmitError {
@@ -132,14 +135,25 @@ impl<B: Bytes> Producer<B> {
     pub fn new(bytes: B, published: u64, free: u64, large_published: u64) -> Result<Self, RingViolation> {
         let mut large = VecDeque::new();
         let mut large_free = large_published;
+        let mut wrong = None;
         walk(&bytes, free, published, |view| {
             if view.large {
-                if large.is_empty() {
-                    large_free = view.payload_position;
+                // Large records lie in a row and end at what is published of their room, at most its capacity behind.
+                let low = large.back().map_or(large_published.saturating_sub(bytes.large_capacity()), |(_, end)| *end);
+                let (begin, len) = (view.payload_position, large_len(view.payload_len));
+                if begin < low || begin > large_published || len > large_published - begin || !begin.is_multiple_of(BATCH_ALIGN) {
+                    wrong = Some(RecordError::Record { position: view.position, part: "large payload", len_bytes: len, room: large_published.saturating_sub(begin) });
+                    return;
                 }
-                large.push_back((view.end, view.payload_position + large_len(view.payload_len)));
+                if large.is_empty() {
+                    large_free = begin;
+                }
+                large.push_back((view.end, begin + len));
             }
         })?;
+        if let Some(wrong) = wrong {
+            return Err(wrong.into());
+        }
         let mut producer = Self {
             bytes,
             published,
@@ -268,7 +282,9 @@ impl<B: Bytes> Producer<B> {
         let mut head = RecordHead::new(fields, inherited);
         let before_payload = head.fixed().len() + pad(key_len) + pad(fields.attributes.len());
         let capacity = self.bytes.capacity();
-        let large = (before_payload + payload_len) as u64 > capacity / LARGE_RECORD_RING_SHARE;
+        // In the largest rings a quarter is more than the length field of a record's head holds.
+        let in_ring_max = (capacity / LARGE_RECORD_RING_SHARE).min(u64::from(record::LEN_MASK));
+        let large = (before_payload + payload_len) as u64 > in_ring_max;
         let body_len = before_payload + if large { 16 } else { payload_len };
         let need = (record::HEAD_LEN + pad(body_len)) as u64;
         if need + SLACK_BYTES + BATCH_ALIGN > capacity {
@@ -543,15 +559,16 @@ impl<B: Bytes> Consumer<B> {
     /// # Errors
     /// [`RingViolation::Tail`] when the producer wrote something impossible.
     pub fn take_tail(&mut self, tail: u64) -> Result<(), RingViolation> {
-        let high = self.free + self.bytes.capacity();
-        if tail < self.tail || tail > high || !tail.is_multiple_of(BATCH_ALIGN) {
+        let high = self.free.saturating_add(self.bytes.capacity());
+        if tail < self.tail || tail > high || tail > POSITION_MAX || !tail.is_multiple_of(BATCH_ALIGN) {
             return Err(RingViolation::Tail { found: tail, low: self.tail, high });
         }
         self.tail = tail;
         Ok(())
     }
 
-    /// The next record, or `None` when all that is published was returned.
+    /// The next record, or `None` when all that is published was returned. Padding is returned too: who reads passes over
+    /// it, and acknowledges it, or its space would never be free.
     ///
     /// # Errors
     /// [`RingViolation::Record`] when the producer wrote something impossible.
@@ -577,9 +594,7 @@ impl<B: Bytes> Consumer<B> {
             let view = RecordView::parse(&self.bytes, &self.header, self.index, self.position, self.batch_end)?;
             self.index += 1;
             self.position = if self.index == self.header.records { self.batch_end } else { view.end };
-            if view.kind != RecordKind::Padding {
-                return Ok(Some(view));
-            }
+            return Ok(Some(view));
         }
     }
 }
@@ -599,20 +614,28 @@ pub fn copy_unread<F: Bytes, T: Bytes>(from: &F, to: &T, free: u64, published: u
             at += len as u64;
         }
     };
+    // Before a byte is copied: what a dead stage left as its tail may be anything.
+    check_range(from, free, published)?;
     copy(&|at, bytes| from.read(at, bytes), &|at, bytes| to.write(at, bytes), free, published);
     walk(from, free, published, |view| {
         if view.large {
-            let (begin, end) = (view.payload_position, view.payload_position + view.payload_len as u64);
+            // Where that would wrap, `Producer::new` of the successor refuses the record.
+            let (begin, end) = (view.payload_position, view.payload_position.saturating_add(view.payload_len as u64));
             copy(&|at, bytes| from.read_large(at, bytes), &|at, bytes| to.write_large(at, bytes), begin, end);
         }
     })
 }
 
+fn check_range<B: Bytes>(bytes: &B, from: u64, to: u64) -> Result<(), RingViolation> {
+    if from > to || to > POSITION_MAX || to - from > bytes.capacity() || !from.is_multiple_of(BATCH_ALIGN) || !to.is_multiple_of(BATCH_ALIGN) {
+        return Err(RingViolation::Tail { found: to, low: from, high: from.saturating_add(bytes.capacity()) });
+    }
+    Ok(())
+}
+
 /// Shows every record between two batch boundaries.
 fn walk<B: Bytes>(bytes: &B, from: u64, to: u64, mut show: impl FnMut(&RecordView)) -> Result<(), RingViolation> {
-    if from > to || to - from > bytes.capacity() || !from.is_multiple_of(BATCH_ALIGN) || !to.is_multiple_of(BATCH_ALIGN) {
-        return Err(RingViolation::Tail { found: to, low: from, high: from + bytes.capacity() });
-    }
+    check_range(bytes, from, to)?;
     let mut position = from;
     while position < to {
         let mut head = [0; batch::HEADER_LEN];

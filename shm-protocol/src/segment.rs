@@ -261,6 +261,7 @@ fn check_capacity(field: &'static str, found: u64) -> Result<(), SegmentError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::Bytes as _;
 
     #[test]
     fn a_sealed_segment_cannot_be_mapped_for_writing_again() {

@@ -41,6 +41,7 @@ impl<W: Words> SessionPage<W> {
     /// Says that the producer of an input died, and how far it had published.
     pub fn set_final_tail(&mut self, input: usize, generation: u64, tail: u64) {
         let entry = input_entry(input);
+        self.begin_final(entry);
         self.words.store(entry + session::ENTRY_FINAL, tail, Ordering::Relaxed);
         // FINAL (release): pairs with the acquire in `SessionReader`; the positions are there before the generation.
         self.words.store(entry + session::ENTRY_GENERATION, generation, Ordering::Release);
@@ -49,10 +50,19 @@ impl<W: Words> SessionPage<W> {
     /// Says that the consumer of an output died, and how far it had acknowledged and freed.
     pub fn set_final_acknowledgement(&mut self, output: usize, generation: u64, acknowledged: u64, free: u64) {
         let entry = output_entry(&self.shape, output);
+        self.begin_final(entry);
         self.words.store(entry + session::ENTRY_FINAL, acknowledged, Ordering::Relaxed);
         self.words.store(entry + session::ENTRY_FINAL_FREE, free, Ordering::Relaxed);
         // FINAL (release), as above.
         self.words.store(entry + session::ENTRY_GENERATION, generation, Ordering::Release);
+    }
+
+    /// Takes the last generation away before the positions of the next one: a stage that still reads the neighbour before
+    /// (two deaths in a row) must never take the later one's positions for its own.
+    fn begin_final(&self, entry: usize) {
+        self.words.store(entry + session::ENTRY_GENERATION, 0, Ordering::Relaxed);
+        // FINAL AGAIN (release fence): pairs with the acquire fence in `SessionReader::read_final`.
+        self.words.fence(Ordering::Release);
     }
 
     /// Says that a message was put on the control socket.
@@ -104,19 +114,23 @@ impl<W: Words> SessionReader<W> {
 
     /// How far a dead producer had published, if the one of this generation is dead.
     pub fn final_tail(&self, input: usize, generation: u64) -> Option<u64> {
-        let entry = input_entry(input);
-        // FINAL (acquire): pairs with the release in `SessionPage`.
-        (self.words.load(entry + session::ENTRY_GENERATION, Ordering::Acquire) == generation)
-            .then(|| self.words.load(entry + session::ENTRY_FINAL, Ordering::Relaxed))
+        self.read_final(input_entry(input), generation).map(|(tail, _)| tail)
     }
 
     /// How far a dead consumer had acknowledged and freed, if the one of this generation is dead.
     pub fn final_acknowledgement(&self, output: usize, generation: u64) -> Option<(u64, u64)> {
-        let entry = output_entry(&self.shape, output);
-        // FINAL (acquire), as above.
-        (self.words.load(entry + session::ENTRY_GENERATION, Ordering::Acquire) == generation).then(|| {
-            let acknowledged = self.words.load(entry + session::ENTRY_FINAL, Ordering::Relaxed);
-            (acknowledged, self.words.load(entry + session::ENTRY_FINAL_FREE, Ordering::Relaxed))
-        })
+        self.read_final(output_entry(&self.shape, output), generation)
+    }
+
+    fn read_final(&self, entry: usize, generation: u64) -> Option<(u64, u64)> {
+        // FINAL (acquire): pairs with the release in `SessionPage`; the positions are there before the generation.
+        if self.words.load(entry + session::ENTRY_GENERATION, Ordering::Acquire) != generation {
+            return None;
+        }
+        let found = (self.words.load(entry + session::ENTRY_FINAL, Ordering::Relaxed), self.words.load(entry + session::ENTRY_FINAL_FREE, Ordering::Relaxed));
+        // FINAL AGAIN (acquire fence): pairs with the release fence in `SessionPage::begin_final`; had a later death's positions
+        // been read, the generation would be another one by now.
+        self.words.fence(Ordering::Acquire);
+        (self.words.load(entry + session::ENTRY_GENERATION, Ordering::Relaxed) == generation).then_some(found)
     }
 }

@@ -9,7 +9,7 @@
 //! always when nothing is left to read or the stage waits.
 
 use std::collections::VecDeque;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -20,12 +20,12 @@ use crate::control::{Control, ControlError, Descriptors, Event, Grant, Hello, Me
 use crate::histogram::HistogramView;
 use crate::key::{hash_key, key_group};
 use crate::layout::{commit, session, slot};
-use crate::limits::{COMMIT_BYTES_MAX, COMMIT_RECORDS_MAX, SLEEP_NS_MAX, SPIN_NS_MAX, UNDONE_RECORDS_MAX};
+use crate::limits::{COMMIT_BYTES_MAX, COMMIT_RECORDS_MAX, ERROR_REASON_BYTES_MAX, KEY_BYTES_MAX, SLEEP_NS_MAX, SPIN_NS_MAX, UNDONE_RECORDS_MAX};
 use crate::memory::{Access, Mapping, RingMapping, Words};
 use crate::record::{Origin, RecordFields, RecordKind, RecordView, attributes_encode};
 use crate::ring::{Consumer, EmitError, Producer, ReadPosition, RingViolation, Savepoint};
 use crate::segment::{Kind, Segment, SegmentError};
-use crate::session::SessionReader;
+use crate::session::{SessionReader, session_len_bytes};
 use crate::state::{KeyedState, StateError};
 use crate::version;
 
@@ -75,6 +75,12 @@ pub enum OpenError {
         found: String,
         /// What was due.
         expected: &'static str,
+    },
+    /// The agent speaks a version that was not offered.
+    #[error("the agent granted protocol version {found}, this library speaks {PROTOCOL_VERSION_MIN} to {PROTOCOL_VERSION_MAX}")]
+    Version {
+        /// What it granted.
+        found: u16,
     },
     /// The control socket failed.
     #[error(transparent)]
@@ -234,6 +240,8 @@ struct Input {
     consumer: Option<Consumer<Arc<RingMapping>>>,
     /// Mappings of dead producers that records not yet done still point into.
     retired: Vec<(u64, Arc<RingMapping>)>,
+    /// Generation of the producer whose mapping is read, also when it is not believed any more.
+    generation: u64,
     final_tail: u64,
     ended: bool,
     measured_batch: u64,
@@ -243,6 +251,8 @@ struct Input {
 struct Output {
     producer: Producer<RingMapping>,
     neighbour: Option<Neighbour>,
+    /// What a dead reader had acknowledged and freed: its mirrors may be behind it for ever.
+    final_acknowledgement: (u64, u64),
     has_pending: bool,
     has_done: bool,
     ended: bool,
@@ -257,9 +267,18 @@ struct Undone {
     emitted: u32,
 }
 
+impl Output {
+    /// The reader's positions: its mirrors, or where it died if that is further.
+    fn heard(&self) -> Option<(u64, u64)> {
+        let neighbour = self.neighbour.as_ref()?;
+        let (acknowledged, free) = neighbour.page.acknowledgement(neighbour.index);
+        Some((acknowledged.max(self.final_acknowledgement.0), free.max(self.final_acknowledgement.1)))
+    }
+}
+
 impl Undone {
     fn is_control(&self) -> bool {
-        self.view.kind == RecordKind::EndOfStream
+        matches!(self.view.kind, RecordKind::EndOfStream | RecordKind::Padding)
     }
 }
 
@@ -295,6 +314,7 @@ pub struct Stage {
     state: Option<KeyedState>,
     undone: VecDeque<Undone>,
     undone_user_records: usize,
+    undone_since_ns: u64,
     next_input: usize,
     pending_counts: Vec<u64>,
     /// One more than the number of the latest undone record that something pending belongs to; 0 = none.
@@ -304,6 +324,7 @@ pub struct Stage {
     is_dirty: bool,
     careful: bool,
     blocked_on: Option<usize>,
+    wants_input: bool,
     sleeps: u64,
     spin_ns: u64,
     end_argument: u64,
@@ -344,11 +365,18 @@ impl Stage {
     }
 
     fn map(control: Control, grant: Grant, descriptors: Descriptors, keys: KeyFactory) -> Result<Self, OpenError> {
+        if !(PROTOCOL_VERSION_MIN..=PROTOCOL_VERSION_MAX).contains(&grant.version) {
+            return Err(OpenError::Version { found: grant.version });
+        }
+        let unknown = grant.features & !version::FEATURES_INCOMPATIBLE;
+        if unknown != 0 {
+            return Err(SegmentError::Features { unknown }.into());
+        }
         let mut descriptors = descriptors.into_iter();
         let mut next = || descriptors.next().ok_or(ControlError::Malformed("a grant comes with fewer descriptors than it names"));
-        let page = Segment::adopt(next()?, Kind::Commit)?.map(Access::Writable)?;
+        let page = map_page(next()?, Kind::Commit, grant.shape.len_bytes(), Access::Writable)?;
         let page = CommitPage::attach(page, grant.shape)?;
-        let session = Segment::adopt(next()?, Kind::Session)?.map(Access::ReadOnly)?;
+        let session = map_page(next()?, Kind::Session, session_len_bytes(&grant.shape), Access::ReadOnly)?;
         let session = SessionReader::new(session, grant.shape);
         let bell = Bell::adopt(next()?);
         let state = if grant.state_bytes > 0 {
@@ -362,7 +390,7 @@ impl Stage {
             let ring = Segment::adopt(next()?, Kind::Data)?.map_ring(output.capacity, output.large_capacity, Access::Writable)?;
             let entry = page.slot().outputs.get(index).copied().unwrap_or_default();
             let producer = Producer::new(ring, entry.tail, output.free, entry.large_tail)?;
-            outputs.push(Output { producer, neighbour: None, has_pending: false, has_done: false, ended: false });
+            outputs.push(Output { producer, neighbour: None, final_acknowledgement: (0, 0), has_pending: false, has_done: false, ended: entry.has_ended() });
         }
         let inputs = grant.inputs.iter().zip(&page.slot().inputs).map(|(granted, entry)| Input {
             capacity: granted.capacity,
@@ -370,6 +398,7 @@ impl Stage {
             neighbour: None,
             consumer: None,
             retired: Vec::new(),
+            generation: 0,
             final_tail: 0,
             ended: entry.has_ended(),
             measured_batch: u64::MAX,
@@ -401,6 +430,7 @@ impl Stage {
             state,
             undone: VecDeque::new(),
             undone_user_records: 0,
+            undone_since_ns: 0,
             next_input: 0,
             pending_reaches: 0,
             sequence_at_done: 0,
@@ -408,6 +438,7 @@ impl Stage {
             is_dirty: false,
             careful,
             blocked_on: None,
+            wants_input: true,
             sleeps: 0,
             spin_ns: 0,
             end_argument: 0,
@@ -542,7 +573,8 @@ impl Stage {
                     input.ended = true;
                     self.end_argument = self.end_argument.max(view.argument);
                 }
-                RecordKind::Data | RecordKind::Watermark | RecordKind::WindowStart | RecordKind::WindowEnd | RecordKind::Retract | RecordKind::Barrier | RecordKind::Padding => {
+                RecordKind::Padding => {}
+                RecordKind::Data | RecordKind::Watermark | RecordKind::WindowStart | RecordKind::WindowEnd | RecordKind::Retract | RecordKind::Barrier => {
                     self.undone_user_records += 1;
                     records_out.push(Received { input: index, generation: neighbour.generation, view });
                     taken += 1;
@@ -592,6 +624,10 @@ impl Stage {
     pub fn emit(&mut self, output: usize, emit: &Emit<'_>, payload: &[u8]) -> Result<(), StageError> {
         if output >= self.router.nodes.len().min(2) {
             return Err(StageError::Misuse("there is no output of this number: 0 is the main output, 1 the error output"));
+        }
+        if payload.len() as u64 > self.grant.record_bytes_max {
+            let limit_bytes = usize::try_from(self.grant.record_bytes_max).unwrap_or(usize::MAX);
+            return Err(StageError::TooLarge(EmitError::TooLarge { part: "payload", len_bytes: payload.len(), limit_bytes }));
         }
         let mut key_scratch = std::mem::take(&mut self.key_scratch);
         key_scratch.clear();
@@ -772,6 +808,7 @@ impl Stage {
             self.acknowledge(&entry);
         }
         self.drop_leading_control();
+        self.drop_retired();
         self.uncommitted_records += records as u64;
         if records == 0 || self.careful || self.is_commit_due() {
             self.commit()?;
@@ -780,7 +817,7 @@ impl Stage {
         Ok(())
     }
 
-    /// Ends of streams need nobody to finish them.
+    /// Ends of streams and padding need nobody to finish them.
     fn drop_leading_control(&mut self) {
         while self.undone.front().is_some_and(Undone::is_control) {
             if let Some(entry) = self.undone.pop_front() {
@@ -798,7 +835,7 @@ impl Stage {
             slot.generation = entry.generation;
             slot.records += u64::from(is_data);
             slot.bytes += if is_data { entry.view.payload_len as u64 } else { 0 };
-            if entry.is_control() {
+            if entry.view.kind == RecordKind::EndOfStream {
                 slot.flags |= slot::INPUT_FLAG_ENDED;
             }
         });
@@ -839,6 +876,8 @@ impl Stage {
         }
         self.pending_counts.fill(0);
         self.pending_reaches = 0;
+        // Whoever gives the record up does not wait for its room any more.
+        self.blocked_on = None;
         self.page.restore_sequence(self.sequence_at_done);
         for entry in &mut self.undone {
             entry.emitted = 0;
@@ -865,6 +904,9 @@ impl Stage {
                         slot.records += records;
                         slot.bytes += bytes;
                         slot.generation = generation;
+                        if output.ended {
+                            slot.flags |= slot::OUTPUT_FLAG_ENDED;
+                        }
                     });
                 }
             }
@@ -881,10 +923,21 @@ impl Stage {
             self.is_dirty = false;
             self.uncommitted_records = 0;
             self.wake_neighbours();
-            self.page.set_statistic(commit::STATISTICS_UNDONE, self.undone_user_records as u64);
-            self.page.set_statistic(commit::STATISTICS_UNDONE_SINCE, if self.undone_user_records == 0 { 0 } else { now });
+            self.undone_since_ns = 0;
+            self.show_undone(now);
         }
         self.check_session()
+    }
+
+    /// Shows people how much is handed out and since when nothing of it was finished.
+    fn show_undone(&mut self, now: u64) {
+        if self.undone_user_records == 0 {
+            self.undone_since_ns = 0;
+        } else if self.undone_since_ns == 0 {
+            self.undone_since_ns = now;
+        }
+        self.page.set_statistic(commit::STATISTICS_UNDONE, self.undone_user_records as u64);
+        self.page.set_statistic(commit::STATISTICS_UNDONE_SINCE, self.undone_since_ns);
     }
 
     fn wake_neighbours(&mut self) {
@@ -950,13 +1003,18 @@ impl Stage {
             return Ok(false);
         }
         self.sleeps += 1;
-        let reason = if self.blocked_on.is_some() { commit::ANNOUNCE_ROOM } else { commit::ANNOUNCE_INPUT };
+        let reason = match (self.blocked_on, self.wants_input) {
+            (Some(_), _) => commit::ANNOUNCE_ROOM,
+            (None, true) => commit::ANNOUNCE_INPUT,
+            (None, false) => 0,
+        };
         self.page.announce(self.sleeps << commit::ANNOUNCE_COUNT_SHIFT | reason | commit::ANNOUNCE_ASLEEP);
         if self.is_something_there() {
             self.end_sleep();
             return Ok(false);
         }
         self.page.add_statistic(commit::STATISTICS_SLEEPS, 1);
+        self.show_undone(monotonic_ns());
         Ok(true)
     }
 
@@ -964,6 +1022,18 @@ impl Stage {
     pub fn end_sleep(&mut self) {
         self.page.announce(self.sleeps << commit::ANNOUNCE_COUNT_SHIFT);
         self.bell.silence();
+    }
+
+    /// Whether sleeps end when input comes (the default). A stage that has no room for input says no, and is woken only for
+    /// room in an output and by the agent.
+    pub fn set_wants_input(&mut self, wants_input: bool) {
+        self.wants_input = wants_input;
+    }
+
+    /// Whether an emit found an output full and has not succeeded since.
+    #[must_use]
+    pub fn is_blocked(&self) -> bool {
+        self.blocked_on.is_some()
     }
 
     /// Readable when the stage should look again.
@@ -1010,12 +1080,9 @@ impl Stage {
             return true;
         }
         if let Some(output) = self.blocked_on.and_then(|ring| self.outputs.get(ring)) {
-            return output.neighbour.as_ref().is_some_and(|neighbour| {
-                let (acknowledged, free) = neighbour.page.acknowledgement(neighbour.index);
-                acknowledged != output.producer.acknowledged() || free != output.producer.free()
-            });
+            return output.heard().is_some_and(|heard| heard != (output.producer.acknowledged(), output.producer.free()));
         }
-        self.inputs.iter().any(|input| match (&input.consumer, &input.neighbour) {
+        self.wants_input && self.inputs.iter().any(|input| match (&input.consumer, &input.neighbour) {
             (Some(consumer), Some(neighbour)) if !input.ended => {
                 consumer.depth() > 0 || neighbour.page.tail(neighbour.index).max(input.final_tail) > consumer.tail()
             }
@@ -1029,6 +1096,9 @@ impl Stage {
     /// # Errors
     /// [`StageError::Full`]: wait, and call it again.
     pub fn finish(&mut self, is_stop: bool) -> Result<(), StageError> {
+        if self.pending_reaches > 0 {
+            return Err(StageError::Misuse("something was emitted for a record that is not done: done or abort first"));
+        }
         let argument = self.end_argument.max(u64::from(is_stop));
         for index in 0..self.outputs.len() {
             let Some(output) = self.outputs.get_mut(index) else { break };
@@ -1103,8 +1173,7 @@ impl Stage {
 
     fn refresh_output(&mut self, index: usize) {
         let Some(output) = self.outputs.get_mut(index) else { return };
-        let Some(neighbour) = &output.neighbour else { return };
-        let (acknowledged, free) = neighbour.page.acknowledgement(neighbour.index);
+        let Some((acknowledged, free)) = output.heard() else { return };
         if let Err(violation) = output.producer.take_acknowledgement(acknowledged, free) {
             // Reported at the next look at the session; until then the neighbour is not believed.
             output.neighbour = None;
@@ -1159,7 +1228,9 @@ impl Stage {
         let Some(neighbour) = &output.neighbour else { return };
         if let Some((acknowledged, free)) = self.session.final_acknowledgement(index, neighbour.generation) {
             // The agent computed these from the dead neighbour's slot; what cannot be is left to its successor's page.
-            let _impossible = output.producer.take_acknowledgement(acknowledged, free);
+            if output.producer.take_acknowledgement(acknowledged, free).is_ok() {
+                output.final_acknowledgement = (acknowledged, free);
+            }
         }
     }
 
@@ -1175,7 +1246,7 @@ impl Stage {
     fn try_attach(&mut self, peer: &Peer, descriptors: Descriptors) -> Result<(), OpenError> {
         let mut descriptors = descriptors.into_iter();
         let mut next = || descriptors.next().ok_or(ControlError::Malformed("a neighbour comes with fewer descriptors than it needs"));
-        let page = Segment::adopt(next()?, Kind::Commit)?.map(Access::ReadOnly)?;
+        let page = map_page(next()?, Kind::Commit, peer.shape.len_bytes(), Access::ReadOnly)?;
         let bell = Bell::adopt(next()?);
         let neighbour = Neighbour {
             page: CommitPageReader::new(page, peer.shape),
@@ -1191,7 +1262,13 @@ impl Stage {
         if !peer.is_producer {
             let output = self.outputs.get_mut(peer.index as usize).ok_or(ControlError::Malformed("a neighbour of an output that is not there"))?;
             output.neighbour = Some(neighbour);
+            output.final_acknowledgement = (0, 0);
             self.refresh_output(peer.index as usize);
+            // What was published while the old page was still looked at for announcements may be what this reader sleeps for.
+            self.page.words().fence(Ordering::SeqCst);
+            if let Some(neighbour) = self.outputs.get_mut(peer.index as usize).and_then(|output| output.neighbour.as_mut()) {
+                neighbour.wake(commit::ANNOUNCE_INPUT);
+            }
             return Ok(());
         }
         let slot = self.page.slot().inputs.get(peer.index as usize).copied().unwrap_or_default();
@@ -1199,24 +1276,36 @@ impl Stage {
         let ring = Segment::adopt(next()?, Kind::Data)?.map_ring(input.capacity, input.large_capacity, Access::ReadOnly)?;
         let ring = Arc::new(ring);
         let tail = neighbour.page.tail(neighbour.index);
-        match (&mut input.consumer, &input.neighbour) {
-            (Some(consumer), before) => {
-                let old = consumer.replace_bytes(ring);
-                if let Some(before) = before {
-                    input.retired.push((before.generation, old));
-                }
+        match &mut input.consumer {
+            Some(consumer) => {
+                // Checked first, so that a refused successor changes nothing.
                 consumer.take_tail(tail)?;
+                let old = consumer.replace_bytes(ring);
+                input.retired.push((input.generation, old));
             }
-            (none, _) => {
+            none => {
                 let at = ReadPosition { acknowledged: slot.acknowledged, batch: slot.batch };
                 *none = Some(Consumer::new(ring, at, tail)?);
             }
         }
-        let (undone, index) = (&self.undone, peer.index);
-        input.retired.retain(|(generation, _)| undone.iter().any(|entry| entry.input == index && entry.generation == *generation));
+        input.generation = neighbour.generation;
         input.neighbour = Some(neighbour);
         input.final_tail = 0;
+        self.drop_retired();
+        // As for outputs: room that was freed while the old page was still looked at.
+        self.page.words().fence(Ordering::SeqCst);
+        if let Some(neighbour) = self.inputs.get_mut(peer.index as usize).and_then(|input| input.neighbour.as_mut()) {
+            neighbour.wake(commit::ANNOUNCE_ROOM);
+        }
         Ok(())
+    }
+
+    /// Unmaps the rings of dead producers that no undone record points into any more.
+    fn drop_retired(&mut self) {
+        for (index, input) in self.inputs.iter_mut().enumerate().filter(|(_, input)| !input.retired.is_empty()) {
+            let undone = &self.undone;
+            input.retired.retain(|(generation, _)| undone.iter().any(|entry| entry.input as usize == index && entry.generation == *generation));
+        }
     }
 }
 
@@ -1246,7 +1335,11 @@ impl Router {
             };
             let Some(evaluator) = self.evaluators.get_mut(node).and_then(|evaluators| evaluators.get_mut(keyed)) else { break };
             let mut key = Vec::new();
-            match evaluator.evaluate(payload, &mut key) {
+            let evaluated = evaluator.evaluate(payload, &mut key).and_then(|()| {
+                let len = key.len();
+                if len <= KEY_BYTES_MAX { Ok(()) } else { Err(format!("the key has {len} bytes, the limit is {KEY_BYTES_MAX}")) }
+            });
+            match evaluated {
                 Ok(()) => {
                     let fields = RecordFields { key: Some(&key), key_hash: upper_half(hash_key(&key)), ..*fields };
                     self.emit(outputs, main, &fields, payload)?;
@@ -1264,9 +1357,19 @@ impl Router {
     }
 }
 
-/// The attributes of a record on an error output.
+/// The attributes of a record on an error output. A long reason is cut, so that the record still fits into its ring.
 pub fn encode_error(step: &str, reason: &str, attributes: &mut Vec<u8>) {
+    let reason = reason.get(..reason.floor_char_boundary(ERROR_REASON_BYTES_MAX)).unwrap_or_default();
     attributes_encode([("step", step.as_bytes()), ("reason", reason.as_bytes())], attributes);
+}
+
+/// Maps a page that must be as long as the shape says: every offset is computed from the shape.
+fn map_page(descriptor: OwnedFd, kind: Kind, len_bytes: usize, access: Access) -> Result<Mapping, SegmentError> {
+    let segment = Segment::adopt(descriptor, kind)?;
+    if segment.len_bytes() < len_bytes as u64 {
+        return Err(SegmentError::TooShort { found: segment.len_bytes(), expected: len_bytes as u64 });
+    }
+    segment.map(access)
 }
 
 /// Where a record's payload begins in the mapping of its input.

@@ -249,7 +249,9 @@ impl KeyedState {
         }
         // Tombstones last: an older version must never outlive its tombstone.
         for tombstone in std::mem::take(&mut self.tombstones) {
-            if self.tag(tombstone.offset) == epoch && self.remove_index(tombstone) {
+            // A tombstone that a later put replaced was freed, and its block may hold a value by now.
+            let is_tombstone = self.tag(tombstone.offset) == epoch && self.lengths(tombstone.offset).1.is_none();
+            if is_tombstone && self.remove_index(tombstone) {
                 self.release(tombstone.offset);
             }
         }
@@ -370,7 +372,7 @@ impl KeyedState {
     }
 
     fn remove_index(&mut self, gone: Entry) -> bool {
-        self.index.find_entry(gone.hash, |entry| entry.offset == gone.offset).map(|entry| entry.remove()).is_ok()
+        self.index.find_entry(gone.hash, |entry| entry.hash == gone.hash && entry.offset == gone.offset).map(|entry| entry.remove()).is_ok()
     }
 
     fn block_len(&self, offset: usize) -> usize {
@@ -494,6 +496,26 @@ mod tests {
             assert_eq!(value(&state, "key"), expected, "round {round}");
         }
         assert!(state.summary().used_bytes < state::BLOCKS_OFFSET + 1024, "{:?}", state.summary());
+    }
+
+    #[test]
+    fn a_value_in_the_block_of_a_replaced_tombstone_lives() {
+        let segment = segment();
+        let mut state = attach(&segment, 0);
+        state.put(b"k", b"0").unwrap();
+        state.mark_done();
+        state.committed(1);
+        // Three finished records in one commit: delete, put, put.
+        state.delete(b"k").unwrap();
+        state.mark_done();
+        state.put(b"k", b"1").unwrap();
+        state.mark_done();
+        state.put(b"k", b"2").unwrap();
+        state.mark_done();
+        state.committed(2);
+        assert_eq!(value(&state, "k"), Some("2".into()));
+        drop(state);
+        assert_eq!(value(&attach(&segment, 2), "k"), Some("2".into()));
     }
 
     #[test]
