@@ -998,8 +998,10 @@ impl Stage {
     /// # Errors
     /// [`StageError::Revoked`] and a broken control socket.
     pub fn prepare_sleep(&mut self) -> Result<bool, StageError> {
+        let session_before = self.session_seen;
         self.commit()?;
-        if self.is_something_there() || self.spin() {
+        // A decision of the agent that this very commit noticed is a reason to look again: the caller has not seen it yet.
+        if self.session_seen != session_before || self.is_something_there() || self.spin() {
             return Ok(false);
         }
         self.sleeps += 1;
@@ -1197,11 +1199,12 @@ impl Stage {
         if epoch == self.session_seen {
             return Ok(());
         }
-        self.session_seen = epoch;
         let attention = self.session.attention();
         if attention & session::ATTENTION_REVOKED != 0 {
+            // The epoch stays unseen, so that every later call says it too.
             return Err(StageError::Revoked);
         }
+        self.session_seen = epoch;
         self.stop_requested = attention & session::ATTENTION_STOP != 0;
         let messages = attention >> session::ATTENTION_COUNT_SHIFT;
         while self.messages_seen < messages {

@@ -1,0 +1,759 @@
+//! Stages over real segments and sockets, with a small agent in the same process: every rule of `stage`, every refusal,
+//! and the rare orders of deaths, staged by hand.
+
+use std::os::fd::OwnedFd;
+
+use argo_streams_shm_protocol::layout::{commit, session};
+use argo_streams_shm_protocol::limits::RECORD_PAYLOAD_BYTES_MAX;
+use argo_streams_shm_protocol::stage::{BelongsTo, Emit, KeyChoice, KeyEvaluator, OUTPUT_ERRORS, OUTPUT_MAIN, OpenError, Received, Stage, StageError, Waited};
+use argo_streams_shm_protocol::{
+    Access, Bell, CommitPage, CommitPageReader, Control, EmitError, Event, Grant, Kind, Mapping, Message, PageShape, Peer, Producer, RecordFields, RecordKind, RefusalCode,
+    RingMapping, Role, RouteEdge, Segment, StageState, Words, attributes_iter, hash_key, key_group,
+};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+#[path = "support/agent.rs"]
+mod agent;
+
+use agent::{Edge, Phase, TestAgent, node, shape, spec};
+
+const SECOND: u64 = 1_000_000_000;
+const SMALL: (u64, u64) = (4096, 4096);
+const ROOMY: (u64, u64) = (1 << 20, 64 << 20);
+const OWN: Emit<'static> = Emit { belongs_to: BelongsTo::Nothing, key: KeyChoice::None, event_time_ns: None, attributes: &[] };
+
+/// The key is what stands before the first `:`; without one there is none.
+struct BeforeColon;
+
+impl KeyEvaluator for BeforeColon {
+    fn evaluate(&mut self, payload: &[u8], key_out: &mut Vec<u8>) -> Result<(), String> {
+        let colon = payload.iter().position(|byte| *byte == b':').ok_or("no colon".repeat(1000))?;
+        key_out.extend_from_slice(&payload[..colon]);
+        Ok(())
+    }
+}
+
+fn keys(expression: &str) -> Result<Box<dyn KeyEvaluator>, String> {
+    if expression == "colon" { Ok(Box::new(BeforeColon)) } else { Err("only colon".into()) }
+}
+
+fn pair() -> (Control, Control) {
+    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+    (Control::adopt(ours), Control::adopt(theirs))
+}
+
+fn open(agent: &mut TestAgent, stage: usize) -> Stage {
+    let (ours, theirs) = pair();
+    agent.workers[stage].control = Some(ours);
+    std::thread::scope(|scope| {
+        let opened = scope.spawn(move || Stage::open(theirs, Role::Stage, "test", keys, 10 * SECOND));
+        while agent.workers[stage].phase != Phase::Live {
+            assert!(!opened.is_finished(), "{:?}", opened.join().unwrap().err());
+            agent.hear(stage).unwrap();
+            std::thread::yield_now();
+        }
+        opened.join().unwrap().unwrap()
+    })
+}
+
+fn open_all(agent: &mut TestAgent) -> Vec<Stage> {
+    let mut stages: Vec<Stage> = (0..agent.workers.len()).map(|stage| open(agent, stage)).collect();
+    for stage in &mut stages {
+        stage.commit().unwrap();
+    }
+    stages
+}
+
+fn recv(stage: &mut Stage) -> Vec<Received> {
+    let mut records = Vec::new();
+    stage.recv(&mut records, 1000).unwrap();
+    records
+}
+
+fn payload(stage: &Stage, record: &Received) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    stage.append_payload(record, &mut bytes);
+    bytes
+}
+
+fn texts(stage: &mut Stage) -> Vec<String> {
+    let records = recv(stage);
+    records.iter().map(|record| String::from_utf8(payload(stage, record)).unwrap()).collect()
+}
+
+/// Emits a record of its own and commits.
+fn publish(stage: &mut Stage, text: &str) {
+    stage.emit(OUTPUT_MAIN, &OWN, text.as_bytes()).unwrap();
+    stage.done(0).unwrap();
+}
+
+#[test]
+fn records_pass_a_chain_with_all_that_belongs_to_them() {
+    let mut agent = TestAgent::chain(3, SMALL, |_, _| {});
+    let [mut source, mut middle, mut sink] = <[Stage; 3]>::try_from(open_all(&mut agent)).unwrap();
+    for i in 0..3_i64 {
+        let emit = Emit { key: KeyChoice::Set(b"key"), event_time_ns: Some(i - 1), attributes: b"attributes", ..OWN };
+        source.emit(OUTPUT_MAIN, &emit, format!("record {i}").as_bytes()).unwrap();
+    }
+    assert!(recv(&mut middle).is_empty(), "an emit alone never publishes");
+    source.done(0).unwrap();
+    let records = recv(&mut middle);
+    assert_eq!(records.len(), 3);
+    // Each a different choice: key and times of its own record, a later record by number, no key.
+    middle.emit(OUTPUT_MAIN, &Emit::default(), b"first").unwrap();
+    middle.emit(OUTPUT_MAIN, &Emit { belongs_to: BelongsTo::Nth(2), key: KeyChoice::None, ..Emit::default() }, b"second").unwrap();
+    assert!(matches!(middle.done(2), Err(StageError::Misuse(_))), "an emit of the third record is pending");
+    assert!(matches!(middle.done(4), Err(StageError::Misuse(_))), "only three were received");
+    assert!(matches!(middle.done(0), Err(StageError::Misuse(_))));
+    assert!(matches!(middle.finish(false), Err(StageError::Misuse(_))));
+    middle.done(3).unwrap();
+    let records = recv(&mut sink);
+    let views: Vec<_> = records.iter().map(|record| record.view).collect();
+    assert_eq!(records.iter().map(|record| payload(&sink, record)).collect::<Vec<_>>(), [b"first".to_vec(), b"second".to_vec()]);
+    assert_eq!((views[0].event_time_ns, views[1].event_time_ns), (-1, 1));
+    assert_eq!((views[0].keyed, views[1].keyed, views[0].key_hash), (true, false, u32::try_from(hash_key(b"key") >> 32).unwrap()));
+    assert_eq!((views[0].origin.sequence, views[1].origin.sequence, views[0].origin.shard), (0, 2, 1));
+    let mut key = Vec::new();
+    sink.append_key(&records[0], &mut key);
+    assert_eq!(key, b"key");
+    sink.done(2).unwrap();
+    sink.commit().unwrap();
+    assert_eq!(sink.slot().inputs[0].records, 2);
+    assert!(middle.is_drained_downstream() && source.is_drained_downstream());
+}
+
+#[test]
+fn abort_drops_emits_and_keeps_records() {
+    let mut agent = TestAgent::chain(3, SMALL, |_, _| {});
+    let [mut source, mut middle, mut sink] = <[Stage; 3]>::try_from(open_all(&mut agent)).unwrap();
+    source.emit(OUTPUT_MAIN, &OWN, b"dropped").unwrap();
+    source.abort();
+    publish(&mut source, "a");
+    publish(&mut source, "b");
+    assert_eq!(texts(&mut middle), ["a", "b"]);
+    assert_eq!(middle.undone_record(0).unwrap().view.origin.sequence, 0, "an aborted record takes no sequence");
+    middle.emit(OUTPUT_MAIN, &Emit { belongs_to: BelongsTo::Nth(1), ..Emit::default() }, b"dropped").unwrap();
+    middle.abort();
+    assert_eq!(middle.undone_len(), 2);
+    middle.emit(OUTPUT_MAIN, &Emit::default(), b"kept").unwrap();
+    middle.done(1).unwrap();
+    middle.commit().unwrap();
+    assert_eq!(texts(&mut sink), ["kept"]);
+    assert!(matches!(middle.emit(2, &Emit::default(), b""), Err(StageError::Misuse(_))));
+    assert!(matches!(middle.emit(OUTPUT_MAIN, &Emit { belongs_to: BelongsTo::Nth(1), ..Emit::default() }, b""), Err(StageError::Misuse(_))));
+}
+
+#[test]
+fn a_full_ring_is_waited_for_and_a_full_batch_is_not() {
+    let mut agent = TestAgent::chain(2, SMALL, |_, _| {});
+    let [mut source, mut sink] = <[Stage; 2]>::try_from(open_all(&mut agent)).unwrap();
+    let mut count = 0;
+    let error = loop {
+        match source.emit(OUTPUT_MAIN, &OWN, &[1; 500]) {
+            Ok(()) => count += 1,
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, StageError::BatchFull), "{error}");
+    assert!(count >= 5, "{count}");
+    source.done(0).unwrap();
+    assert!(matches!(source.emit(OUTPUT_MAIN, &OWN, &[2; 500]), Err(StageError::Full)));
+    assert!(source.is_blocked());
+    assert_eq!(source.wait(1_000_000).unwrap(), Waited::TimedOut);
+    assert!(source.prepare_sleep().unwrap());
+    assert_eq!(recv(&mut sink).len(), count);
+    sink.done(count).unwrap();
+    sink.commit().unwrap();
+    assert!(Bell::adopt(source.bell_descriptor().try_clone_to_owned().unwrap()).wait(0), "who frees room rings for who waits for it");
+    source.end_sleep();
+    assert_eq!(source.wait(SECOND).unwrap(), Waited::Ready);
+    source.emit(OUTPUT_MAIN, &OWN, &[2; 500]).unwrap();
+    assert!(!source.is_blocked());
+}
+
+#[test]
+fn who_gives_a_record_up_does_not_wait_for_its_room() {
+    let mut agent = TestAgent::chain(3, SMALL, |_, _| {});
+    let [mut source, mut middle, _sink] = <[Stage; 3]>::try_from(open_all(&mut agent)).unwrap();
+    while middle.emit(OUTPUT_MAIN, &OWN, &[1; 500]).is_ok() {
+        middle.done(0).unwrap();
+    }
+    middle.abort();
+    publish(&mut source, "input");
+    assert_eq!(middle.wait(SECOND).unwrap(), Waited::Ready);
+    assert_eq!(texts(&mut middle), ["input"]);
+}
+
+#[test]
+fn large_records_pass_and_too_large_ones_are_named() {
+    let mut agent = TestAgent::chain(3, ROOMY, |stage, spec| {
+        if stage == 1 {
+            spec.record_bytes_max = 1000;
+        }
+    });
+    let [mut source, mut middle, _sink] = <[Stage; 3]>::try_from(open_all(&mut agent)).unwrap();
+    let large: Vec<u8> = (0..RECORD_PAYLOAD_BYTES_MAX).map(|i| (i % 251) as u8).collect();
+    for round in 0..9 {
+        source.emit(OUTPUT_MAIN, &OWN, &large).unwrap();
+        publish(&mut source, "small");
+        let records = recv(&mut middle);
+        assert_eq!(records.len(), 2, "round {round}");
+        assert!(records[0].view.large && payload(&middle, &records[0]) == large);
+        middle.done(2).unwrap();
+        middle.commit().unwrap();
+    }
+    let too_large = source.emit(OUTPUT_MAIN, &OWN, &vec![0; RECORD_PAYLOAD_BYTES_MAX + 1]);
+    assert!(matches!(too_large, Err(StageError::TooLarge(EmitError::TooLarge { part: "payload", .. }))));
+    let key = vec![0; (64 << 10) + 1];
+    assert!(matches!(source.emit(OUTPUT_MAIN, &Emit { key: KeyChoice::Set(&key), ..OWN }, b""), Err(StageError::TooLarge(EmitError::TooLarge { part: "key", .. }))));
+    // The grant's own limit.
+    assert!(matches!(middle.emit(OUTPUT_MAIN, &OWN, &[0; 1001]), Err(StageError::TooLarge(_))));
+    middle.emit(OUTPUT_MAIN, &OWN, &[0; 1000]).unwrap();
+}
+
+/// One source, and `readers` sinks on its outputs.
+fn fan(outputs: u32, change: impl Fn(&mut argo_streams_shm_protocol::StageSpec)) -> TestAgent {
+    let mut source = spec(1, 0, outputs, SMALL);
+    change(&mut source);
+    let sinks = (0..outputs).map(|output| spec(u64::from(output) + 2, 1, 0, SMALL));
+    let edges = (0..outputs).map(|output| Edge { from: (0, output), to: (output as usize + 1, 0) }).collect();
+    TestAgent::new(std::iter::once(source).chain(sinks).collect(), edges)
+}
+
+#[test]
+fn workers_get_their_keys_and_take_turns_without() {
+    let owners: Vec<u16> = (0..256).map(|group| u16::from(group >= 100)).collect();
+    let mut agent = fan(2, |spec| spec.routes.nodes[0].edges = vec![RouteEdge { rings: vec![0, 1], owners: owners.clone() }]);
+    let mut stages = open_all(&mut agent);
+    let mut expected = [Vec::new(), Vec::new()];
+    for i in 0..40 {
+        let key = format!("key {i}");
+        stages[0].emit(OUTPUT_MAIN, &Emit { key: KeyChoice::Set(key.as_bytes()), ..OWN }, key.as_bytes()).unwrap();
+        expected[usize::from(key_group(hash_key(key.as_bytes())) >= 100)].push(key);
+    }
+    stages[0].done(0).unwrap();
+    assert!(expected.iter().all(|keys| keys.len() > 5));
+    assert_eq!([texts(&mut stages[1]), texts(&mut stages[2])], expected);
+    for _ in 0..10 {
+        stages[0].emit(OUTPUT_MAIN, &OWN, b"").unwrap();
+    }
+    stages[0].done(0).unwrap();
+    assert_eq!((recv(&mut stages[1]).len(), recv(&mut stages[2]).len()), (5, 5));
+}
+
+#[test]
+fn keys_are_taken_on_the_way_and_what_has_none_goes_to_the_errors() {
+    let mut agent = fan(3, |spec| {
+        spec.routes.nodes[0] = node("main", &[0]);
+        spec.routes.nodes[0].keyed = vec![("colon".into(), 2, 3)];
+        spec.routes.nodes.push(node("keyed", &[1]));
+        spec.routes.nodes.push(node("keyed.errors", &[2]));
+        spec.routes.nodes[2].counter = 1;
+        spec.routes.nodes[3].counter = 2;
+    });
+    let mut stages = open_all(&mut agent);
+    let long = [vec![b'k'; 70_000], b":".to_vec()].concat();
+    stages[0].emit(OUTPUT_MAIN, &OWN, b"a:1").unwrap();
+    stages[0].emit(OUTPUT_MAIN, &OWN, b"none").unwrap();
+    stages[0].done(0).unwrap();
+    assert_eq!(texts(&mut stages[1]), ["a:1", "none"]);
+    let keyed = recv(&mut stages[2]);
+    let mut key = Vec::new();
+    stages[2].append_key(&keyed[0], &mut key);
+    assert_eq!((keyed.len(), key.as_slice()), (1, b"a".as_slice()));
+    let refused = recv(&mut stages[3]);
+    let mut attributes = Vec::new();
+    stages[3].append_attributes(&refused[0], &mut attributes);
+    let attributes: Vec<_> = attributes_iter(&attributes).collect();
+    assert_eq!((attributes[0], attributes[1].0), ((b"step".as_slice(), b"keyed".as_slice()), b"reason".as_slice()));
+    assert!(attributes[1].1.starts_with(b"no colon") && attributes[1].1.len() <= 1024, "a long reason is cut");
+    assert_eq!(stages[0].slot().counters[..3], [2, 1, 1]);
+    drop(stages);
+    // A key beyond the limit is a refused key and no refused record.
+    let mut agent = {
+        let mut source = spec(1, 0, 2, ROOMY);
+        source.routes.nodes = vec![node("main", &[0]), node("errors", &[]), node("keyed", &[]), node("keyed.errors", &[1])];
+        source.routes.nodes[0].keyed = vec![("colon".into(), 2, 3)];
+        TestAgent::new(vec![source, spec(2, 2, 0, ROOMY)], vec![Edge { from: (0, 0), to: (1, 0) }, Edge { from: (0, 1), to: (1, 1) }])
+    };
+    let mut stages = open_all(&mut agent);
+    stages[0].emit(OUTPUT_MAIN, &OWN, &long).unwrap();
+    stages[0].done(0).unwrap();
+    assert_eq!(recv(&mut stages[1]).iter().map(|record| record.input).collect::<Vec<_>>(), [0, 1]);
+}
+
+#[test]
+fn of_a_record_for_two_steps_both_get_it_or_none() {
+    let mut agent = fan(2, |_| {});
+    let mut stages = open_all(&mut agent);
+    let mut count = 0;
+    while stages[0].emit(OUTPUT_MAIN, &OWN, &[1; 300]).is_ok() {
+        stages[0].done(0).unwrap();
+        count += 1;
+        // The second sink falls behind.
+        let first = recv(&mut stages[1]);
+        assert_eq!(first.len(), 1);
+        stages[1].done(1).unwrap();
+        stages[1].commit().unwrap();
+    }
+    assert!(stages[0].is_blocked());
+    assert!(recv(&mut stages[1]).is_empty(), "the first sink must not get what the second has no room for");
+    stages[0].done(0).unwrap();
+    assert!(recv(&mut stages[1]).is_empty());
+    assert_eq!(recv(&mut stages[2]).len(), count);
+    stages[2].done(count).unwrap();
+    stages[2].commit().unwrap();
+    assert_eq!(stages[0].wait(SECOND).unwrap(), Waited::Ready);
+    stages[0].emit(OUTPUT_MAIN, &OWN, &[1; 300]).unwrap();
+    stages[0].done(0).unwrap();
+    assert_eq!((recv(&mut stages[1]).len(), recv(&mut stages[2]).len()), (1, 1));
+    assert_eq!(stages[0].slot().counters[0], count as u64 + 1);
+}
+
+#[test]
+fn rejected_records_go_to_the_error_output_with_the_reason() {
+    let mut agent = TestAgent::chain(3, SMALL, |stage, spec| {
+        if stage == 1 {
+            spec.routes.nodes = vec![node("main", &[]), node("errors", &[0])];
+        }
+    });
+    let [mut source, mut middle, mut sink] = <[Stage; 3]>::try_from(open_all(&mut agent)).unwrap();
+    publish(&mut source, "bad");
+    assert_eq!(texts(&mut middle), ["bad"]);
+    middle.emit(OUTPUT_MAIN, &Emit::default(), b"nobody reads this").unwrap();
+    middle.reject(0, "not good").unwrap();
+    assert!(middle.reject(1, "not there").is_err());
+    middle.emit(OUTPUT_ERRORS, &Emit::default(), b"more").unwrap();
+    middle.done(1).unwrap();
+    assert_eq!(texts(&mut sink), ["bad", "more"]);
+}
+
+#[test]
+fn an_end_goes_through_and_says_why() {
+    for (is_stop, state) in [(false, StageState::Finished), (true, StageState::Drained)] {
+        let mut agent = TestAgent::chain(3, SMALL, |_, _| {});
+        let [mut source, mut middle, mut sink] = <[Stage; 3]>::try_from(open_all(&mut agent)).unwrap();
+        publish(&mut source, "last");
+        source.finish(is_stop).unwrap();
+        assert_eq!(texts(&mut middle), ["last"]);
+        assert!(middle.is_input_over() && !middle.is_ended());
+        middle.done(1).unwrap();
+        assert!(middle.is_ended());
+        middle.finish(false).unwrap();
+        assert!(recv(&mut sink).is_empty() && sink.is_ended());
+        sink.finish(false).unwrap();
+        for worker in &agent.workers {
+            assert_eq!(worker.incarnation.page().read().unwrap().state, state);
+        }
+        // The end is acknowledged too, and a successor does not say it twice.
+        assert!(middle.is_drained_downstream());
+        let tail = middle.slot().outputs[0].tail;
+        drop(middle);
+        agent.recover(1);
+        let mut middle = open(&mut agent, 1);
+        assert!(middle.is_ended());
+        middle.finish(false).unwrap();
+        assert_eq!(middle.slot().outputs[0].tail, tail);
+    }
+}
+
+#[test]
+fn a_reborn_producer_goes_on_and_what_was_in_hand_stays_readable() {
+    let mut agent = TestAgent::chain(2, SMALL, |_, _| {});
+    let [mut source, mut sink] = <[Stage; 2]>::try_from(open_all(&mut agent)).unwrap();
+    let mut held = Vec::new();
+    for round in 0..20 {
+        publish(&mut source, &format!("{round} read"));
+        held.extend(recv(&mut sink));
+        publish(&mut source, &format!("{round} unread"));
+        source.emit(OUTPUT_MAIN, &OWN, b"never done").unwrap();
+        drop(source);
+        agent.recover(0);
+        source = open(&mut agent, 0);
+        held.extend(recv(&mut sink));
+        let now: Vec<_> = held.iter().map(|record| String::from_utf8(payload(&sink, record)).unwrap()).collect();
+        assert!(now.ends_with(&[format!("{round} read"), format!("{round} unread")]), "{now:?}");
+        if round % 3 == 2 {
+            assert!(held.first().unwrap().generation < held.last().unwrap().generation);
+            sink.done(held.len()).unwrap();
+            sink.commit().unwrap();
+            held.clear();
+        }
+    }
+    assert_eq!(held.len(), 4);
+    assert!(agent.events.is_empty(), "{:?}", agent.events);
+}
+
+/// Mappings of data segments in this process at present.
+fn rings_mapped() -> usize {
+    std::fs::read_to_string("/proc/self/maps").unwrap().lines().filter(|line| line.contains("argo-streams-data") && line.split_whitespace().nth(5).is_some()).count()
+}
+
+#[test]
+fn a_dead_producers_ring_is_unmapped_when_its_last_record_is_done() {
+    // Counted in a process of its own: other tests map rings too.
+    if std::env::var_os("AGS_ALONE").is_none() {
+        let status = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "a_dead_producers_ring_is_unmapped_when_its_last_record_is_done"])
+            .env("AGS_ALONE", "1")
+            .stdout(std::process::Stdio::null())
+            .status();
+        assert!(status.unwrap().success());
+        return;
+    }
+    let mut agent = TestAgent::chain(2, SMALL, |_, _| {});
+    let [mut source, mut sink] = <[Stage; 2]>::try_from(open_all(&mut agent)).unwrap();
+    let before = rings_mapped();
+    publish(&mut source, "in hand");
+    assert_eq!(texts(&mut sink), ["in hand"]);
+    drop(source);
+    agent.recover(0);
+    let _source = open(&mut agent, 0);
+    recv(&mut sink);
+    assert!(rings_mapped() > before);
+    sink.done(1).unwrap();
+    assert_eq!(rings_mapped(), before);
+}
+
+#[test]
+fn a_reborn_consumer_reads_again_what_it_had_not_done() {
+    let mut agent = TestAgent::chain(2, SMALL, |_, _| {});
+    let [mut source, mut sink] = <[Stage; 2]>::try_from(open_all(&mut agent)).unwrap();
+    for text in ["a", "b", "c"] {
+        source.emit(OUTPUT_MAIN, &OWN, text.as_bytes()).unwrap();
+    }
+    source.done(0).unwrap();
+    assert_eq!(texts(&mut sink), ["a", "b", "c"]);
+    sink.done(1).unwrap();
+    sink.commit().unwrap();
+    sink.done(1).unwrap();
+    // "b" is done and not committed.
+    drop(sink);
+    agent.recover(1);
+    let mut sink = open(&mut agent, 1);
+    assert_eq!(texts(&mut sink), ["b", "c"]);
+    assert_eq!(sink.undone_record(0).unwrap().view.origin.sequence, 1);
+    sink.done(2).unwrap();
+    sink.commit().unwrap();
+    source.commit().unwrap();
+    assert!(source.is_drained_downstream());
+    assert_eq!(sink.slot().inputs[0].records, 3);
+}
+
+/// A page whose stage dies between its epoch and its mirrors.
+struct NoMirrors<'a>(&'a Mapping);
+
+impl Words for NoMirrors<'_> {
+    fn load(&self, offset: usize, order: std::sync::atomic::Ordering) -> u64 {
+        self.0.load(offset, order)
+    }
+    fn store(&self, offset: usize, value: u64, order: std::sync::atomic::Ordering) {
+        if !(commit::MIRRORS..shape().output_mirror(4)).contains(&offset) {
+            self.0.store(offset, value, order);
+        }
+    }
+    fn fence(&self, order: std::sync::atomic::Ordering) {
+        self.0.fence(order);
+    }
+}
+
+/// A stage without the library, that can do what no honest stage does.
+struct Puppet {
+    control: Control,
+    grant: Grant,
+    page: Mapping,
+    rings: Vec<RingMapping>,
+}
+
+fn puppet(agent: &mut TestAgent, stage: usize) -> Puppet {
+    let (ours, theirs) = pair();
+    agent.workers[stage].control = Some(ours);
+    let hello = argo_streams_shm_protocol::Hello { version_min: 1, version_max: 1, role: Role::Stage, features: 0, pid: 0, library: "puppet".into() };
+    theirs.send(&Message::Hello(hello), &[]).unwrap();
+    agent.hear(stage).unwrap();
+    let (Message::Grant(grant), descriptors) = theirs.receive(SECOND).unwrap().unwrap() else { panic!("a grant was due") };
+    let mut descriptors = descriptors.into_iter();
+    let page = Segment::adopt(descriptors.next().unwrap(), Kind::Commit).unwrap().map(Access::Writable).unwrap();
+    let rings = descriptors.skip(2).zip(&grant.outputs).map(|(descriptor, output)| {
+        Segment::adopt(descriptor, Kind::Data).unwrap().map_ring(output.capacity, output.large_capacity, Access::Writable).unwrap()
+    });
+    let rings = rings.collect();
+    theirs.send(&Message::Mapped, &[]).unwrap();
+    agent.hear(stage).unwrap();
+    assert!(matches!(theirs.receive(SECOND).unwrap(), Some((Message::Ready, _))));
+    Puppet { control: theirs, grant: *grant, page, rings }
+}
+
+#[test]
+fn a_producer_that_died_between_epoch_and_mirror_had_published() {
+    let mut agent = TestAgent::chain(2, SMALL, |_, _| {});
+    let mut source = puppet(&mut agent, 0);
+    let mut sink = open(&mut agent, 1);
+    let mut page = CommitPage::attach(NoMirrors(&source.page), source.grant.shape).unwrap();
+    let mut producer = Producer::new(source.rings.remove(0), 0, 0, 0).unwrap();
+    producer.emit(&RecordFields::default(), b"committed").unwrap();
+    producer.mark_done();
+    let (tail, ..) = producer.seal(0).unwrap();
+    page.change_output(0, |slot| slot.tail = tail);
+    page.commit(0);
+    assert!(recv(&mut sink).is_empty());
+    // It dies here. No successor comes: the session page alone tells.
+    agent.recover(0);
+    assert_eq!(texts(&mut sink), ["committed"]);
+    sink.done(1).unwrap();
+    // The successor is attached, and nothing comes twice.
+    let mut source = open(&mut agent, 0);
+    publish(&mut source, "next");
+    assert_eq!(texts(&mut sink), ["next"]);
+}
+
+#[test]
+fn a_consumer_that_died_between_epoch_and_mirror_had_acknowledged() {
+    let mut agent = TestAgent::chain(2, SMALL, |_, _| {});
+    let mut source = open(&mut agent, 0);
+    let sink = puppet(&mut agent, 1);
+    publish(&mut source, "read");
+    let tail = source.slot().outputs[0].tail;
+    while source.emit(OUTPUT_MAIN, &OWN, &[1; 900]).is_ok() {
+        source.done(0).unwrap();
+    }
+    let mut page = CommitPage::attach(NoMirrors(&sink.page), sink.grant.shape).unwrap();
+    page.change_input(0, |slot| (slot.acknowledged, slot.batch) = (tail, tail));
+    page.commit(0);
+    agent.recover(1);
+    // It was blocked on that output: the death is something to look at, once; then there is nothing until the successor comes.
+    assert_eq!(source.wait(SECOND).unwrap(), Waited::Ready);
+    assert_eq!(source.wait(1).unwrap(), Waited::TimedOut, "a stale mirror must not keep the stage awake");
+    let _full_or_not = source.emit(OUTPUT_MAIN, &OWN, &[1; 900]);
+    assert!(!source.is_drained_downstream());
+    agent.hear(0).unwrap();
+    assert!(agent.events.is_empty(), "an honest neighbour was reported for dying: {:?}", agent.events);
+    let mut sink = open(&mut agent, 1);
+    let records = recv(&mut sink);
+    assert!(records.len() > 2 && records.iter().all(|record| payload(&sink, record) == [1; 900]));
+}
+
+#[test]
+fn a_reborn_reader_that_sleeps_already_is_woken_when_it_is_shown() {
+    let mut agent = TestAgent::chain(2, SMALL, |_, _| {});
+    let [mut source, sink] = <[Stage; 2]>::try_from(open_all(&mut agent)).unwrap();
+    drop(sink);
+    agent.recover(1);
+    // The successor sees the source first, and sleeps.
+    let mut sink = open(&mut agent, 1);
+    sink.recv(&mut Vec::new(), 1).unwrap();
+    assert!(sink.prepare_sleep().unwrap());
+    let bell = Bell::adopt(sink.bell_descriptor().try_clone_to_owned().unwrap());
+    bell.silence();
+    // The source has not looked at its socket yet: its commit rings for the page of the dead reader, then it is shown the new one.
+    source.emit(OUTPUT_MAIN, &OWN, b"wake up").unwrap();
+    source.done(0).unwrap();
+    assert!(bell.wait(0), "the wake-up is lost");
+    sink.end_sleep();
+    assert_eq!(texts(&mut sink), ["wake up"]);
+}
+
+#[test]
+fn impossible_positions_of_a_neighbour_are_reported_and_not_believed() {
+    // A producer whose tail is not aligned.
+    let mut agent = TestAgent::chain(2, SMALL, |_, _| {});
+    let source = puppet(&mut agent, 0);
+    let mut sink = open(&mut agent, 1);
+    recv(&mut sink);
+    source.page.store(shape().output_mirror(0) + commit::MIRROR_TAIL, 100, std::sync::atomic::Ordering::Release);
+    assert!(recv(&mut sink).is_empty());
+    agent.hear(1).unwrap();
+    assert!(matches!(&agent.events[..], [(1, Event::Violation { is_producer: true, index: 0, .. })]), "{:?}", agent.events);
+    assert!(recv(&mut sink).is_empty());
+    agent.hear(1).unwrap();
+    assert_eq!(agent.events.len(), 1, "said once");
+    // And such a stage cannot be recovered.
+    assert!(agent.workers[0].incarnation.recover().is_err());
+
+    // A producer that publishes nonsense.
+    let mut agent = TestAgent::chain(2, SMALL, |_, _| {});
+    let source = puppet(&mut agent, 0);
+    let mut sink = open(&mut agent, 1);
+    source.page.store(shape().output_mirror(0) + commit::MIRROR_TAIL, 128, std::sync::atomic::Ordering::Release);
+    assert!(recv(&mut sink).is_empty());
+    agent.hear(1).unwrap();
+    assert!(matches!(&agent.events[..], [(1, Event::Violation { is_producer: true, .. })]), "{:?}", agent.events);
+
+    // A consumer that acknowledges what was not published.
+    let mut agent = TestAgent::chain(2, SMALL, |_, _| {});
+    let mut source = open(&mut agent, 0);
+    let sink = puppet(&mut agent, 1);
+    publish(&mut source, "x");
+    sink.page.store(shape().input_mirror(0) + commit::MIRROR_ACKNOWLEDGED, 1 << 40, std::sync::atomic::Ordering::Release);
+    assert!(!source.is_drained_downstream());
+    agent.hear(0).unwrap();
+    assert!(matches!(&agent.events[..], [(0, Event::Violation { is_producer: false, index: 0, .. })]), "{:?}", agent.events);
+    drop(sink.control);
+}
+
+#[test]
+fn stop_and_revoke_come_through_the_session_page() {
+    let mut agent = TestAgent::chain(2, SMALL, |_, _| {});
+    let [mut source, mut sink] = <[Stage; 2]>::try_from(open_all(&mut agent)).unwrap();
+    assert!(matches!(sink.wait(1000).unwrap(), Waited::TimedOut));
+    agent.stop(0);
+    assert_eq!(source.wait(SECOND).unwrap(), Waited::Ready);
+    source.commit().unwrap();
+    assert!(source.is_stop_requested() && !sink.is_stop_requested());
+    let interrupter = sink.interrupter().unwrap();
+    interrupter.interrupt();
+    assert_eq!(sink.wait(SECOND).unwrap(), Waited::Interrupted);
+    agent.attention(1, session::ATTENTION_REVOKED);
+    assert!(matches!(sink.wait(SECOND), Err(StageError::Revoked)));
+    assert!(matches!(sink.recv(&mut Vec::new(), 1), Err(StageError::Revoked)), "and again");
+    assert!(matches!(sink.commit(), Err(StageError::Revoked)));
+}
+
+#[test]
+fn state_counts_with_its_record_and_passes_to_the_successor() {
+    let mut agent = TestAgent::chain(2, SMALL, |stage, spec| spec.state_bytes = if stage == 1 { 1 << 20 } else { 0 });
+    let [mut source, mut sink] = <[Stage; 2]>::try_from(open_all(&mut agent)).unwrap();
+    assert!(matches!(source.state_put(b"k", b"v"), Err(StageError::Misuse(_))));
+    let get = |stage: &Stage| {
+        let mut value = Vec::new();
+        stage.state_get(b"k", &mut value).unwrap().then_some(value)
+    };
+    publish(&mut source, "1");
+    publish(&mut source, "2");
+    recv(&mut sink);
+    sink.state_put(b"k", b"first").unwrap();
+    sink.done(1).unwrap();
+    sink.state_put(b"k", b"aborted").unwrap();
+    assert_eq!(get(&sink), Some(b"aborted".to_vec()));
+    sink.abort();
+    assert_eq!(get(&sink), Some(b"first".to_vec()));
+    sink.commit().unwrap();
+    sink.state_put(b"k", b"second").unwrap();
+    sink.done(1).unwrap();
+    // Done and not committed: neither the record nor its put counts.
+    drop(sink);
+    agent.recover(1);
+    let mut sink = open(&mut agent, 1);
+    assert_eq!((get(&sink), texts(&mut sink)), (Some(b"first".to_vec()), vec!["2".to_owned()]));
+    sink.state_delete(b"k").unwrap();
+    sink.done(1).unwrap();
+    sink.commit().unwrap();
+    drop(sink);
+    agent.recover(1);
+    assert_eq!(get(&open(&mut agent, 1)), None);
+}
+
+#[test]
+fn unanswered_records_show_on_the_page_while_the_stage_sleeps() {
+    let mut agent = TestAgent::chain(2, SMALL, |_, _| {});
+    let [mut source, mut sink] = <[Stage; 2]>::try_from(open_all(&mut agent)).unwrap();
+    publish(&mut source, "1");
+    recv(&mut sink);
+    assert!(sink.prepare_sleep().unwrap());
+    let page = agent.workers[1].incarnation.page();
+    let since = page.statistic(commit::STATISTICS_UNDONE_SINCE);
+    assert_eq!(page.statistic(commit::STATISTICS_UNDONE), 1);
+    assert!(since > 0);
+    sink.end_sleep();
+    assert!(sink.prepare_sleep().unwrap());
+    assert_eq!(page.statistic(commit::STATISTICS_UNDONE_SINCE), since);
+    sink.end_sleep();
+    sink.done(1).unwrap();
+    sink.commit().unwrap();
+    assert_eq!((page.statistic(commit::STATISTICS_UNDONE), page.statistic(commit::STATISTICS_UNDONE_SINCE)), (0, 0));
+}
+
+/// Opens a stage whose agent answers HELLO with what `answer` sends.
+fn open_with(answer: impl FnOnce(&Control) + Send) -> OpenError {
+    let (ours, theirs) = pair();
+    std::thread::scope(|scope| {
+        let agent = scope.spawn(move || {
+            assert!(matches!(ours.receive(10 * SECOND).unwrap(), Some((Message::Hello(_), _))));
+            answer(&ours);
+            ours
+        });
+        let error = Stage::open(theirs, Role::Stage, "test", keys, SECOND).unwrap_err();
+        drop(agent.join().unwrap());
+        error
+    })
+}
+
+#[test]
+fn what_cannot_be_is_refused_at_the_door() {
+    let refused = open_with(|agent| agent.send(&Message::Refused { code: RefusalCode::Version, text: "too old".into() }, &[]).unwrap());
+    assert!(matches!(refused, OpenError::Refused { code: RefusalCode::Version, .. }));
+    assert!(matches!(open_with(|agent| agent.send(&Message::Ready, &[]).unwrap()), OpenError::Unexpected { .. }));
+
+    type Change = fn(&mut Grant, &mut Vec<OwnedFd>);
+    let cases: [(&str, Change); 8] = [
+        ("a version that was not offered", |grant, _| grant.version = 9),
+        ("features that are not known", |grant, _| grant.features = 1 << 40),
+        ("fewer descriptors than it names", |_, descriptors| descriptors.truncate(2)),
+        ("a page shorter than its shape", |grant, _| grant.shape = PageShape { inputs: 1024, outputs: 1024, ..grant.shape }),
+        ("a session page in the place of the commit page", |_, descriptors| descriptors.swap(0, 1)),
+        ("a segment that is not sealed", |_, descriptors| descriptors[3] = rustix::fs::memfd_create(c"open", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap()),
+        ("a ring of impossible capacity", |grant, _| grant.outputs[0].capacity = 4097),
+        ("a key that nobody can evaluate", |grant, _| grant.routes.nodes[0].keyed = vec![("what".into(), 1, 1)]),
+    ];
+    for (what, change) in cases {
+        let agent = TestAgent::new(vec![spec(1, 0, 1, SMALL)], Vec::new());
+        let error = open_with(|control| {
+            let (mut grant, descriptors) = agent.workers[0].incarnation.grant(&agent.workers[0].spec, 1);
+            let mut descriptors: Vec<OwnedFd> = descriptors.iter().map(|descriptor| descriptor.try_clone_to_owned().unwrap()).collect();
+            change(&mut grant, &mut descriptors);
+            let borrowed: Vec<_> = descriptors.iter().map(std::os::fd::AsFd::as_fd).collect();
+            control.send(&Message::Grant(Box::new(grant)), &borrowed).unwrap();
+        });
+        assert!(!matches!(error, OpenError::TimedOut { .. } | OpenError::Control(argo_streams_shm_protocol::ControlError::Closed)), "{what}: {error}");
+    }
+}
+
+#[test]
+fn bytes_that_are_no_message_end_the_conversation() {
+    for bytes in [&b"x"[..], &[0; 8], &[3, 0, 0, 0, 0, 0, 0, 0], &[0xff; 200]] {
+        let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        rustix::io::write(&ours, bytes).unwrap();
+        let error = Stage::open(Control::adopt(theirs), Role::Stage, "test", keys, SECOND).unwrap_err();
+        assert!(matches!(error, OpenError::Control(argo_streams_shm_protocol::ControlError::Malformed(_))), "{error}");
+    }
+}
+
+#[test]
+fn a_neighbour_with_a_page_shorter_than_its_shape_is_reported() {
+    let mut agent = TestAgent::chain(2, SMALL, |_, _| {});
+    let [_source, mut sink] = <[Stage; 2]>::try_from(open_all(&mut agent)).unwrap();
+    agent.show(1, 0, |producer| {
+        let (peer, descriptors) = producer.as_producer(0, 0);
+        (Peer { generation: 2, shape: PageShape { inputs: 1024, ..peer.shape }, ..peer }, descriptors)
+    });
+    recv(&mut sink);
+    agent.show(1, 0, |producer| {
+        let (peer, descriptors) = producer.as_producer(0, 0);
+        (Peer { index: 3, ..peer }, descriptors)
+    });
+    recv(&mut sink);
+    agent.hear(1).unwrap();
+    assert_eq!(agent.events.len(), 2, "{:?}", agent.events);
+}
+
+#[test]
+fn a_full_slot_reads_the_same_through_both_views() {
+    let segment = Segment::create(Kind::Commit, shape().len_bytes() as u64, 1, 1).unwrap();
+    let mut page = CommitPage::create(segment.map(Access::Writable).unwrap(), shape(), argo_streams_shm_protocol::Slot::empty(&shape()));
+    let reader = CommitPageReader::new(segment.map(Access::ReadOnly).unwrap(), shape());
+    for round in 1..50_u64 {
+        page.change_input(usize::try_from(round % 4).unwrap(), |slot| slot.records = round);
+        page.change_output(usize::try_from(round % 3).unwrap(), |slot| slot.watermark_ns = -i64::try_from(round).unwrap());
+        page.add_counter(usize::try_from(round % 2).unwrap(), round);
+        if round % 5 == 0 {
+            page.change(|slot| {
+                slot.opaque = vec![u8::try_from(round).unwrap(); usize::try_from(round).unwrap()];
+                slot.partitions = vec![(round, round + 1); usize::try_from(round % 4).unwrap()];
+            });
+        }
+        page.commit(round);
+        assert_eq!(&reader.read().unwrap(), page.slot(), "round {round}");
+    }
+    assert_eq!(reader.read().unwrap().state, StageState::Fresh);
+    assert_eq!(RecordKind::default(), RecordKind::Data);
+}
