@@ -11,8 +11,8 @@ use std::time::Duration;
 use argo_streams_shm_protocol::layout::session;
 use argo_streams_shm_protocol::stage::PROTOCOL_VERSION_MAX;
 use argo_streams_shm_protocol::{
-    Control, ControlError, Event, Hello, Histogram, HistogramView, Incarnation, IncarnationError, Message, ProgramEvent, ReaderPosition, RefusalCode, Role, Slot,
-    StageState,
+    Control, ControlError, Event, Hello, Histogram, HistogramView, Incarnation, IncarnationError, Message,
+    ProgramEvent, ReaderPosition, RefusalCode, Role, Slot, StageState,
 };
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
@@ -139,7 +139,11 @@ impl Broker {
     ///
     /// # Errors
     /// When the kernel refuses segments.
-    pub fn new(physical: Physical, transports: &[Transport], sockets: &[Option<PathBuf>]) -> Result<Self, IncarnationError> {
+    pub fn new(
+        physical: Physical,
+        transports: &[Transport],
+        sockets: &[Option<PathBuf>],
+    ) -> Result<Self, IncarnationError> {
         let mut workers = Vec::with_capacity(physical.stages.len());
         for (index, stage) in physical.stages.iter().enumerate() {
             let readers = vec![ReaderPosition::default(); stage.spec.outputs.len()];
@@ -179,7 +183,8 @@ impl Broker {
     /// # Errors
     /// What the kernel says.
     pub fn internal_client(&mut self, stage: usize) -> std::io::Result<Control> {
-        let (ours, theirs) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        let (ours, theirs) =
+            rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         self.add_client(stage, ours);
         Ok(Control::adopt(theirs))
     }
@@ -194,11 +199,14 @@ impl Broker {
                 self.next_client += 1;
             }
             Ok((user, process)) => {
-                let text = format!("refused a connection of user {user} (process {process}): only user {own} may connect");
+                let text =
+                    format!("refused a connection of user {user} (process {process}): only user {own} may connect");
                 self.refuse(&control, RefusalCode::Permission, &text);
                 self.say(stage, Level::Warn, text);
             }
-            Err(error) => self.say(stage, Level::Warn, format!("refused a connection whose user is not known: {error}")),
+            Err(error) => {
+                self.say(stage, Level::Warn, format!("refused a connection whose user is not known: {error}"))
+            }
         }
     }
 
@@ -298,7 +306,11 @@ impl Broker {
             if worker.phase != Phase::Live {
                 continue;
             }
-            let finished = worker.incarnation.page().read().is_ok_and(|slot| matches!(slot.state, StageState::Finished | StageState::Drained));
+            let finished = worker
+                .incarnation
+                .page()
+                .read()
+                .is_ok_and(|slot| matches!(slot.state, StageState::Finished | StageState::Drained));
             if finished {
                 self.finished(stage);
             }
@@ -319,7 +331,6 @@ impl Broker {
         if let Some(client) = self.workers.get_mut(stage).and_then(|worker| worker.supervisor.take()) {
             self.clients.remove(&client);
         }
-        self.say(stage, Level::Warn, format!("its shim {text}"));
         self.recover(stage);
         self.schedule_restart(stage, &format!("its shim {text}"));
     }
@@ -342,7 +353,8 @@ impl Broker {
             HistogramView::new(page.words(), page.shape().histogram(input)).add_to(latency);
         }
         let depths = plan.producers.iter().enumerate().map(|(input, producer)| {
-            let tail = self.workers.get(producer.stage).map_or(0, |worker| worker.incarnation.page().tail(producer.index));
+            let tail =
+                self.workers.get(producer.stage).map_or(0, |worker| worker.incarnation.page().tail(producer.index));
             tail.saturating_sub(slot.inputs.get(input).map_or(0, |entry| entry.acknowledged))
         });
         Some(StageSnapshot {
@@ -369,7 +381,10 @@ impl Broker {
 
     fn hello(&mut self, client: usize, stage: usize, hello: &Hello) {
         if !(hello.version_min..=hello.version_max).contains(&PROTOCOL_VERSION_MAX) {
-            let text = format!("{} speaks protocol versions {} to {}, this agent speaks {PROTOCOL_VERSION_MAX}", hello.library, hello.version_min, hello.version_max);
+            let text = format!(
+                "{} speaks protocol versions {} to {}, this agent speaks {PROTOCOL_VERSION_MAX}",
+                hello.library, hello.version_min, hello.version_max
+            );
             return self.refuse_client(client, RefusalCode::Version, &text);
         }
         if let Some((_, entry)) = self.clients.get_mut(&client) {
@@ -377,19 +392,29 @@ impl Broker {
         }
         let Some(worker) = self.workers.get_mut(stage) else { return };
         match (hello.role, worker.transport) {
-            (Role::Supervisor, Transport::Internal) => self.refuse_client(client, RefusalCode::State, "this stage runs in the agent"),
+            (Role::Supervisor, Transport::Internal) => {
+                self.refuse_client(client, RefusalCode::State, "this stage runs in the agent")
+            }
             (Role::Supervisor, _) => {
                 worker.supervisor = Some(client);
                 self.start_program(stage);
             }
             (Role::Stage, Transport::Stdio) => {
-                self.refuse_client(client, RefusalCode::State, "the step declares `transport: stdio`: declare `transport: shm` or `auto` to open the library");
+                self.refuse_client(
+                    client,
+                    RefusalCode::State,
+                    "the step declares `transport: stdio`: declare `transport: shm` or `auto` to open the library",
+                );
             }
-            (Role::ShimStage, Transport::Shm) => self.refuse_client(client, RefusalCode::State, "the step declares `transport: shm`"),
+            (Role::ShimStage, Transport::Shm) => {
+                self.refuse_client(client, RefusalCode::State, "the step declares `transport: shm`")
+            }
             (Role::Stage | Role::ShimStage, _) => match (worker.phase, worker.stage_role) {
                 (Phase::Waiting, _) => self.grant(client, stage, hello.role),
                 // The shim is fed and waits; the program may still take over if it has read nothing.
-                (Phase::Granted | Phase::Live, Some(Role::ShimStage)) if hello.role == Role::Stage && worker.transport == Transport::Auto => {
+                (Phase::Granted | Phase::Live, Some(Role::ShimStage))
+                    if hello.role == Role::Stage && worker.transport == Transport::Auto =>
+                {
                     worker.opener = Some(client);
                     self.send_supervisor(stage, Event::Yield);
                 }
@@ -457,7 +482,12 @@ impl Broker {
     }
 
     /// Sends one neighbour to a live stage. The neighbour must be sealed: whoever gets its descriptors could write it else.
-    fn show(&mut self, to: usize, neighbour: usize, peer: impl Fn(&Incarnation) -> (argo_streams_shm_protocol::Peer, Vec<BorrowedFd<'_>>)) {
+    fn show(
+        &mut self,
+        to: usize,
+        neighbour: usize,
+        peer: impl Fn(&Incarnation) -> (argo_streams_shm_protocol::Peer, Vec<BorrowedFd<'_>>),
+    ) {
         let (Some(receiver), Some(shown)) = (self.workers.get(to), self.workers.get(neighbour)) else { return };
         let receives = matches!(receiver.phase, Phase::Live | Phase::Finished) && shown.is_sealed;
         let Some((_, client)) = receiver.stage_client.and_then(|client| self.clients.get(&client)) else { return };
@@ -532,7 +562,8 @@ impl Broker {
     /// Whether a stage has acknowledged the end of all its inputs.
     fn input_is_over(&self, stage: usize) -> bool {
         let inputs = self.physical.stages.get(stage).map_or(0, |plan| plan.producers.len());
-        self.slot(stage).is_some_and(|slot| slot.inputs.iter().take(inputs).all(argo_streams_shm_protocol::InputSlot::has_ended))
+        self.slot(stage)
+            .is_some_and(|slot| slot.inputs.iter().take(inputs).all(argo_streams_shm_protocol::InputSlot::has_ended))
     }
 
     fn yielded(&mut self, stage: usize, given_up: bool, taken_bytes: u64) {
@@ -541,7 +572,9 @@ impl Broker {
             self.recover(stage);
             self.grant(opener, stage, Role::Stage);
         } else {
-            let text = format!("the program took {taken_bytes} bytes of standard input before it opened the library: open it first, or declare `transport: shm`");
+            let text = format!(
+                "the program took {taken_bytes} bytes of standard input before it opened the library: open it first, or declare `transport: shm`"
+            );
             self.refuse_client(opener, RefusalCode::TooLate, &text);
         }
     }
@@ -551,7 +584,14 @@ impl Broker {
         let Some(plan) = self.physical.stages.get(reporter) else { return };
         let culprit = if is_producer { plan.producers.get(index) } else { plan.consumers.get(index) };
         let Some(culprit) = culprit.map(|end| end.stage) else { return };
-        self.say(culprit, Level::Warn, format!("its neighbour {} found its ring impossible and its session is ended: {text}", plan.spec.name.clone()));
+        self.say(
+            culprit,
+            Level::Warn,
+            format!(
+                "its neighbour {} found its ring impossible and its session is ended: {text}",
+                plan.spec.name.clone()
+            ),
+        );
         let Some(worker) = self.workers.get_mut(culprit) else { return };
         worker.incarnation.session().set_attention(session::ATTENTION_REVOKED);
         worker.incarnation.publish_session();
@@ -576,7 +616,11 @@ impl Broker {
         if matches!(state, Ok(StageState::Finished | StageState::Drained)) {
             self.finished(stage);
         } else if worker.transport == Transport::Internal && worker.phase != Phase::Finished {
-            self.actions.push(Action::GiveUp { stage, text: "its thread in the agent ended".to_owned(), is_restart_limit: false });
+            self.actions.push(Action::GiveUp {
+                stage,
+                text: "its thread in the agent ended".to_owned(),
+                is_restart_limit: false,
+            });
         }
     }
 
@@ -603,7 +647,9 @@ impl Broker {
         let generation = worker.incarnation.generation();
         let mut slot = match worker.incarnation.recover() {
             Ok(slot) => slot,
-            Err(error) => return self.actions.push(Action::GiveUp { stage, text: error.to_string(), is_restart_limit: false }),
+            Err(error) => {
+                return self.actions.push(Action::GiveUp { stage, text: error.to_string(), is_restart_limit: false });
+            }
         };
         if let Some(client) = self.workers.get_mut(stage).and_then(|worker| worker.stage_client.take()) {
             self.clients.remove(&client);
@@ -612,7 +658,12 @@ impl Broker {
         for (input, producer) in plan.producers.iter().enumerate() {
             let entry = slot.inputs.get(input).copied().unwrap_or_default();
             if let Some(neighbour) = self.workers.get_mut(producer.stage) {
-                neighbour.incarnation.session().set_final_acknowledgement(producer.index, generation, entry.acknowledged, entry.batch);
+                neighbour.incarnation.session().set_final_acknowledgement(
+                    producer.index,
+                    generation,
+                    entry.acknowledged,
+                    entry.batch,
+                );
                 neighbour.incarnation.publish_session();
             }
         }
@@ -652,13 +703,15 @@ impl Broker {
             worker.progress_at_start = progress;
         }
         if worker.restarts_in_a_row >= RESTARTS_WITHOUT_PROGRESS_MAX {
-            let text = format!("{why}; it was started {RESTARTS_WITHOUT_PROGRESS_MAX} times again without any progress");
+            let text =
+                format!("{why}; it was started {RESTARTS_WITHOUT_PROGRESS_MAX} times again without any progress");
             return self.actions.push(Action::GiveUp { stage, text, is_restart_limit: true });
         }
         let backoff = BACKOFF_FIRST.saturating_mul(1 << worker.restarts_in_a_row.min(16)).min(BACKOFF_LAST);
         worker.restarts += 1;
         worker.restarts_in_a_row += 1;
-        worker.start_at_ns = Some(argo_streams_shm_protocol::monotonic_ns() + u64::try_from(backoff.as_nanos()).unwrap_or(0));
+        worker.start_at_ns =
+            Some(argo_streams_shm_protocol::monotonic_ns() + u64::try_from(backoff.as_nanos()).unwrap_or(0));
         self.say(stage, Level::Warn, format!("{why}; starting it again in {} ms", backoff.as_millis()));
     }
 
@@ -761,7 +814,12 @@ fn index(value: usize) -> u32 {
 /// # Errors
 /// What the kernel says.
 pub fn listen(path: &std::path::Path) -> std::io::Result<OwnedFd> {
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)?;
+    let socket = rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+        None,
+    )?;
     let address = rustix::net::SocketAddrUnix::new(path)?;
     rustix::net::bind(&socket, &address)?;
     rustix::net::listen(socket.as_fd(), 16)?;

@@ -169,7 +169,8 @@ fn pair(text: &str) -> Result<(String, String), String> {
 /// Words as in a shell, with quotes and backslashes; nothing is expanded.
 fn image(text: &str) -> Result<(String, Vec<String>), String> {
     let (image, command) = pair(text)?;
-    let words = shell_words::split(&command).map_err(|_unbalanced| format!("the quotes in {command:?} do not match"))?;
+    let words =
+        shell_words::split(&command).map_err(|_unbalanced| format!("the quotes in {command:?} do not match"))?;
     if words.is_empty() { Err("the command is empty".to_owned()) } else { Ok((image, words)) }
 }
 
@@ -204,7 +205,10 @@ mod tests {
 
     #[test]
     fn images() {
-        assert_eq!(image("a/b:1=python3 -c 'x y' z").unwrap(), ("a/b:1".to_owned(), ["python3", "-c", "x y", "z"].map(str::to_owned).to_vec()));
+        assert_eq!(
+            image("a/b:1=python3 -c 'x y' z").unwrap(),
+            ("a/b:1".to_owned(), ["python3", "-c", "x y", "z"].map(str::to_owned).to_vec())
+        );
         assert!(image("a=").is_err() && image("=x").is_err() && image("a='x").is_err());
     }
 

@@ -86,13 +86,19 @@ impl Records {
 
     /// Rides begin in order, some seconds after one another, and are reported when they are over: so out of order.
     fn ride(&mut self, record: &mut Record) {
-        while self.waiting.len() < RIDES_WAITING && self.left.is_none_or(|left| (self.waiting.len() as u64) < left + 1) {
+        while self.waiting.len() < RIDES_WAITING && self.left.is_none_or(|left| (self.waiting.len() as u64) < left + 1)
+        {
             let id = self.next + self.waiting.len() as u64;
             let minutes = 2 + self.random.below(9) * self.random.below(9);
             let license = self.keys.draw(&mut self.random);
             self.waiting.push(Ride { id, license, start_s: FIRST_RIDE_S + id * 7, minutes });
         }
-        let earliest = self.waiting.iter().enumerate().min_by_key(|(_, ride)| (ride.start_s + ride.minutes * 60, ride.id)).map(|(place, _)| place);
+        let earliest = self
+            .waiting
+            .iter()
+            .enumerate()
+            .min_by_key(|(_, ride)| (ride.start_s + ride.minutes * 60, ride.id))
+            .map(|(place, _)| place);
         let Some(place) = earliest else { return };
         let ride = self.waiting.swap_remove(place);
         let end_s = ride.start_s + ride.minutes * 60;
@@ -183,23 +189,34 @@ mod tests {
         let rides = |seed| Records::new(Generator::TaxiRides, Some(500), seed, 50, 0).collect::<Vec<_>>();
         assert_eq!(rides(7), rides(7));
         assert_ne!(rides(7), rides(8));
-        assert_eq!(String::from_utf8(rides(1)[0].payload.clone()).unwrap(), r#"{"rideId":0,"licenseId":"TX-00005","startTime":"2026-01-01T00:00:00Z","endTime":"2026-01-01T00:02:00Z","minutes":2}"#);
+        assert_eq!(
+            String::from_utf8(rides(1)[0].payload.clone()).unwrap(),
+            r#"{"rideId":0,"licenseId":"TX-00005","startTime":"2026-01-01T00:00:00Z","endTime":"2026-01-01T00:02:00Z","minutes":2}"#
+        );
     }
 
     #[test]
     fn rides_are_all_there_out_of_order_and_skewed() {
-        let rides: Vec<serde_json::Value> =
-            Records::new(Generator::TaxiRides, Some(5000), 1, 100, 0).map(|record| serde_json::from_slice(&record.payload).unwrap()).collect();
+        let rides: Vec<serde_json::Value> = Records::new(Generator::TaxiRides, Some(5000), 1, 100, 0)
+            .map(|record| serde_json::from_slice(&record.payload).unwrap())
+            .collect();
         let ids: Vec<u64> = rides.iter().map(|ride| ride["rideId"].as_u64().unwrap()).collect();
         let mut sorted = ids.clone();
         sorted.sort_unstable();
         assert_eq!(sorted, (0..5000).collect::<Vec<_>>());
-        assert!(ids.windows(2).filter(|pair| pair[0] > pair[1]).count() > 1000, "many rides end in another order than they began");
+        assert!(
+            ids.windows(2).filter(|pair| pair[0] > pair[1]).count() > 1000,
+            "many rides end in another order than they began"
+        );
         let mut counts: HashMap<&str, u32> = HashMap::new();
         for ride in &rides {
             *counts.entry(ride["licenseId"].as_str().unwrap()).or_default() += 1;
         }
         let most = counts.values().max().copied().unwrap();
-        assert!(counts.len() > 60 && (500..1500).contains(&most), "{} keys, the most frequent one {most} times", counts.len());
+        assert!(
+            counts.len() > 60 && (500..1500).contains(&most),
+            "{} keys, the most frequent one {most} times",
+            counts.len()
+        );
     }
 }

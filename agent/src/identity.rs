@@ -53,13 +53,20 @@ impl Identity {
         let file = std::fs::canonicalize(file).unwrap_or_else(|_| file.to_path_buf());
         let hash = hash_key(format!("{name}\0{}", file.display()).as_bytes());
         let lock_path = base.join(format!("{hash:016x}.lock"));
-        let mut lock = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&lock_path).map_err(failed(&lock_path))?;
+        let mut lock = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&lock_path)
+            .map_err(failed(&lock_path))?;
         if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
             let mut process = String::new();
             let _unknown = lock.read_to_string(&mut process);
             return Err(IdentityError::Held { name: name.to_owned(), file, process });
         }
-        let written = lock.set_len(0).and_then(|()| lock.rewind()).and_then(|()| write!(lock, "{}", std::process::id()));
+        let written =
+            lock.set_len(0).and_then(|()| lock.rewind()).and_then(|()| write!(lock, "{}", std::process::id()));
         written.map_err(failed(&lock_path))?;
         let directory = base.join(format!("{hash:016x}"));
         // What a killed run left; the lock says that it is nobody's.
@@ -97,7 +104,9 @@ fn runtime_directory() -> Result<PathBuf, IdentityError> {
     }
     let metadata = std::fs::symlink_metadata(&directory).map_err(|error| failed(error.to_string()))?;
     if !metadata.is_dir() || metadata.uid() != user || metadata.mode() & 0o077 != 0 {
-        return Err(failed("it must be a directory of this user with mode 0700; remove it, or set XDG_RUNTIME_DIR".to_owned()));
+        return Err(failed(
+            "it must be a directory of this user with mode 0700; remove it, or set XDG_RUNTIME_DIR".to_owned(),
+        ));
     }
     Ok(directory)
 }

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use argo_streams_pipeline::KeyExpression;
-use argo_streams_shm_protocol::stage::{BelongsTo, Emit, KeyChoice, KeyEvaluator, OUTPUT_MAIN, OpenError, Stage, StageError};
+use argo_streams_shm_protocol::stage::{
+    BelongsTo, Emit, KeyChoice, KeyEvaluator, OUTPUT_MAIN, OpenError, Stage, StageError,
+};
 use argo_streams_shm_protocol::{Control, Histogram, Role, attributes_iter, realtime_ns};
 use argo_streams_stage::{Backend, StageBell};
 
@@ -139,7 +141,12 @@ impl Internal {
 /// How a source emits: its records belong to nothing before them.
 #[must_use]
 pub fn from_source(key: Option<&[u8]>, event_time_ns: Option<i64>) -> Emit<'_> {
-    Emit { belongs_to: BelongsTo::Nothing, key: key.map_or(KeyChoice::None, KeyChoice::Set), event_time_ns, attributes: b"" }
+    Emit {
+        belongs_to: BelongsTo::Nothing,
+        key: key.map_or(KeyChoice::None, KeyChoice::Set),
+        event_time_ns,
+        attributes: b"",
+    }
 }
 
 struct ExpressionKey(KeyExpression);
@@ -168,7 +175,11 @@ pub fn measure(latency: &Mutex<Histogram>, ingest_times_ns: impl Iterator<Item =
 
 /// A record of an error output as one line of JSON: the original bytes are in it as text.
 pub fn error_envelope(attributes: &[u8], key: Option<&[u8]>, payload: &[u8], line: &mut Vec<u8>) -> bool {
-    let find = |name: &[u8]| attributes_iter(attributes).find(|(found, _)| *found == name).map(|(_, value)| String::from_utf8_lossy(value).into_owned());
+    let find = |name: &[u8]| {
+        attributes_iter(attributes)
+            .find(|(found, _)| *found == name)
+            .map(|(_, value)| String::from_utf8_lossy(value).into_owned())
+    };
     let (Some(step), Some(reason)) = (find(b"step"), find(b"reason")) else { return false };
     let envelope = serde_json::json!({
         "step": step,

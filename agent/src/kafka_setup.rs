@@ -5,7 +5,10 @@ use std::io::BufRead;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use argo_streams_kafka::{Connection, Embedded, EmbeddedOptions, FillRecord, Filler, FillerOptions, SinkOptions, SourceOptions, StartAt, check_properties};
+use argo_streams_kafka::{
+    Connection, Embedded, EmbeddedOptions, FillRecord, Filler, FillerOptions, SinkOptions, SourceOptions, StartAt,
+    check_properties,
+};
 use argo_streams_pipeline::{Generator, KafkaSink, KafkaSource, Plan, Sink, Source, StepKind};
 
 use crate::generator::Records;
@@ -64,12 +67,17 @@ impl KafkaSetup {
         let mut topics = BTreeMap::new();
         for step in plan.steps() {
             let (topic, servers, properties) = match step.kind() {
-                StepKind::Source(Source::Kafka(kafka)) => (kafka.topic(), kafka.bootstrap_servers(), kafka.properties()),
+                StepKind::Source(Source::Kafka(kafka)) => {
+                    (kafka.topic(), kafka.bootstrap_servers(), kafka.properties())
+                }
                 StepKind::Sink(Sink::Kafka(kafka)) => (kafka.topic(), kafka.bootstrap_servers(), kafka.properties()),
                 _ => continue,
             };
-            check_properties(properties)
-                .map_err(|error| KafkaError::Property { place: step.place(), name: step.name().to_owned(), reason: error.to_string() })?;
+            check_properties(properties).map_err(|error| KafkaError::Property {
+                place: step.place(),
+                name: step.name().to_owned(),
+                reason: error.to_string(),
+            })?;
             if servers.is_none() && options.kafka.is_none() {
                 topics.insert(topic.to_owned(), EMBEDDED_PARTITIONS);
             }
@@ -84,10 +92,18 @@ impl KafkaSetup {
         if topics.is_empty() {
             return Ok(this);
         }
-        let embedded = Embedded::start(EmbeddedOptions { topics: topics.into_iter().collect() }).map_err(|error| KafkaError::Embedded(error.to_string()))?;
-        tracing::info!(bootstrap_servers = embedded.bootstrap_servers(), "embedded Kafka started: for trying things out; it keeps 5 MiB a partition and ends with this run");
+        let embedded = Embedded::start(EmbeddedOptions { topics: topics.into_iter().collect() })
+            .map_err(|error| KafkaError::Embedded(error.to_string()))?;
+        tracing::info!(
+            bootstrap_servers = embedded.bootstrap_servers(),
+            "embedded Kafka started: for trying things out; it keeps 5 MiB a partition and ends with this run"
+        );
         for (topic, what) in &options.kafka_fill {
-            let records = fill_records(what, directory).map_err(|reason| KafkaError::Fill { topic: topic.clone(), what: what.clone(), reason })?;
+            let records = fill_records(what, directory).map_err(|reason| KafkaError::Fill {
+                topic: topic.clone(),
+                what: what.clone(),
+                reason,
+            })?;
             let filler = FillerOptions::new(embedded.bootstrap_servers(), topic.clone(), EMBEDDED_PARTITIONS);
             let filler = Filler::start(filler, records).map_err(|error| KafkaError::Embedded(error.to_string()))?;
             this.fillers.insert(topic.clone(), Arc::new(Mutex::new(filler)));
@@ -105,8 +121,11 @@ impl KafkaSetup {
     /// A line for the live view.
     #[must_use]
     pub fn status_text(&self) -> String {
-        let address = self.embedded.as_ref().map(|embedded| format!("  embedded Kafka at {}", embedded.bootstrap_servers()));
-        let fills = self.fillers.iter().filter_map(|(topic, filler)| Some(format!(", {} records filled into {topic}", filler.lock().ok()?.status().filled)));
+        let address =
+            self.embedded.as_ref().map(|embedded| format!("  embedded Kafka at {}", embedded.bootstrap_servers()));
+        let fills = self.fillers.iter().filter_map(|(topic, filler)| {
+            Some(format!(", {} records filled into {topic}", filler.lock().ok()?.status().filled))
+        });
         address.map_or(String::new(), |address| address + &fills.collect::<String>() + "\n")
     }
 
@@ -119,7 +138,8 @@ impl KafkaSetup {
     /// What a Kafka source step is started with.
     #[must_use]
     pub fn source(&self, _step: usize, kafka: &KafkaSource) -> (SourceOptions, Hooks) {
-        let mut options = SourceOptions::new(self.connection(kafka.bootstrap_servers(), kafka.properties()), kafka.topic());
+        let mut options =
+            SourceOptions::new(self.connection(kafka.bootstrap_servers(), kafka.properties()), kafka.topic());
         options.start_at = match kafka.start_at() {
             argo_streams_pipeline::StartAt::Earliest => StartAt::Earliest,
             argo_streams_pipeline::StartAt::Latest => StartAt::Latest,
@@ -139,12 +159,14 @@ impl KafkaSetup {
                     }
                 })
             }),
-            ends: filler.filter(|_| self.until_end).map(|filler| -> Arc<dyn Fn() -> Option<Vec<(i32, i64)>> + Send + Sync> {
-                Arc::new(move || {
-                    let status = filler.lock().ok()?.status();
-                    status.done.then_some(status.ends)
-                })
-            }),
+            ends: filler.filter(|_| self.until_end).map(
+                |filler| -> Arc<dyn Fn() -> Option<Vec<(i32, i64)>> + Send + Sync> {
+                    Arc::new(move || {
+                        let status = filler.lock().ok()?.status();
+                        status.done.then_some(status.ends)
+                    })
+                },
+            ),
         };
         (options, hooks)
     }
@@ -169,7 +191,9 @@ fn fill_records(what: &str, directory: &Path) -> Result<Box<dyn Iterator<Item = 
         _ => None,
     };
     if let Some(generator) = generator {
-        let count = count.map(|count| count.parse::<u64>().map_err(|_invalid| format!("{count:?} is not a number of records"))).transpose()?;
+        let count = count
+            .map(|count| count.parse::<u64>().map_err(|_invalid| format!("{count:?} is not a number of records")))
+            .transpose()?;
         let records = Records::new(generator, count, 1, FILL_KEYS, 100);
         return Ok(Box::new(records.map(|record| FillRecord {
             key: None,
@@ -178,6 +202,12 @@ fn fill_records(what: &str, directory: &Path) -> Result<Box<dyn Iterator<Item = 
         })));
     }
     let path = if Path::new(what).exists() { Path::new(what).to_path_buf() } else { directory.join(what) };
-    let lines = open_lines(&path).map_err(|error| format!("{}: {error}; expected a file, or taxiRides, counter or bytes, with :COUNT or endless", path.display()))?;
-    Ok(Box::new(lines.split(b'\n').map_while(Result::ok).map(|payload| FillRecord { key: None, payload, timestamp_ms: None })))
+    let lines = open_lines(&path).map_err(|error| {
+        format!("{}: {error}; expected a file, or taxiRides, counter or bytes, with :COUNT or endless", path.display())
+    })?;
+    Ok(Box::new(lines.split(b'\n').map_while(Result::ok).map(|payload| FillRecord {
+        key: None,
+        payload,
+        timestamp_ms: None,
+    })))
 }

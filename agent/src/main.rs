@@ -26,7 +26,12 @@ fn main() -> ExitCode {
             let mut code = ExitCode::SUCCESS;
             for file in files {
                 match load(&file) {
-                    Ok(plan) => say(&format!("{}: pipeline {:?} with {} steps is good", file.display(), plan.name(), plan.steps().len())),
+                    Ok(plan) => say(&format!(
+                        "{}: pipeline {:?} with {} steps is good",
+                        file.display(),
+                        plan.name(),
+                        plan.steps().len()
+                    )),
                     Err(text) => {
                         say(&text);
                         code = ExitCode::from(BAD_USAGE);
@@ -36,7 +41,12 @@ fn main() -> ExitCode {
             code
         }
         Command::Shim(arguments) => {
-            tracing_subscriber::fmt().with_env_filter(filter()).with_writer(std::io::stderr).with_target(false).with_ansi(false).init();
+            tracing_subscriber::fmt()
+                .with_env_filter(filter())
+                .with_writer(std::io::stderr)
+                .with_target(false)
+                .with_ansi(false)
+                .init();
             match argo_streams_shim::run(arguments.into_options()) {
                 Ok(()) => ExitCode::SUCCESS,
                 Err(error) => {
@@ -58,7 +68,12 @@ fn run_command(options: Options) -> ExitCode {
     };
     let is_json = options.is_json;
     let screen = Arc::new(Screen::new(options.live, is_json));
-    tracing_subscriber::fmt().with_env_filter(filter()).with_writer(ScreenWriter(Arc::clone(&screen))).with_target(false).with_ansi(screen.is_live()).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter())
+        .with_writer(ScreenWriter(Arc::clone(&screen)))
+        .with_target(false)
+        .with_ansi(screen.is_live())
+        .init();
     let (result, summary) = run(plan, options, screen);
     if let (true, Some(summary)) = (is_json, &summary)
         && let Err(error) = write_summary(summary)
@@ -93,7 +108,8 @@ fn load(file: &Path) -> Result<Plan, String> {
     };
     let name = file.display().to_string();
     read.map_err(|error| format!("{name}: cannot be read: {error}"))?;
-    argo_streams_pipeline::parse(&text, &name).map_err(|errors| errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))
+    argo_streams_pipeline::parse(&text, &name)
+        .map_err(|errors| errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))
 }
 
 fn filter() -> EnvFilter {

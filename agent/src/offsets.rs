@@ -80,7 +80,8 @@ impl OffsetTracker {
             && let Some(slot) = broker.slot(self.source)
             && slot.partitions != self.committed
         {
-            self.note = Some(Note { offsets: slot.partitions.clone(), targets: HashMap::from([(self.source, tails(&slot))]) });
+            self.note =
+                Some(Note { offsets: slot.partitions.clone(), targets: HashMap::from([(self.source, tails(&slot))]) });
         }
         if let Some(note) = &mut self.note {
             match advance(note, broker) {
@@ -125,13 +126,14 @@ fn advance(note: &mut Note, broker: &Broker) -> Advance {
             }
             let Some(slot) = broker.slot(index) else { return Advance::Waiting };
             // Every producer that the note reaches must be decided, and what it published then be acknowledged here.
-            let acknowledged = plan.producers.iter().enumerate().all(|(input, producer)| match note.targets.get(&producer.stage) {
-                Some(tails) => {
-                    let target = tails.get(producer.index).copied().unwrap_or(0);
-                    slot.inputs.get(input).is_some_and(|entry| entry.acknowledged >= target)
-                }
-                None => !reaches(note, broker, producer.stage),
-            });
+            let acknowledged =
+                plan.producers.iter().enumerate().all(|(input, producer)| match note.targets.get(&producer.stage) {
+                    Some(tails) => {
+                        let target = tails.get(producer.index).copied().unwrap_or(0);
+                        slot.inputs.get(input).is_some_and(|entry| entry.acknowledged >= target)
+                    }
+                    None => !reaches(note, broker, producer.stage),
+                });
             if !acknowledged {
                 waiting = true;
                 continue;
@@ -151,7 +153,9 @@ fn advance(note: &mut Note, broker: &Broker) -> Advance {
 /// Whether anything of the note can still come through a stage.
 fn reaches(note: &Note, broker: &Broker, stage: usize) -> bool {
     let Some(plan) = broker.physical().stages.get(stage) else { return false };
-    plan.producers.iter().any(|producer| note.targets.contains_key(&producer.stage) || reaches(note, broker, producer.stage))
+    plan.producers
+        .iter()
+        .any(|producer| note.targets.contains_key(&producer.stage) || reaches(note, broker, producer.stage))
 }
 
 fn tails(slot: &Slot) -> Vec<u64> {

@@ -4,8 +4,12 @@
 //! pick the ring, so there is no shuffle process; one with a jq program becomes a router stage in the agent.
 
 use argo_streams_pipeline::{KeyExpression, Output, Plan, StepKind};
-use argo_streams_shm_protocol::limits::{INPUTS_MAX, LARGE_CAPACITY_BYTES, OUTPUTS_MAX, RECORD_PAYLOAD_BYTES_MAX, RING_CAPACITY_BYTES, STATE_BYTES_MAX};
-use argo_streams_shm_protocol::{GrantInput, GrantOutput, KEY_GROUPS, PageShape, RouteEdge, RouteNode, Routes, StageSpec};
+use argo_streams_shm_protocol::limits::{
+    INPUTS_MAX, LARGE_CAPACITY_BYTES, OUTPUTS_MAX, RECORD_PAYLOAD_BYTES_MAX, RING_CAPACITY_BYTES, STATE_BYTES_MAX,
+};
+use argo_streams_shm_protocol::{
+    GrantInput, GrantOutput, KEY_GROUPS, PageShape, RouteEdge, RouteNode, Routes, StageSpec,
+};
 
 /// Committed counters of every stage: node 0 and 1 of its routes, then one for each further node.
 pub const COUNTER_MAIN: usize = 0;
@@ -66,7 +70,9 @@ pub struct Physical {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PhysicalError {
     /// More rings than a page has room for.
-    #[error("{place}: {rings} rings {direction} one worker of {name:?}; at most {limit}: use fewer containers or fewer readers")]
+    #[error(
+        "{place}: {rings} rings {direction} one worker of {name:?}; at most {limit}: use fewer containers or fewer readers"
+    )]
     TooManyRings {
         /// Where in the file.
         place: String,
@@ -157,7 +163,9 @@ impl Physical {
                     let name = plan.step(reader).map_or("", |step| step.name()).to_owned();
                     let main = self.add_node(stage, name.clone());
                     let errors = self.add_node(stage, format!("{name}.errors"));
-                    if let Some(node) = self.stages.get_mut(stage).and_then(|stage| stage.spec.routes.nodes.get_mut(node)) {
+                    if let Some(node) =
+                        self.stages.get_mut(stage).and_then(|stage| stage.spec.routes.nodes.get_mut(node))
+                    {
                         let index = |node: usize| u32::try_from(node).unwrap_or(u32::MAX);
                         node.keyed.push((group.key().to_string(), index(main), index(errors)));
                     }
@@ -175,14 +183,28 @@ impl Physical {
         let mut rings = Vec::with_capacity(workers.len());
         for worker in &workers {
             let ring_id = self.stages.iter().map(|stage| stage.spec.outputs.len() as u64).sum::<u64>() + 1;
-            let from_name = self.stages.get(stage).and_then(|stage| stage.spec.routes.nodes.get(node)).map_or(String::new(), |node| node.name.clone());
+            let from_name = self
+                .stages
+                .get(stage)
+                .and_then(|stage| stage.spec.routes.nodes.get(node))
+                .map_or(String::new(), |node| node.name.clone());
             let Some(consumer) = self.stages.get_mut(*worker) else { continue };
             let input = consumer.spec.inputs.len();
-            consumer.spec.inputs.push(GrantInput { ring: ring_id, from: from_name, capacity: RING_CAPACITY_BYTES, large_capacity: LARGE_CAPACITY_BYTES });
+            consumer.spec.inputs.push(GrantInput {
+                ring: ring_id,
+                from: from_name,
+                capacity: RING_CAPACITY_BYTES,
+                large_capacity: LARGE_CAPACITY_BYTES,
+            });
             consumer.input_edges.push((from, output));
             let Some(producer) = self.stages.get_mut(stage) else { continue };
             let index = producer.spec.outputs.len();
-            producer.spec.outputs.push(GrantOutput { ring: ring_id, capacity: RING_CAPACITY_BYTES, large_capacity: LARGE_CAPACITY_BYTES, free: 0 });
+            producer.spec.outputs.push(GrantOutput {
+                ring: ring_id,
+                capacity: RING_CAPACITY_BYTES,
+                large_capacity: LARGE_CAPACITY_BYTES,
+                free: 0,
+            });
             producer.consumers.push(RingEnd { stage: *worker, index: input });
             rings.push(u32::try_from(index).unwrap_or(u32::MAX));
             if let Some(consumer) = self.stages.get_mut(*worker) {
@@ -197,8 +219,11 @@ impl Physical {
 
     fn check(&self, plan: &Plan) -> Result<(), PhysicalError> {
         for stage in &self.stages {
-            let (place, name) = plan.step(stage.step).map(|step| (step.place(), step.name().to_owned())).unwrap_or_default();
-            for (rings, direction, limit) in [(stage.producers.len(), "into", INPUTS_MAX), (stage.consumers.len(), "out of", OUTPUTS_MAX)] {
+            let (place, name) =
+                plan.step(stage.step).map(|step| (step.place(), step.name().to_owned())).unwrap_or_default();
+            for (rings, direction, limit) in
+                [(stage.producers.len(), "into", INPUTS_MAX), (stage.consumers.len(), "out of", OUTPUTS_MAX)]
+            {
                 if rings > limit as usize {
                     return Err(PhysicalError::TooManyRings { place, name, rings, direction, limit });
                 }
@@ -240,7 +265,8 @@ mod tests {
 
     #[test]
     fn a_plain_key_is_taken_by_the_stage_before_it() {
-        let physical = physical("  - stdin: {}\n  - groupByKey:\n      key: .k\n  - parDo: a\n    containers: 3\n  - log: {}\n");
+        let physical =
+            physical("  - stdin: {}\n  - groupByKey:\n      key: .k\n  - parDo: a\n    containers: 3\n  - log: {}\n");
         assert_eq!(physical.stages.len(), 5, "a source, three workers, a sink");
         let source = &physical.stages[0];
         let nodes = &source.spec.routes.nodes;
@@ -251,7 +277,10 @@ mod tests {
         assert_eq!(sink.producers, (1..4).map(|stage| RingEnd { stage, index: 0 }).collect::<Vec<_>>());
         for (index, stage) in physical.stages.iter().enumerate() {
             for (input, producer) in stage.producers.iter().enumerate() {
-                assert_eq!(physical.stages[producer.stage].consumers[producer.index], RingEnd { stage: index, index: input });
+                assert_eq!(
+                    physical.stages[producer.stage].consumers[producer.index],
+                    RingEnd { stage: index, index: input }
+                );
                 let ring = physical.stages[producer.stage].spec.outputs[producer.index].ring;
                 assert_eq!(ring, stage.spec.inputs[input].ring, "both ends name the same ring");
             }
@@ -260,7 +289,9 @@ mod tests {
 
     #[test]
     fn a_program_as_key_is_a_router_stage() {
-        let physical = physical("  - stdin: {}\n  - groupByKey:\n      key: .a + .b\n  - parDo: a\n  - log: {}\n    from: [pardo-2, groupbykey-1.errors]\n");
+        let physical = physical(
+            "  - stdin: {}\n  - groupByKey:\n      key: .a + .b\n  - parDo: a\n  - log: {}\n    from: [pardo-2, groupbykey-1.errors]\n",
+        );
         assert_eq!(physical.stages.len(), 4);
         assert_eq!(physical.stages[1].spec.routes.nodes[1].edges.len(), 1, "the router's error output is read");
         assert!(physical.counted.is_empty());

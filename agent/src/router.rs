@@ -28,7 +28,8 @@ pub async fn run(context: Context, key: KeyExpression) -> Result<(), InternalErr
             loop {
                 let emitted = match &evaluated {
                     Ok(()) => {
-                        let emit = Emit { belongs_to: BelongsTo::Oldest, key: KeyChoice::Set(&key_bytes), ..Emit::default() };
+                        let emit =
+                            Emit { belongs_to: BelongsTo::Oldest, key: KeyChoice::Set(&key_bytes), ..Emit::default() };
                         internal.stage.emit(OUTPUT_MAIN, &emit, &payload)
                     }
                     Err(error) => internal.stage.reject(0, &error.to_string()),

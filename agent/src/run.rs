@@ -12,7 +12,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use argo_streams_pipeline::{Acknowledgement, Buffering, KeyExpression, ParDo, Plan, Sink, Source, StepKind, Transport as Declared};
+use argo_streams_pipeline::{
+    Acknowledgement, Buffering, KeyExpression, ParDo, Plan, Sink, Source, StepKind, Transport as Declared,
+};
 use argo_streams_shm_protocol::{Histogram, monotonic_ns};
 use argo_streams_stage::{Backend, block_on, choose_backend};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -174,9 +176,19 @@ pub fn run(plan: Plan, options: Options, screen: Arc<Screen>) -> (Result<Outcome
 }
 
 impl Run {
-    fn prepare(plan: Plan, options: Options, screen: Arc<Screen>, backend: Backend) -> Result<(Self, Identity, KafkaSetup), RunError> {
+    fn prepare(
+        plan: Plan,
+        options: Options,
+        screen: Arc<Screen>,
+        backend: Backend,
+    ) -> Result<(Self, Identity, KafkaSetup), RunError> {
         let physical = Physical::new(&plan)?;
-        let directory = options.file.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_path_buf();
+        let directory = options
+            .file
+            .parent()
+            .filter(|parent| !parent.as_os_str().is_empty())
+            .unwrap_or(Path::new("."))
+            .to_path_buf();
         check_files(&plan, &directory)?;
         for step in plan.steps() {
             if let StepKind::ParDo(pardo) = step.kind() {
@@ -206,7 +218,8 @@ impl Run {
             sockets.push(socket);
         }
         let latencies: Vec<Arc<Mutex<Histogram>>> = physical.stages.iter().map(|_| Arc::default()).collect();
-        let broker = Broker::new(physical, &transports, &sockets).map_err(|error| RunError::Failed { step: "agent".to_owned(), text: error.to_string() })?;
+        let broker = Broker::new(physical, &transports, &sockets)
+            .map_err(|error| RunError::Failed { step: "agent".to_owned(), text: error.to_string() })?;
         let mut run = Self {
             options,
             plan,
@@ -239,11 +252,24 @@ impl Run {
             let step_index = step.index();
             let control = self.broker.internal_client(index).map_err(system("cannot make a control socket"))?;
             let latency = self.latencies.get(index).cloned().unwrap_or_default();
-            let context = Context { control, name: name.clone(), backend, directory: directory.to_path_buf(), screen: Arc::clone(&self.screen), latency };
+            let context = Context {
+                control,
+                name: name.clone(),
+                backend,
+                directory: directory.to_path_buf(),
+                screen: Arc::clone(&self.screen),
+                latency,
+            };
             let job: Job = match kind {
-                StepKind::Source(Source::File(source)) => Box::new(move || flatten(block_on(backend, sources::file::run(context, source)))),
-                StepKind::Source(Source::Stdin) => Box::new(move || flatten(block_on(backend, sources::stdin::run(context)))),
-                StepKind::Source(Source::Generate(source)) => Box::new(move || flatten(block_on(backend, sources::generate::run(context, source)))),
+                StepKind::Source(Source::File(source)) => {
+                    Box::new(move || flatten(block_on(backend, sources::file::run(context, source))))
+                }
+                StepKind::Source(Source::Stdin) => {
+                    Box::new(move || flatten(block_on(backend, sources::stdin::run(context))))
+                }
+                StepKind::Source(Source::Generate(source)) => {
+                    Box::new(move || flatten(block_on(backend, sources::generate::run(context, source))))
+                }
                 StepKind::Source(Source::Kafka(source)) => {
                     let (options, hooks) = kafka.source(step_index, &source);
                     if let Some(group) = &hooks.group {
@@ -251,9 +277,13 @@ impl Run {
                     }
                     Box::new(move || flatten(block_on(backend, sources::kafka::run(context, options, hooks))))
                 }
-                StepKind::Sink(Sink::File(sink)) => Box::new(move || flatten(block_on(backend, sinks::file::run(context, sink)))),
+                StepKind::Sink(Sink::File(sink)) => {
+                    Box::new(move || flatten(block_on(backend, sinks::file::run(context, sink))))
+                }
                 StepKind::Sink(Sink::Log) => Box::new(move || flatten(block_on(backend, sinks::log::run(context)))),
-                StepKind::Sink(Sink::Discard) => Box::new(move || flatten(block_on(backend, sinks::discard::run(context)))),
+                StepKind::Sink(Sink::Discard) => {
+                    Box::new(move || flatten(block_on(backend, sinks::discard::run(context))))
+                }
                 StepKind::Sink(Sink::Kafka(sink)) => {
                     let options = kafka.sink(&sink);
                     Box::new(move || flatten(block_on(backend, sinks::kafka::run(context, options))))
@@ -265,7 +295,10 @@ impl Run {
                 StepKind::ParDo(_) => continue,
             };
             // Thread names are cut at 15 bytes by the kernel.
-            let thread = std::thread::Builder::new().name(name.chars().take(15).collect()).spawn(job).map_err(system("cannot start a thread"))?;
+            let thread = std::thread::Builder::new()
+                .name(name.chars().take(15).collect())
+                .spawn(job)
+                .map_err(system("cannot start a thread"))?;
             self.threads.push((index, thread));
         }
         Ok(())
@@ -292,7 +325,10 @@ impl Run {
                 self.drain();
             }
             if self.drain_deadline_ns.is_some_and(|at| now >= at) {
-                tracing::warn!(grace_s = self.options.grace.as_secs(), "the drain took longer than the grace time; stopping by force");
+                tracing::warn!(
+                    grace_s = self.options.grace.as_secs(),
+                    "the drain took longer than the grace time; stopping by force"
+                );
                 return Err(self.forced());
             }
             if self.screen.is_live() && now >= draw_at_ns {
@@ -326,7 +362,9 @@ impl Run {
                         if self.is_draining {
                             return Err(self.forced());
                         }
-                        tracing::info!("draining: sources stop, what is in flight is finished; a second signal stops by force");
+                        tracing::info!(
+                            "draining: sources stop, what is in flight is finished; a second signal stops by force"
+                        );
                         self.drain();
                     }
                 }
@@ -336,7 +374,9 @@ impl Run {
 
     /// Whether some stage has finished, so that the others are about to.
     fn is_ending(&self) -> bool {
-        self.is_draining || self.threads.iter().any(|(_, thread)| thread.is_finished()) || self.threads.len() < self.internal_count()
+        self.is_draining
+            || self.threads.iter().any(|(_, thread)| thread.is_finished())
+            || self.threads.len() < self.internal_count()
     }
 
     fn internal_count(&self) -> usize {
@@ -344,7 +384,10 @@ impl Run {
     }
 
     fn forced(&self) -> RunError {
-        let undone = (0..self.broker.physical().stages.len()).filter_map(|stage| self.broker.snapshot(stage)).map(|snapshot| snapshot.undone).sum();
+        let undone = (0..self.broker.physical().stages.len())
+            .filter_map(|stage| self.broker.snapshot(stage))
+            .map(|snapshot| snapshot.undone)
+            .sum();
         RunError::Forced { undone }
     }
 
@@ -368,7 +411,9 @@ impl Run {
         for tracker in &mut self.trackers {
             if let Some(stage) = tracker.look(&self.broker, is_over) {
                 let name = self.broker.physical().stages.get(stage).map_or("", |stage| stage.spec.name.as_str());
-                let text = format!("offsets of the consumer group are not committed: step {name} keeps state, which does not outlive this run yet (no checkpoints)");
+                let text = format!(
+                    "offsets of the consumer group are not committed: step {name} keeps state, which does not outlive this run yet (no checkpoints)"
+                );
                 tracing::warn!("{text}");
                 self.degradations.push(text);
             }
@@ -384,7 +429,10 @@ impl Run {
             match thread.join() {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => self.fail(RunError::Failed { step, text: error.to_string() }),
-                Err(_panic) => self.fail(RunError::Failed { step, text: "its thread panicked: this is a bug of Argo Streams".to_owned() }),
+                Err(_panic) => self.fail(RunError::Failed {
+                    step,
+                    text: "its thread panicked: this is a bug of Argo Streams".to_owned(),
+                }),
             }
         }
         if self.is_draining {
@@ -400,7 +448,9 @@ impl Run {
 
     fn act(&mut self) {
         for action in self.broker.take_actions() {
-            let step = |stage: usize, broker: &Broker| broker.physical().stages.get(stage).map_or(String::new(), |stage| stage.spec.name.clone());
+            let step = |stage: usize, broker: &Broker| {
+                broker.physical().stages.get(stage).map_or(String::new(), |stage| stage.spec.name.clone())
+            };
             match action {
                 Action::StartShim { stage } => {
                     if let Err(error) = self.start_shim(stage) {
@@ -415,7 +465,10 @@ impl Run {
                     }
                 }
                 Action::Say { stage, level, text } => {
-                    let (step, worker) = (step(stage, &self.broker), self.broker.physical().stages.get(stage).map_or(0, |stage| stage.worker));
+                    let (step, worker) = (
+                        step(stage, &self.broker),
+                        self.broker.physical().stages.get(stage).map_or(0, |stage| stage.worker),
+                    );
                     match level {
                         Level::Info => tracing::info!(step, worker, "{text}"),
                         Level::Warn => tracing::warn!(step, worker, "{text}"),
@@ -448,7 +501,8 @@ impl Run {
         let StepKind::ParDo(pardo) = step.kind() else { return Ok(()) };
         let Some(socket) = self.broker.socket(stage) else { return Ok(()) };
         let directory = self.options.file.parent().unwrap_or(Path::new("."));
-        let command = command_of(&self.options, step.name(), &step.place(), pardo, directory).map_err(|error| io::Error::other(error.to_string()))?;
+        let command = command_of(&self.options, step.name(), &step.place(), pardo, directory)
+            .map_err(|error| io::Error::other(error.to_string()))?;
         let mut shim = Command::new(std::env::current_exe()?);
         shim.arg("shim").arg("--socket").arg(socket);
         shim.arg("--ack").arg(match pardo.acknowledgement() {
@@ -543,8 +597,12 @@ impl Run {
                 descriptors.push(words.as_fd());
             }
         }
-        let mut waits: Vec<PollFd<'_>> = descriptors.iter().map(|descriptor| PollFd::from_borrowed_fd(*descriptor, PollFlags::IN)).collect();
-        let timeout = Timespec { tv_sec: i64::try_from(timeout_ns / 1_000_000_000).unwrap_or(1), tv_nsec: i64::try_from(timeout_ns % 1_000_000_000).unwrap_or(0) };
+        let mut waits: Vec<PollFd<'_>> =
+            descriptors.iter().map(|descriptor| PollFd::from_borrowed_fd(*descriptor, PollFlags::IN)).collect();
+        let timeout = Timespec {
+            tv_sec: i64::try_from(timeout_ns / 1_000_000_000).unwrap_or(1),
+            tv_nsec: i64::try_from(timeout_ns % 1_000_000_000).unwrap_or(0),
+        };
         // An interruption is a signal, which is read at the next turn.
         let _interrupted = poll(&mut waits, Some(&timeout));
         names.into_iter().zip(&waits).filter(|(_, wait)| !wait.revents().is_empty()).map(|(name, _)| name).collect()
@@ -555,7 +613,11 @@ impl Run {
         self.broker.revoke_all();
         let deadline_ns = monotonic_ns() + END_PATIENCE_NS.min(nanoseconds(self.options.grace));
         while !self.shims.is_empty() && monotonic_ns() < deadline_ns {
-            let ended: Vec<usize> = self.shims.iter_mut().filter_map(|(stage, shim)| matches!(shim.child.try_wait(), Ok(Some(_))).then_some(*stage)).collect();
+            let ended: Vec<usize> = self
+                .shims
+                .iter_mut()
+                .filter_map(|(stage, shim)| matches!(shim.child.try_wait(), Ok(Some(_))).then_some(*stage))
+                .collect();
             for stage in ended {
                 self.read_words(stage);
                 self.shims.remove(&stage);
@@ -624,7 +686,13 @@ impl Signals {
 }
 
 /// What starts a ParDo: `--image`, else the step's `command`, else an error that says both.
-fn command_of(options: &Options, name: &str, place: &str, pardo: &ParDo, directory: &Path) -> Result<Vec<String>, RunError> {
+fn command_of(
+    options: &Options,
+    name: &str,
+    place: &str,
+    pardo: &ParDo,
+    directory: &Path,
+) -> Result<Vec<String>, RunError> {
     let (mut command, base, origin) = match (options.images.get(pardo.image()), pardo.command()) {
         (Some(command), _) => (command.clone(), Path::new("."), "--image"),
         (None, Some(command)) => (command.to_vec(), directory, "command"),
@@ -635,7 +703,11 @@ fn command_of(options: &Options, name: &str, place: &str, pardo: &ParDo, directo
             )));
         }
     };
-    let missing = |found: &str| RunError::Missing(format!("{place} ({name}): the program of {origin}, {found:?}, is not there or not executable"));
+    let missing = |found: &str| {
+        RunError::Missing(format!(
+            "{place} ({name}): the program of {origin}, {found:?}, is not there or not executable"
+        ))
+    };
     if let Some(program) = command.first_mut() {
         if program.contains('/') {
             let path = base.join(&*program);
@@ -662,14 +734,24 @@ fn check_files(plan: &Plan, directory: &Path) -> Result<(), RunError> {
             StepKind::Source(Source::File(file)) => {
                 let path = directory.join(file.path());
                 if let Err(error) = std::fs::File::open(&path) {
-                    return Err(RunError::Missing(format!("{} ({}): cannot open {}: {error}", step.place(), step.name(), path.display())));
+                    return Err(RunError::Missing(format!(
+                        "{} ({}): cannot open {}: {error}",
+                        step.place(),
+                        step.name(),
+                        path.display()
+                    )));
                 }
             }
             StepKind::Sink(Sink::File(file)) => {
                 let path = directory.join(file.path());
                 let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
                 if !parent.is_dir() {
-                    return Err(RunError::Missing(format!("{} ({}): the directory {} is not there", step.place(), step.name(), parent.display())));
+                    return Err(RunError::Missing(format!(
+                        "{} ({}): the directory {} is not there",
+                        step.place(),
+                        step.name(),
+                        parent.display()
+                    )));
                 }
             }
             _ => {}
@@ -685,7 +767,11 @@ fn check_files(plan: &Plan, directory: &Path) -> Result<(), RunError> {
 pub fn open_lines(path: &Path) -> io::Result<Box<dyn BufRead + Send>> {
     let file = std::fs::File::open(path)?;
     let is_gzip = path.extension().is_some_and(|extension| extension == "gz");
-    Ok(if is_gzip { Box::new(io::BufReader::new(flate2::read::MultiGzDecoder::new(file))) } else { Box::new(io::BufReader::new(file)) })
+    Ok(if is_gzip {
+        Box::new(io::BufReader::new(flate2::read::MultiGzDecoder::new(file)))
+    } else {
+        Box::new(io::BufReader::new(file))
+    })
 }
 
 fn nanoseconds(duration: Duration) -> u64 {
@@ -702,4 +788,3 @@ pub fn write_summary(summary: &Summary) -> io::Result<()> {
     output.write_all(b"\n")?;
     output.flush()
 }
-

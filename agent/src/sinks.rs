@@ -5,8 +5,8 @@ pub mod file;
 pub mod kafka;
 pub mod log;
 
-use argo_streams_shm_protocol::stage::{Received, Stage};
 use argo_streams_shm_protocol::RecordKind;
+use argo_streams_shm_protocol::stage::{Received, Stage};
 
 use crate::internal::error_envelope;
 

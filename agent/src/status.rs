@@ -117,7 +117,12 @@ impl Status {
     }
 
     fn counter(&self, stage: usize, counter: usize) -> u64 {
-        self.snapshots.get(stage).and_then(Option::as_ref).and_then(|snapshot| snapshot.slot.counters.get(counter)).copied().unwrap_or(0)
+        self.snapshots
+            .get(stage)
+            .and_then(Option::as_ref)
+            .and_then(|snapshot| snapshot.slot.counters.get(counter))
+            .copied()
+            .unwrap_or(0)
     }
 
     /// The numbers of one step.
@@ -128,7 +133,8 @@ impl Status {
         let (mut records_in, mut records_out, mut errors, mut restarts, mut uncertain) = (0, 0, 0, 0, 0);
         let mut end_to_end = Histogram::default();
         for counted in &counted {
-            let (main, refused) = (self.counter(counted.stage, counted.main), self.counter(counted.stage, counted.errors));
+            let (main, refused) =
+                (self.counter(counted.stage, counted.main), self.counter(counted.stage, counted.errors));
             records_in += main + refused;
             records_out += main;
             errors += refused;
@@ -180,8 +186,10 @@ impl Status {
         for step in self.plan.steps() {
             for input in step.inputs() {
                 let from_name = self.plan.step(input.step).map_or("", |step| step.name());
-                let from = if input.output == Output::Errors { format!("{from_name}.errors") } else { from_name.to_owned() };
-                let mut edge = EdgeSummary { from, to: step.name().to_owned(), records: 0, bytes: 0, p50_us: None, p99_us: None };
+                let from =
+                    if input.output == Output::Errors { format!("{from_name}.errors") } else { from_name.to_owned() };
+                let mut edge =
+                    EdgeSummary { from, to: step.name().to_owned(), records: 0, bytes: 0, p50_us: None, p99_us: None };
                 let mut latency = Histogram::default();
                 let mut depth = 0;
                 for (stage, snapshot) in self.of(broker, step.index()) {
@@ -200,13 +208,23 @@ impl Status {
                         depth += snapshot.depths_bytes.get(index).copied().unwrap_or(0);
                     }
                 }
-                for counted in broker.physical().counted.iter().filter(|counted| counted.step == step.index() && counted.from == input.step) {
-                    edge.records += self.counter(counted.stage, counted.main) + self.counter(counted.stage, counted.errors);
+                for counted in broker
+                    .physical()
+                    .counted
+                    .iter()
+                    .filter(|counted| counted.step == step.index() && counted.from == input.step)
+                {
+                    edge.records +=
+                        self.counter(counted.stage, counted.main) + self.counter(counted.stage, counted.errors);
                     let plan = broker.physical().stages.get(counted.stage);
-                    let rings = plan.and_then(|plan| plan.spec.routes.nodes.get(counted.main)).and_then(|node| node.edges.first());
+                    let rings = plan
+                        .and_then(|plan| plan.spec.routes.nodes.get(counted.main))
+                        .and_then(|node| node.edges.first());
                     for ring in rings.map_or(&[][..], |edge| &edge.rings) {
-                        let slot = self.snapshots.get(counted.stage).and_then(Option::as_ref).map(|snapshot| &snapshot.slot);
-                        edge.bytes += slot.and_then(|slot| slot.outputs.get(*ring as usize)).map_or(0, |output| output.bytes);
+                        let slot =
+                            self.snapshots.get(counted.stage).and_then(Option::as_ref).map(|snapshot| &snapshot.slot);
+                        edge.bytes +=
+                            slot.and_then(|slot| slot.outputs.get(*ring as usize)).map_or(0, |output| output.bytes);
                     }
                 }
                 edge.p50_us = latency.quantile_ns(0.5).map(microseconds);
@@ -221,8 +239,10 @@ impl Status {
     #[must_use]
     pub fn summary(&self, broker: &Broker, io: &'static str, io_reason: &str, degradations: Vec<String>) -> Summary {
         let stages = broker.physical().stages.iter().enumerate().map(|(index, stage)| {
-            let is_pardo = matches!(self.plan.step(stage.step).map(argo_streams_pipeline::Step::kind), Some(StepKind::ParDo(_)));
-            let opened = self.snapshots.get(index).and_then(Option::as_ref).is_some_and(|snapshot| snapshot.has_opened_itself);
+            let is_pardo =
+                matches!(self.plan.step(stage.step).map(argo_streams_pipeline::Step::kind), Some(StepKind::ParDo(_)));
+            let opened =
+                self.snapshots.get(index).and_then(Option::as_ref).is_some_and(|snapshot| snapshot.has_opened_itself);
             let runs_in = match (is_pardo, opened) {
                 (false, _) => "agent",
                 (true, false) => "shim",
@@ -250,7 +270,10 @@ impl Status {
     pub fn live(&self, broker: &Broker, before: &Self) -> String {
         #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
         let seconds = (self.taken_at_ns.saturating_sub(before.taken_at_ns) as f64 / 1e9).max(1e-3);
-        let mut text = format!("{:<40} {:>12} {:>12} {:>10} {:>9} {:>9} {:>12}\n", "edge", "records/s", "bytes/s", "depth", "p50", "p99", "total");
+        let mut text = format!(
+            "{:<40} {:>12} {:>12} {:>10} {:>9} {:>9} {:>12}\n",
+            "edge", "records/s", "bytes/s", "depth", "p50", "p99", "total"
+        );
         for ((edge, depth), (old, _)) in self.edges(broker).into_iter().zip(before.edges(broker)) {
             #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
             let rate = |now: u64, then: u64| now.saturating_sub(then) as f64 / seconds;
@@ -282,7 +305,8 @@ impl Status {
             }
             for (_, snapshot) in self.of(broker, step) {
                 let waited_s = now.saturating_sub(snapshot.undone_since_ns) / 1_000_000_000;
-                if snapshot.undone > 0 && waited_s > 0 && snapshot.undone_since_ns > 0 && snapshot.phase == Phase::Live {
+                if snapshot.undone > 0 && waited_s > 0 && snapshot.undone_since_ns > 0 && snapshot.phase == Phase::Live
+                {
                     notes.push(format!("{} lines unanswered for {waited_s} s", snapshot.undone));
                 }
             }
@@ -297,16 +321,28 @@ impl Status {
 /// The summary for people.
 #[must_use]
 pub fn summary_text(summary: &Summary) -> String {
-    let mut text = format!("pipeline {}\n{:<28} {:>12} {:>12} {:>9} {:>9}\n", summary.pipeline, "step", "in", "out", "errors", "restarts");
+    let mut text = format!(
+        "pipeline {}\n{:<28} {:>12} {:>12} {:>9} {:>9}\n",
+        summary.pipeline, "step", "in", "out", "errors", "restarts"
+    );
     for step in &summary.steps {
-        let _infallible = writeln!(text, "{:<28} {:>12} {:>12} {:>9} {:>9}", step.name, step.records_in, step.records_out, step.errors, step.restarts);
+        let _infallible = writeln!(
+            text,
+            "{:<28} {:>12} {:>12} {:>9} {:>9}",
+            step.name, step.records_in, step.records_out, step.errors, step.restarts
+        );
     }
     for step in &summary.steps {
         if step.errors_unread > 0 {
-            let _infallible = writeln!(text, "{} records on {}.errors were dropped: no step reads it", step.errors_unread, step.name);
+            let _infallible =
+                writeln!(text, "{} records on {}.errors were dropped: no step reads it", step.errors_unread, step.name);
         }
         if step.uncertain_records_total > 0 {
-            let _infallible = writeln!(text, "{}: {} records may be lost or doubled by restarts; declare `ack` to have it exact", step.name, step.uncertain_records_total);
+            let _infallible = writeln!(
+                text,
+                "{}: {} records may be lost or doubled by restarts; declare `ack` to have it exact",
+                step.name, step.uncertain_records_total
+            );
         }
     }
     text

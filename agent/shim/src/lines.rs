@@ -101,7 +101,11 @@ mod tests {
         for step in 1..=text.len() {
             let mut splitter = LineSplitter::default();
             let lines: Vec<Line> = text.chunks(step).flat_map(|chunk| feed(&mut splitter, chunk)).collect();
-            assert_eq!(lines, [whole("one\r"), whole(""), whole("two"), Line::Whole(b"\0three\xff".to_vec())], "chunks of {step}");
+            assert_eq!(
+                lines,
+                [whole("one\r"), whole(""), whole("two"), Line::Whole(b"\0three\xff".to_vec())],
+                "chunks of {step}"
+            );
             assert_eq!(splitter.take_unterminated(), Some(whole("last")));
             assert_eq!(splitter.take_unterminated(), None);
         }

@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use argo_streams_stage::{Backend, Stream, ready_descriptor};
 use rustix::fs::{Mode, OFlags};
-use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process_group, pidfd_open, test_kill_process_group, waitpid};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitOptions, kill_process_group, pidfd_open, test_kill_process_group, wait, waitpid,
+};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 use tokio::io::Interest;
@@ -43,7 +45,12 @@ impl Program {
     ///
     /// # Errors
     /// What the kernel says: no such file, not executable.
-    pub(crate) fn start(backend: Backend, command: &[String], environment: &[(String, String)], output: OutputKind) -> io::Result<Self> {
+    pub(crate) fn start(
+        backend: Backend,
+        command: &[String],
+        environment: &[(String, String)],
+        output: OutputKind,
+    ) -> io::Result<Self> {
         let (name, arguments) = command.split_first().ok_or(io::ErrorKind::InvalidInput)?;
         let mut starting = Command::new(name);
         starting.args(arguments).envs(environment.iter().map(|(name, value)| (name, value))).process_group(0);
@@ -117,7 +124,12 @@ impl Program {
 
     /// Bytes of standard input that the program has taken out of the pipe, by FIONREAD on our end.
     pub(crate) fn taken_bytes(&self) -> u64 {
-        let in_pipe = self.stdin.as_ref().and_then(Stream::descriptor).and_then(|stdin| rustix::io::ioctl_fionread(stdin).ok()).unwrap_or(0);
+        let in_pipe = self
+            .stdin
+            .as_ref()
+            .and_then(Stream::descriptor)
+            .and_then(|stdin| rustix::io::ioctl_fionread(stdin).ok())
+            .unwrap_or(0);
         self.written_bytes.saturating_sub(in_pipe)
     }
 
@@ -145,7 +157,7 @@ impl Program {
 
     /// We are the subreaper: orphans of the group are ours to wait for.
     fn reap(&mut self) {
-        while let Ok(Some((pid, status))) = waitpid(None, WaitOptions::NOHANG) {
+        while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
             if pid == self.pid {
                 self.status = Some(ExitStatus::from_raw(status.as_raw()));
             }
@@ -171,7 +183,8 @@ pub(crate) fn describe(status: ExitStatus) -> (u32, String) {
     match (status.code(), status.signal()) {
         (Some(code), _) => (u32::try_from(code).unwrap_or(1), format!("exited with code {code}")),
         (None, Some(signal)) => {
-            let name = Signal::from_named_raw(signal).map_or_else(|| signal.to_string(), |signal| format!("{signal:?}"));
+            let name =
+                Signal::from_named_raw(signal).map_or_else(|| signal.to_string(), |signal| format!("{signal:?}"));
             (128 + u32::try_from(signal).unwrap_or(0), format!("was killed by signal {name}"))
         }
         (None, None) => (1, "ended in an unknown way".to_owned()),

@@ -10,9 +10,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use argo_streams_shm_protocol::stage::{
-    BelongsTo, Emit, KeyChoice, OUTPUT_ERRORS, OUTPUT_MAIN, OpenError, PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MIN, Received, Stage, StageError, encode_error,
+    BelongsTo, Emit, KeyChoice, OUTPUT_ERRORS, OUTPUT_MAIN, OpenError, PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MIN,
+    Received, Stage, StageError, encode_error,
 };
-use argo_streams_shm_protocol::{Control, ControlError, Event, Hello, Message, ProgramEvent, RecordKind, Role, monotonic_ns};
+use argo_streams_shm_protocol::{
+    Control, ControlError, Event, Hello, Message, ProgramEvent, RecordKind, Role, monotonic_ns,
+};
 use argo_streams_stage::{Backend, StageBell, block_on, choose_backend, path_keys, ready_descriptor};
 use tokio::io::Interest;
 
@@ -184,7 +187,9 @@ impl Shim {
     }
 
     fn send(&self, event: Event) -> Result<(), ShimError> {
-        self.control.send(&Message::Event(event), &[]).map_err(|source| ShimError::Control { socket: self.options.socket.clone(), source })
+        self.control
+            .send(&Message::Event(event), &[])
+            .map_err(|source| ShimError::Control { socket: self.options.socket.clone(), source })
     }
 
     async fn serve(&mut self) -> Result<(), ShimError> {
@@ -254,12 +259,15 @@ impl Shim {
             }
             Err(error) => {
                 let name = self.options.command.first().map_or("", String::as_str);
-                self.send(Event::Program(ProgramEvent::NotStarted { text: format!("{name:?} cannot be started: {error}") }))?;
+                self.send(Event::Program(ProgramEvent::NotStarted {
+                    text: format!("{name:?} cannot be started: {error}"),
+                }))?;
                 return Ok(());
             }
         }
         if shim_is_stage && self.stage.is_none() {
-            let control = Control::connect(&self.options.socket).map_err(|source| ShimError::Control { socket: self.options.socket.clone(), source })?;
+            let control = Control::connect(&self.options.socket)
+                .map_err(|source| ShimError::Control { socket: self.options.socket.clone(), source })?;
             match Stage::open(control, Role::ShimStage, LIBRARY, path_keys, OPEN_TIMEOUT_NS) {
                 Ok(stage) => {
                     let bell = StageBell::new(&stage)?;
@@ -329,7 +337,8 @@ impl Shim {
                 self.oldest_since_ns = monotonic_ns();
             }
             for record in &received {
-                let kind = if record.view.kind == RecordKind::Data { InFlight::Line { end: None } } else { InFlight::Control };
+                let kind =
+                    if record.view.kind == RecordKind::Data { InFlight::Line { end: None } } else { InFlight::Control };
                 self.in_flight.push_back(kind);
             }
             moved |= !received.is_empty();
@@ -429,7 +438,8 @@ impl Shim {
             }
             moved = true;
         }
-        if moved && self.options.acknowledgement == Acknowledgement::Read
+        if moved
+            && self.options.acknowledgement == Acknowledgement::Read
             && let Some((stage, _)) = &mut self.stage
         {
             // Lines of a `read` program belong to no record.
@@ -469,17 +479,23 @@ impl Shim {
             return Ok(true);
         };
         let is_read = self.options.acknowledgement == Acknowledgement::Read;
-        let answers = !is_read && self.fed > 0 && matches!(self.in_flight.front(), Some(InFlight::Line { end: Some(_) }));
+        let answers =
+            !is_read && self.fed > 0 && matches!(self.in_flight.front(), Some(InFlight::Line { end: Some(_) }));
         let emitted = match (&line, answers) {
             (Line::Whole(payload), true) => stage.emit(OUTPUT_MAIN, &Emit::default(), payload),
-            (Line::Whole(payload), false) if is_read => {
-                stage.emit(OUTPUT_MAIN, &Emit { belongs_to: BelongsTo::Nothing, key: KeyChoice::None, ..Emit::default() }, payload)
-            }
+            (Line::Whole(payload), false) if is_read => stage.emit(
+                OUTPUT_MAIN,
+                &Emit { belongs_to: BelongsTo::Nothing, key: KeyChoice::None, ..Emit::default() },
+                payload,
+            ),
             (Line::Whole(payload), false) => {
                 self.surplus += 1;
                 emit_surplus(stage, payload)
             }
-            (Line::TooLong { len_bytes }, true) => stage.reject(0, &format!("its answer has {len_bytes} bytes, the longest line is {} bytes", crate::LINE_BYTES_MAX)),
+            (Line::TooLong { len_bytes }, true) => stage.reject(
+                0,
+                &format!("its answer has {len_bytes} bytes, the longest line is {} bytes", crate::LINE_BYTES_MAX),
+            ),
             (Line::TooLong { .. }, false) => Ok(()),
         };
         match emitted {
@@ -575,7 +591,8 @@ impl Shim {
         self.drain_answers().await?;
         let succeeded = status.is_some_and(|status| status.success());
         // An unterminated last line counts only when the program ended well; else it is torn.
-        if succeeded && by_itself
+        if succeeded
+            && by_itself
             && let Some(line) = self.splitter.take_unterminated()
         {
             self.held = Some(line);
@@ -585,9 +602,11 @@ impl Shim {
         self.held = None;
         self.program = None;
         let (code, mut text) = status.map_or((1, "ended in an unknown way".to_owned()), describe);
-        let unanswered = self.in_flight.iter().take(self.fed).filter(|entry| matches!(entry, InFlight::Line { .. })).count();
+        let unanswered =
+            self.in_flight.iter().take(self.fed).filter(|entry| matches!(entry, InFlight::Line { .. })).count();
         let is_read = self.options.acknowledgement == Acknowledgement::Read;
-        let all_answered = self.in_flight.is_empty() && self.stage.as_ref().is_some_and(|(stage, _)| stage.is_input_over());
+        let all_answered =
+            self.in_flight.is_empty() && self.stage.as_ref().is_some_and(|(stage, _)| stage.is_input_over());
         let mut uncertain_records = 0;
         if !all_answered && self.stage.is_some() {
             self.deaths_in_a_row += 1;
@@ -636,7 +655,11 @@ impl Shim {
             return false;
         }
         if stopping.terminated {
-            let _gone = rustix::process::kill_process_group(rustix::process::Pid::from_raw(i32::try_from(program.pid()).unwrap_or(0)).unwrap_or(rustix::process::Pid::INIT), rustix::process::Signal::KILL);
+            let _gone = rustix::process::kill_process_group(
+                rustix::process::Pid::from_raw(i32::try_from(program.pid()).unwrap_or(0))
+                    .unwrap_or(rustix::process::Pid::INIT),
+                rustix::process::Signal::KILL,
+            );
         } else {
             program.terminate();
         }
@@ -656,7 +679,11 @@ impl Shim {
                 return Ok(true);
             }
             // All is answered and it was told that nothing comes: it has the grace time to end.
-            if self.in_flight.is_empty() && program.stdin().is_none() && self.options.acknowledgement != Acknowledgement::Read && self.stopping.is_none() {
+            if self.in_flight.is_empty()
+                && program.stdin().is_none()
+                && self.options.acknowledgement != Acknowledgement::Read
+                && self.stopping.is_none()
+            {
                 let grace = self.options.grace;
                 self.begin_stop(grace);
                 return Ok(true);
@@ -680,7 +707,8 @@ impl Shim {
 
     async fn sleep(&mut self, control_ready: &tokio::io::unix::AsyncFd<std::os::fd::OwnedFd>) -> Result<(), ShimError> {
         self.hint()?;
-        let can_receive = self.feed.len() < BLOCK_BYTES && self.in_flight.len() < UNANSWERED_MAX && self.fed == self.in_flight.len();
+        let can_receive =
+            self.feed.len() < BLOCK_BYTES && self.in_flight.len() < UNANSWERED_MAX && self.fed == self.in_flight.len();
         if let Some((stage, _)) = &mut self.stage {
             stage.set_wants_input(can_receive);
             if !stage.prepare_sleep()? {
@@ -716,7 +744,11 @@ impl Shim {
 
     /// With `auto`: says once what to declare when lines stay unanswered.
     fn hint(&mut self) -> Result<(), ShimError> {
-        if self.hinted || self.options.acknowledgement != Acknowledgement::Auto || self.fed == 0 || self.program.is_none() {
+        if self.hinted
+            || self.options.acknowledgement != Acknowledgement::Auto
+            || self.fed == 0
+            || self.program.is_none()
+        {
             return Ok(());
         }
         let waited_ns = monotonic_ns().saturating_sub(self.oldest_since_ns);
@@ -738,7 +770,11 @@ fn emit_surplus(stage: &mut Stage, payload: &[u8]) -> Result<(), StageError> {
     let mut attributes = Vec::new();
     let name = stage.grant().name.clone();
     encode_error(&name, "a line that answers no record", &mut attributes);
-    stage.emit(OUTPUT_ERRORS, &Emit { belongs_to: BelongsTo::Nothing, key: KeyChoice::None, attributes: &attributes, ..Emit::default() }, payload)
+    stage.emit(
+        OUTPUT_ERRORS,
+        &Emit { belongs_to: BelongsTo::Nothing, key: KeyChoice::None, attributes: &attributes, ..Emit::default() },
+        payload,
+    )
 }
 
 fn nanoseconds(duration: Duration) -> u64 {

@@ -19,7 +19,11 @@ pub(crate) fn spawn_with_death_signal(command: &mut Command) -> io::Result<Child
         command.pre_exec(move || {
             set_parent_process_death_signal(Some(Signal::KILL))?;
             // The parent may have died before the request: then nothing would ever end this process.
-            if getppid() == Some(parent) || parent == Pid::INIT { Ok(()) } else { Err(io::ErrorKind::BrokenPipe.into()) }
+            if getppid() == Some(parent) || parent == Pid::INIT {
+                Ok(())
+            } else {
+                Err(io::ErrorKind::BrokenPipe.into())
+            }
         });
     }
     command.spawn()

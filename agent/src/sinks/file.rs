@@ -27,7 +27,8 @@ pub async fn run(context: Context, sink: FileSink) -> Result<(), InternalError> 
     let path = context.directory.join(sink.path());
     let (file, mut len_bytes) = open(&path, sink.truncate())?;
     let identity = identity(&file).map_err(InternalError::io(format!("cannot look at {}", path.display())))?;
-    let file = RegularFile::new(context.backend, file).map_err(InternalError::io(format!("cannot open {}", path.display())))?;
+    let file = RegularFile::new(context.backend, file)
+        .map_err(InternalError::io(format!("cannot open {}", path.display())))?;
     let mut internal = Internal::open(context.control)?;
     let mut records = Vec::with_capacity(TAKE_RECORDS);
     let mut block = Vec::new();
@@ -50,7 +51,9 @@ pub async fn run(context: Context, sink: FileSink) -> Result<(), InternalError> 
             });
             internal.stage.done(count)?;
         } else if internal.stage.is_ended() {
-            file.sync_data().await.map_err(InternalError::io(format!("cannot bring {} to the disk", path.display())))?;
+            file.sync_data()
+                .await
+                .map_err(InternalError::io(format!("cannot bring {} to the disk", path.display())))?;
             return Ok(internal.finish(false).await?);
         } else {
             internal.wait().await?;
@@ -59,7 +62,14 @@ pub async fn run(context: Context, sink: FileSink) -> Result<(), InternalError> 
 }
 
 /// Writes a block; a full disk is waited for, said once, and loses nothing.
-async fn write(internal: &mut Internal, file: &RegularFile, path: &Path, name: &str, mut block: Vec<u8>, position: u64) -> Result<Vec<u8>, InternalError> {
+async fn write(
+    internal: &mut Internal,
+    file: &RegularFile,
+    path: &Path,
+    name: &str,
+    mut block: Vec<u8>,
+    position: u64,
+) -> Result<Vec<u8>, InternalError> {
     let mut is_said = false;
     loop {
         let (result, back) = file.write_all_at(block, position).await;
@@ -80,20 +90,35 @@ async fn write(internal: &mut Internal, file: &RegularFile, path: &Path, name: &
                 internal.stage.commit()?;
                 tokio::time::sleep(RETRY_AFTER).await;
             }
-            Err((_, source)) => return Err(InternalError::Io { what: format!("cannot write {}", path.display()), source }),
+            Err((_, source)) => {
+                return Err(InternalError::Io { what: format!("cannot write {}", path.display()), source });
+            }
         }
     }
 }
 
 fn open(path: &Path, truncate: bool) -> Result<(File, u64), InternalError> {
     let failed = |what: &str| InternalError::io(format!("{what} {}", path.display()));
-    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(failed("cannot open for writing"))?;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)
+        .map_err(failed("cannot open for writing"))?;
     let metadata = file.metadata().map_err(failed("cannot look at"))?;
     if !metadata.is_file() {
-        return Err(InternalError::Refused(format!("{} is not a regular file; `file` writes regular files only", path.display())));
+        return Err(InternalError::Refused(format!(
+            "{} is not a regular file; `file` writes regular files only",
+            path.display()
+        )));
     }
-    flock(&file, FlockOperation::NonBlockingLockExclusive)
-        .map_err(|_held| InternalError::Refused(format!("{} is being written by another pipeline; stop it, or write to another file", path.display())))?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_held| {
+        InternalError::Refused(format!(
+            "{} is being written by another pipeline; stop it, or write to another file",
+            path.display()
+        ))
+    })?;
     if truncate {
         file.set_len(0).map_err(failed("cannot truncate"))?;
         return Ok((file, 0));

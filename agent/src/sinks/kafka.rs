@@ -21,7 +21,8 @@ pub async fn run(context: Context, options: SinkOptions) -> Result<(), InternalE
     let mut internal = Internal::open(context.control)?;
     let bell = internal.stage.bell_descriptor().try_clone_to_owned().map_err(InternalError::io("the stage's bell"))?;
     let bell = Bell::adopt(bell);
-    let sink = Sink::start(options, Box::new(move || bell.ring())).map_err(|error| InternalError::Refused(error.to_string()))?;
+    let sink = Sink::start(options, Box::new(move || bell.ring()))
+        .map_err(|error| InternalError::Refused(error.to_string()))?;
     let mut records = Vec::with_capacity(TAKE_RECORDS);
     let mut waiting: std::collections::VecDeque<SinkRecord> = std::collections::VecDeque::new();
     let mut ingest_times: std::collections::VecDeque<u64> = std::collections::VecDeque::new();
@@ -56,9 +57,16 @@ pub async fn run(context: Context, options: SinkOptions) -> Result<(), InternalE
                 internal.stage.append_payload(record, &mut payload);
                 internal.stage.append_key(record, &mut key);
                 internal.stage.append_attributes(record, &mut attributes);
-                let headers = attributes_iter(&attributes).map(|(name, value)| (String::from_utf8_lossy(name).into_owned(), value.to_vec()));
+                let headers = attributes_iter(&attributes)
+                    .map(|(name, value)| (String::from_utf8_lossy(name).into_owned(), value.to_vec()));
                 let timestamp_ms = Some(record.view.event_time_ns / 1_000_000).filter(|time| *time > 0);
-                waiting.push_back(SinkRecord { sequence, key: record.view.keyed.then_some(key), payload, timestamp_ms, headers: headers.collect() });
+                waiting.push_back(SinkRecord {
+                    sequence,
+                    key: record.view.keyed.then_some(key),
+                    payload,
+                    timestamp_ms,
+                    headers: headers.collect(),
+                });
                 ingest_times.push_back(record.view.ingest_time_ns);
                 sequence += 1;
                 moved = true;
@@ -89,7 +97,14 @@ fn hear(step: &str, topic: &str, internal: &mut Internal, event: SinkEvent) -> R
             tracing::error!(step, topic, sequence, %error, "a record is not written");
         }
         SinkEvent::Unreachable { since, attempt, error } => {
-            tracing::warn!(step, topic, seconds = since.elapsed().as_secs(), attempt, error, "no Kafka broker answers; trying again, nothing is lost");
+            tracing::warn!(
+                step,
+                topic,
+                seconds = since.elapsed().as_secs(),
+                attempt,
+                error,
+                "no Kafka broker answers; trying again, nothing is lost"
+            );
         }
         SinkEvent::Reachable => tracing::warn!(step, topic, "the Kafka brokers answer again"),
         SinkEvent::Failed(error) => return Err(InternalError::Refused(error.to_string())),

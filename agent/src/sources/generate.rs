@@ -20,7 +20,12 @@ pub async fn run(context: Context, generate: Generate) -> Result<(), InternalErr
     while records.next_into(&mut record) {
         if let Some(rate) = generate.records_per_second() {
             // Each record has its time from the beginning on, so that a late one does not make all later ones late.
-            #[expect(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a time from a rate; ns are far below 2^53 for months")]
+            #[expect(
+                clippy::cast_precision_loss,
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                reason = "a time from a rate; ns are far below 2^53 for months"
+            )]
             let due_ns = begin_ns + (count as f64 * 1e9 / rate) as u64;
             if monotonic_ns() < due_ns {
                 internal.stage.done(0)?;

@@ -43,7 +43,8 @@ pub async fn run(context: Context, options: SourceOptions, hooks: Hooks) -> Resu
     let mut internal = Internal::open(context.control)?;
     let bell = internal.stage.bell_descriptor().try_clone_to_owned().map_err(InternalError::io("the stage's bell"))?;
     let bell = Bell::adopt(bell);
-    let source = Source::start(options, Box::new(move || bell.ring())).map_err(|error| InternalError::Refused(error.to_string()))?;
+    let source = Source::start(options, Box::new(move || bell.ring()))
+        .map_err(|error| InternalError::Refused(error.to_string()))?;
     let mut offsets: Vec<(u64, u64)> = internal.stage.slot().partitions.clone();
     let mut ends_told = false;
     let is_stop = loop {
@@ -62,7 +63,13 @@ pub async fn run(context: Context, options: SourceOptions, hooks: Hooks) -> Resu
                 for record in records {
                     let event_time_ns = record.timestamp_ms.map(|time| time.saturating_mul(1_000_000));
                     let mut attributes = Vec::new();
-                    attributes_encode(record.headers.iter().map(|(name, value)| (name.as_str(), value.as_deref().unwrap_or_default())), &mut attributes);
+                    attributes_encode(
+                        record
+                            .headers
+                            .iter()
+                            .map(|(name, value)| (name.as_str(), value.as_deref().unwrap_or_default())),
+                        &mut attributes,
+                    );
                     // The topic's own key is no key of the pipeline: only groupByKey makes one.
                     let emit = Emit { attributes: &attributes, ..from_source(None, event_time_ns) };
                     match internal.emit(&emit, &record.payload).await {
@@ -114,8 +121,10 @@ pub async fn run(context: Context, options: SourceOptions, hooks: Hooks) -> Resu
 
 fn commit_offsets(source: &Source, hooks: &Hooks) {
     if let Some(offsets) = hooks.group.as_ref().and_then(|group| group.take()) {
-        let offsets: Vec<(i32, i64)> =
-            offsets.iter().filter_map(|(partition, next)| Some((i32::try_from(*partition).ok()?, i64::try_from(*next).ok()?))).collect();
+        let offsets: Vec<(i32, i64)> = offsets
+            .iter()
+            .filter_map(|(partition, next)| Some((i32::try_from(*partition).ok()?, i64::try_from(*next).ok()?)))
+            .collect();
         source.commit(&offsets);
     }
 }
@@ -125,11 +134,25 @@ fn say(step: &str, topic: &str, event: &SourceEvent) {
         SourceEvent::Assigned { partitions } => tracing::info!(step, topic, ?partitions, "partitions assigned"),
         SourceEvent::Revoked { partitions } => tracing::info!(step, topic, ?partitions, "partitions revoked"),
         SourceEvent::Unreachable { since, attempt, error } => {
-            tracing::warn!(step, topic, seconds = since.elapsed().as_secs(), attempt, error, "no Kafka broker answers; trying again, nothing is lost");
+            tracing::warn!(
+                step,
+                topic,
+                seconds = since.elapsed().as_secs(),
+                attempt,
+                error,
+                "no Kafka broker answers; trying again, nothing is lost"
+            );
         }
         SourceEvent::Reachable => tracing::warn!(step, topic, "the Kafka brokers answer again"),
         SourceEvent::Skipped { partition, expected, resumed_at } => {
-            tracing::error!(step, topic, partition, expected, resumed_at, "records are gone from the broker before they were read");
+            tracing::error!(
+                step,
+                topic,
+                partition,
+                expected,
+                resumed_at,
+                "records are gone from the broker before they were read"
+            );
         }
         _ => tracing::info!(step, topic, ?event, "kafka"),
     }

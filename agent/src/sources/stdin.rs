@@ -13,7 +13,8 @@ use crate::internal::{Context, Internal, InternalError};
 /// [`InternalError`].
 pub async fn run(context: Context) -> Result<(), InternalError> {
     let failed = || InternalError::io("cannot read standard input");
-    let descriptor = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3).map_err(|error| failed()(error.into()))?;
+    let descriptor =
+        rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3).map_err(|error| failed()(error.into()))?;
     let stream = Stream::new(context.backend, descriptor, Interest::READABLE).map_err(failed())?;
     let mut internal = Internal::open(context.control)?;
     let mut splitter = LineSplitter::default();
@@ -33,7 +34,9 @@ pub async fn run(context: Context) -> Result<(), InternalError> {
         let (result, buffer) = stream.read(buffer).await;
         splitter.put_buffer(buffer);
         let count = match result {
-            Err(error) if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::Interrupted) => continue,
+            Err(error) if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::Interrupted) => {
+                continue;
+            }
             result => result.map_err(failed())?,
         };
         emit_lines(&mut internal, &mut splitter, count == 0, &context.name).await?;

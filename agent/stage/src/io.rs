@@ -90,7 +90,9 @@ impl Stream {
         let copy = descriptor.try_clone()?;
         match ready_descriptor(descriptor, interest) {
             Ok(ready) => Ok(Self { ready: Some(ready), plain: None, uring }),
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(Self { ready: None, plain: Some(copy), uring }),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                Ok(Self { ready: None, plain: Some(copy), uring })
+            }
             Err(error) => Err(error),
         }
     }
@@ -126,7 +128,8 @@ impl Stream {
         let (result, buffer) = match &self.uring {
             Some(file) => {
                 let begin = buffer.len();
-                let (result, slice) = file.read_at(tokio_uring::buf::BoundedBuf::slice(buffer, begin..), u64::MAX).await;
+                let (result, slice) =
+                    file.read_at(tokio_uring::buf::BoundedBuf::slice(buffer, begin..), u64::MAX).await;
                 (result, slice.into_inner())
             }
             None => read_now(self.descriptor(), buffer),
@@ -147,12 +150,15 @@ impl Stream {
         }
         match &self.uring {
             Some(file) => {
-                let (result, slice) = file.write_at(tokio_uring::buf::BoundedBuf::slice(buffer, begin..), u64::MAX).submit().await;
+                let (result, slice) =
+                    file.write_at(tokio_uring::buf::BoundedBuf::slice(buffer, begin..), u64::MAX).submit().await;
                 (result, slice.into_inner())
             }
             None => {
                 let result = match self.descriptor() {
-                    Some(descriptor) => rustix::io::write(descriptor, buffer.get(begin..).unwrap_or_default()).map_err(io::Error::from),
+                    Some(descriptor) => {
+                        rustix::io::write(descriptor, buffer.get(begin..).unwrap_or_default()).map_err(io::Error::from)
+                    }
                     None => Err(io::ErrorKind::NotConnected.into()),
                 };
                 (result, buffer)
@@ -177,7 +183,10 @@ impl Stream {
 ///
 /// # Errors
 /// What the kernel says; a regular file is refused with `PermissionDenied`.
-#[expect(deprecated, reason = "the replacement is unsafe; an OwnedFd keeps the promise that it asks for: it stays open while it is registered")]
+#[expect(
+    deprecated,
+    reason = "the replacement is unsafe; an OwnedFd keeps the promise that it asks for: it stays open while it is registered"
+)]
 pub fn ready_descriptor(descriptor: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     AsyncFd::with_interest(descriptor, interest)
 }
@@ -196,7 +205,10 @@ pub struct RegularFile {
 
 impl std::fmt::Debug for RegularFile {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("RegularFile").field("descriptor", &self.file.as_raw_fd()).field("is_uring", &self.uring.is_some()).finish_non_exhaustive()
+        f.debug_struct("RegularFile")
+            .field("descriptor", &self.file.as_raw_fd())
+            .field("is_uring", &self.uring.is_some())
+            .finish_non_exhaustive()
     }
 }
 
@@ -218,12 +230,14 @@ impl RegularFile {
         match &self.uring {
             Some(file) => {
                 let begin = buffer.len();
-                let (result, slice) = file.read_at(tokio_uring::buf::BoundedBuf::slice(buffer, begin..), position).await;
+                let (result, slice) =
+                    file.read_at(tokio_uring::buf::BoundedBuf::slice(buffer, begin..), position).await;
                 (result, slice.into_inner())
             }
             None => {
                 let mut buffer = buffer;
-                let result = rustix::io::pread(&self.file, rustix::buffer::spare_capacity(&mut buffer), position).map_err(io::Error::from);
+                let result = rustix::io::pread(&self.file, rustix::buffer::spare_capacity(&mut buffer), position)
+                    .map_err(io::Error::from);
                 (result, buffer)
             }
         }
@@ -236,11 +250,13 @@ impl RegularFile {
             let at = position + written as u64;
             let result = match &self.uring {
                 Some(file) => {
-                    let (result, slice) = file.write_at(tokio_uring::buf::BoundedBuf::slice(buffer, written..), at).submit().await;
+                    let (result, slice) =
+                        file.write_at(tokio_uring::buf::BoundedBuf::slice(buffer, written..), at).submit().await;
                     buffer = slice.into_inner();
                     result
                 }
-                None => rustix::io::pwrite(&self.file, buffer.get(written..).unwrap_or_default(), at).map_err(io::Error::from),
+                None => rustix::io::pwrite(&self.file, buffer.get(written..).unwrap_or_default(), at)
+                    .map_err(io::Error::from),
             };
             match result {
                 Ok(0) => return (Err((written, io::ErrorKind::WriteZero.into())), buffer),

@@ -1,0 +1,58 @@
+# Two commands: `make demo` sets everything up and runs the main job; `make test` sets everything up and passes all tests.
+SHELL := /bin/bash
+DEMO_SECONDS ?= 20
+PREFIX ?= /usr/local
+BINARY := target/release/argo-streams
+
+.PHONY: demo test test-rust test-loom check build examples install crash bench setup-build setup-test clean
+
+build: setup-build
+	cargo build --release --workspace
+
+setup-build:
+	@scripts/setup.sh build
+
+setup-test:
+	@scripts/setup.sh test
+
+# The C programs of the examples, against the library just built.
+examples: build
+	$(MAKE) -C examples/work-time LIBDIR=$(CURDIR)/target/release
+
+# The proposal's pipeline on a deterministic stream of taxi rides, from an embedded Kafka.
+demo: examples
+	@scripts/demo.sh $(DEMO_SECONDS)
+
+test: setup-test examples test-rust test-loom
+	@echo "make test: everything passed"
+
+test-rust:
+	cargo test --release --workspace
+
+# Every interleaving of publish, consume, commit and sleep; a target folder of its own, because loom's build differs.
+test-loom:
+	scripts/loom.sh
+
+# Format, lints and documentation, as CI checks them.
+check:
+	cargo fmt --all --check
+	cargo clippy --release --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --no-deps
+
+# 200 random kills of ParDos while air-time runs from real Kafka to Kafka; exact sums, no id lost or doubled.
+crash: setup-test examples
+	AGS_KILLS=200 cargo test --release -p argo-streams-tests --test kafka -- --nocapture killed
+
+bench: examples
+	cargo bench
+
+install: build
+	install -D -m 755 $(BINARY) $(DESTDIR)$(PREFIX)/bin/argo-streams
+	install -D -m 644 sdk-c/include/argo_streams.h $(DESTDIR)$(PREFIX)/include/argo_streams.h
+	install -D -m 644 target/release/libargo_streams.a $(DESTDIR)$(PREFIX)/lib/libargo_streams.a
+	install -D -m 755 target/release/libargo_streams.so $(DESTDIR)$(PREFIX)/lib/libargo_streams.so.0
+	ln -sf libargo_streams.so.0 $(DESTDIR)$(PREFIX)/lib/libargo_streams.so
+
+clean:
+	cargo clean
+	rm -rf examples/*/build
