@@ -1,1 +1,257 @@
-//! placeholder
+//! Pipelines between real Kafka topics: nothing lost, nothing doubled, whatever is killed.
+#![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests: a failure is a failed test")]
+
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Read};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use argo_streams_kafka::{Connection, Sink, SinkOptions, SinkRecord, Source, SourceEvent, SourceOptions, SourceRecord};
+use argo_streams_tests::{PATIENCE, Running, Scratch, repository, wait_for};
+use rdkafka::ClientConfig;
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::client::DefaultClientContext;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+/// One broker for all tests of this binary; `kafka.sh guard` ends it when this process ends, in whatever way.
+struct Broker {
+    servers: String,
+    directory: PathBuf,
+    _guard: Child,
+}
+
+static BROKER: LazyLock<Mutex<Broker>> = LazyLock::new(|| Mutex::new(Broker::start()));
+
+/// Tests take turns: some of them kill the broker.
+fn broker() -> MutexGuard<'static, Broker> {
+    BROKER.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn script() -> PathBuf {
+    repository().join("scripts/kafka.sh")
+}
+
+impl Broker {
+    fn start() -> Self {
+        let directory = std::env::temp_dir().join(format!("argo-streams-kafka-{}", std::process::id()));
+        let first = 33_000 + u16::try_from(std::process::id() % 2_000).unwrap() * 2;
+        let free = |port: u16| std::net::TcpListener::bind(("127.0.0.1", port)).is_ok();
+        let port = (first..60_000).step_by(2).find(|port| free(*port) && free(port + 1)).expect("two free ports");
+        let mut guard = Command::new(script());
+        guard.arg("guard").arg(&directory).arg(port.to_string());
+        let mut guard = guard.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut servers = String::new();
+        BufReader::new(guard.stdout.take().unwrap()).read_line(&mut servers).unwrap();
+        assert!(
+            !servers.trim().is_empty(),
+            "Kafka did not start: run `scripts/setup.sh test`, and see the words above"
+        );
+        Self { servers: servers.trim().to_owned(), directory, _guard: guard }
+    }
+
+    fn command(&self, what: &str) {
+        let status = Command::new(script()).arg(what).arg(&self.directory).stdout(Stdio::null()).status().unwrap();
+        assert!(status.success(), "kafka.sh {what}");
+    }
+
+    fn connection(&self) -> Connection {
+        Connection { bootstrap_servers: self.servers.clone(), properties: Vec::new() }
+    }
+
+    fn topic(&self, name: &str, partitions: i32) {
+        let admin: AdminClient<DefaultClientContext> =
+            ClientConfig::new().set("bootstrap.servers", &self.servers).create().unwrap();
+        let topic = NewTopic::new(name, partitions, TopicReplication::Fixed(1));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let made = runtime.block_on(admin.create_topics(&[topic], &AdminOptions::new())).unwrap();
+        made[0].as_ref().unwrap();
+    }
+
+    fn write(&self, topic: &str, payloads: impl Iterator<Item = Vec<u8>>) -> u64 {
+        let sink = Sink::start(SinkOptions::new(self.connection(), topic), Box::new(|| {})).unwrap();
+        let mut count = 0;
+        for payload in payloads {
+            let mut record = SinkRecord { sequence: count, payload, ..SinkRecord::default() };
+            wait_for("room in the producer's queue", || match sink.try_send(std::mem::take(&mut record)) {
+                Ok(()) => Some(()),
+                Err(back) => {
+                    record = back;
+                    None
+                }
+            });
+            count += 1;
+        }
+        assert_eq!(sink.finish(PATIENCE).outcome.unwrap(), count);
+        count
+    }
+
+    fn read(&self, topic: &str) -> Vec<SourceRecord> {
+        let options = SourceOptions { until_end: true, ..SourceOptions::new(self.connection(), topic) };
+        let source = Source::start(options, Box::new(|| {})).unwrap();
+        let mut all = Vec::new();
+        wait_for("the end of the topic", || {
+            while let Some(event) = source.try_next() {
+                match event {
+                    SourceEvent::Records(records) => all.extend(records),
+                    SourceEvent::EndOfInput => return Some(()),
+                    SourceEvent::Failed(error) => panic!("{error}"),
+                    _ => {}
+                }
+            }
+            None
+        });
+        source.stop();
+        all
+    }
+}
+
+fn flights() -> Vec<Vec<u8>> {
+    let file = std::fs::File::open(repository().join("examples/air-time/flights-jan2013.ndjson.gz")).unwrap();
+    let mut text = Vec::new();
+    flate2::read::MultiGzDecoder::new(file).read_to_end(&mut text).unwrap();
+    text.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).map(<[u8]>::to_vec).collect()
+}
+
+/// Programs of a run: grandchildren of the agent.
+fn programs_of(run: &Running) -> Vec<i32> {
+    let children = |process: i32| {
+        let text = std::fs::read_to_string(format!("/proc/{process}/task/{process}/children")).unwrap_or_default();
+        text.split_whitespace().filter_map(|id| id.parse::<i32>().ok()).collect::<Vec<_>>()
+    };
+    children(i32::try_from(run.child.id()).unwrap()).into_iter().flat_map(children).collect()
+}
+
+#[test]
+fn killed_combiners_leave_exact_sums_and_no_id_lost_or_doubled() {
+    let kills_wanted: usize = std::env::var("AGS_KILLS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(30);
+    let broker = broker();
+    broker.topic("flights", 3);
+    broker.topic("miles", 3);
+    let flights = flights();
+    let rounds = (kills_wanted / 5).max(8);
+    let count = broker.write("flights", (0..rounds).flat_map(|_| flights.iter().cloned()));
+    let scratch = Scratch::new();
+    let combiner = repository().join("examples/work-time/build/combiner");
+    assert!(combiner.is_file(), "{} is not there: run `make examples`", combiner.display());
+    let text = std::fs::read_to_string(repository().join("examples/air-time/pipeline-kafka.yaml")).unwrap();
+    let pipeline = scratch.write(
+        "pipeline.yaml",
+        text.replace("../work-time/build/combiner", combiner.to_str().unwrap())
+            .replace("parDo: combiner", "parDo: combiner\n    containers: 2"),
+    );
+    let mut run = scratch.start(&pipeline, &["--kafka", &broker.servers, "--until", "end", "--output", "json"]);
+    let mut killed = std::collections::HashSet::new();
+    while run.child.try_wait().unwrap().is_none() {
+        // The pace of the kills; nothing is proven by it.
+        std::thread::park_timeout(Duration::from_millis(15));
+        if killed.len() < kills_wanted {
+            let victims = programs_of(&run);
+            // Any of them: which one is left to the clock.
+            let choice =
+                std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().subsec_nanos() as usize;
+            if let Some(victim) = victims.get(choice % victims.len().max(1))
+                && killed.insert(*victim)
+            {
+                let _gone = kill_process(Pid::from_raw(*victim).unwrap(), Signal::KILL);
+            }
+        }
+    }
+    let run = run.finish().expect_code(0);
+    let mut expected: HashMap<String, (u64, u64)> = HashMap::new();
+    for line in &flights {
+        let flight: Value = serde_json::from_slice(line).unwrap();
+        let entry = expected.entry(flight["tailnum"].as_str().unwrap().to_owned()).or_default();
+        entry.0 += rounds as u64;
+        entry.1 += rounds as u64 * flight["distance"].as_u64().unwrap();
+    }
+    let mut found: HashMap<String, (u64, u64)> = HashMap::new();
+    let mut seen = 0;
+    for record in broker.read("miles") {
+        let sum: Value = serde_json::from_slice(&record.payload).unwrap();
+        let entry = found.entry(sum["tailnum"].as_str().unwrap().to_owned()).or_default();
+        assert_eq!(
+            entry.0 + 1,
+            sum["rides"].as_u64().unwrap(),
+            "{}: in order, none lost, none doubled",
+            sum["tailnum"]
+        );
+        *entry = (entry.0 + 1, sum["distance"].as_u64().unwrap());
+        seen += 1;
+    }
+    assert_eq!((seen, &found), (count, &expected));
+    let restarts = run.summary()["steps"][2]["restarts"].as_u64().unwrap();
+    assert!(killed.len() >= kills_wanted, "only {} of {kills_wanted} kills in {count} records", killed.len());
+    println!(
+        "{} kills, {restarts} restarts, {count} records, {} aircraft: sums exact, 0 lost, 0 doubled, in order",
+        killed.len(),
+        found.len()
+    );
+}
+
+#[test]
+fn a_group_goes_on_where_every_sink_was_done() {
+    let broker = broker();
+    broker.topic("grouped", 2);
+    let first: Vec<Vec<u8>> = (0..20_000).map(|i| format!("{i}").into_bytes()).collect();
+    broker.write("grouped", first.iter().cloned());
+    let scratch = Scratch::new();
+    let pipeline = scratch.pipeline("  - kafka: {topic: grouped, group: readers}\n  - parDo: cat\n    command: [cat]\n    ack: line\n  - file: {path: out}\n");
+    let arguments = ["--kafka", broker.servers.as_str(), "--until", "end"];
+    let _first = scratch.run(&pipeline, &arguments).expect_code(0);
+    broker.write("grouped", (20_000..20_100).map(|i| format!("{i}").into_bytes()));
+    let _second = scratch.run(&pipeline, &arguments).expect_code(0);
+    let mut ids: Vec<u64> = scratch.text("out").lines().map(|line| line.parse().unwrap()).collect();
+    ids.sort_unstable();
+    assert_eq!(ids, (0..20_100).collect::<Vec<_>>(), "the second run reads only what the first did not finish");
+}
+
+#[test]
+fn a_broker_that_dies_in_mid_run_loses_nothing() {
+    let broker = broker();
+    broker.topic("before", 2);
+    broker.topic("after", 2);
+    let count = broker.write("before", (0..300_000_u32).map(|i| format!("{{\"id\":{i}}}").into_bytes()));
+    let scratch = Scratch::new();
+    let pipeline = scratch.pipeline("  - kafka: {topic: before}\n  - parDo: cat\n    command: [cat]\n    ack: line\n  - kafka: {topic: after}\n  - file: {path: seen}\n    from: [pardo-1]\n");
+    // Down at the start as well.
+    broker.command("kill");
+    let run = scratch.start(&pipeline, &["--kafka", &broker.servers, "--until", "end"]);
+    broker.command("start");
+    wait_for("the first records", || {
+        std::fs::metadata(scratch.path("seen")).is_ok_and(|seen| seen.len() > 100_000).then_some(())
+    });
+    broker.command("kill");
+    broker.command("start");
+    let run = run.finish().expect_code(0);
+    let mut ids: Vec<u64> = broker
+        .read("after")
+        .iter()
+        .map(|record| serde_json::from_slice::<Value>(&record.payload).unwrap()["id"].as_u64().unwrap())
+        .collect();
+    ids.sort_unstable();
+    assert_eq!(ids.len() as u64, count);
+    assert!(ids.windows(2).all(|pair| pair[0] + 1 == pair[1]), "nothing lost, nothing doubled");
+    assert!(run.words().contains("no Kafka broker answers"), "it says so: {}", run.words());
+}
+
+#[test]
+fn an_unknown_topic_and_a_record_too_large_are_named() {
+    let broker = broker();
+    broker.topic("small", 1);
+    let scratch = Scratch::new();
+    let pipeline = scratch.pipeline("  - kafka: {topic: no-such-topic}\n  - discard: {}\n");
+    let run = scratch.run(&pipeline, &["--kafka", &broker.servers, "--until", "end"]).expect_code(1);
+    assert!(run.words().contains("no-such-topic"), "{}", run.words());
+    let mut input = vec![b'x'; 5 << 20];
+    input.extend_from_slice(b"\nshort\n");
+    scratch.write("in", input);
+    let pipeline = scratch.pipeline("  - file: {path: in}\n  - kafka: {topic: small}\n");
+    let run = scratch.run(&pipeline, &["--kafka", &broker.servers, "--output", "json"]).expect_code(0);
+    assert_eq!(broker.read("small").len(), 1);
+    assert_eq!(run.summary()["steps"][1]["errors"], 1);
+    assert!(run.words().contains("max.message.bytes"), "it says what to raise: {}", run.words());
+}

@@ -1,5 +1,6 @@
 //! Whole pipelines through the release binary: what goes in, what comes out, and what is said.
 #![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests: a failure is a failed test")]
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::Read;
@@ -340,4 +341,45 @@ fn air_time_in_python_gives_the_sums_of_an_independent_computation() {
         *entry = (sum["rides"].as_u64().unwrap(), sum["distance"].as_u64().unwrap());
     }
     assert_eq!(found, expected);
+}
+
+#[test]
+fn the_embedded_kafka_is_filled_read_and_written() {
+    let scratch = Scratch::new();
+    let lines: String = (0..30_000).map(|i| format!("{{\"k\":\"{}\",\"i\":{i}}}\n", i % 11)).collect();
+    scratch.write("fill.ndjson", lines);
+    let pipeline = scratch.pipeline(
+        "  - kafka: {topic: in}\n  - groupByKey: {key: .k}\n  - parDo: cat\n    command: [cat]\n    ack: line\n  - kafka: {topic: out}\n  - file: {path: out}\n    from: [pardo-2]\n",
+    );
+    let fill = format!("in={}", scratch.path("fill.ndjson").display());
+    let run = scratch.run(&pipeline, &["--kafka-fill", &fill, "--until", "end", "--output", "json"]).expect_code(0);
+    let mut ids: Vec<u64> = scratch
+        .text("out")
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap()["i"].as_u64().unwrap())
+        .collect();
+    ids.sort_unstable();
+    assert_eq!(ids, (0..30_000).collect::<Vec<_>>());
+    let summary = run.summary();
+    assert_eq!((&summary["steps"][3]["in"], &summary["steps"][3]["errors"]), (&Value::from(30_000), &Value::from(0)));
+    assert!(run.words().contains("embedded Kafka"), "it says that nothing outlives the run: {}", run.words());
+}
+
+#[test]
+fn what_cannot_be_filled_or_set_is_refused_with_its_place() {
+    let scratch = Scratch::new();
+    let pipeline =
+        scratch.pipeline("  - kafka:\n      topic: in\n      properties: {no.such.property: 1}\n  - discard: {}\n");
+    assert!(scratch.run(&pipeline, &[]).expect_code(2).words().contains("no.such.property"));
+    let pipeline = scratch.pipeline("  - kafka: {topic: in}\n  - discard: {}\n");
+    assert!(
+        scratch
+            .run(&pipeline, &["--kafka-fill", "other=counter:5"])
+            .expect_code(2)
+            .words()
+            .contains("--kafka-fill other")
+    );
+    assert!(
+        scratch.run(&pipeline, &["--kafka-fill", "in=no-such-file"]).expect_code(2).words().contains("no-such-file")
+    );
 }

@@ -459,11 +459,12 @@ impl Broker {
         {
             return self.client_gone(client);
         }
-        if self.is_stopping && self.physical.stages.get(stage).is_some_and(|plan| plan.producers.is_empty()) {
-            if let Some(worker) = self.workers.get_mut(stage) {
-                worker.incarnation.session().set_attention(session::ATTENTION_STOP);
-                worker.incarnation.publish_session();
-            }
+        if self.is_stopping
+            && self.physical.stages.get(stage).is_some_and(|plan| plan.producers.is_empty())
+            && let Some(worker) = self.workers.get_mut(stage)
+        {
+            worker.incarnation.session().set_attention(session::ATTENTION_STOP);
+            worker.incarnation.publish_session();
         }
         self.join(stage);
     }

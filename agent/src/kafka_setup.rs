@@ -159,14 +159,12 @@ impl KafkaSetup {
                     }
                 })
             }),
-            ends: filler.filter(|_| self.until_end).map(
-                |filler| -> Arc<dyn Fn() -> Option<Vec<(i32, i64)>> + Send + Sync> {
-                    Arc::new(move || {
-                        let status = filler.lock().ok()?.status();
-                        status.done.then_some(status.ends)
-                    })
-                },
-            ),
+            ends: filler.filter(|_| self.until_end).map(|filler| -> crate::sources::kafka::Ends {
+                Arc::new(move || {
+                    let status = filler.lock().ok()?.status();
+                    status.done.then_some(status.ends)
+                })
+            }),
         };
         (options, hooks)
     }

@@ -136,8 +136,10 @@ impl Mapping {
         // SAFETY: in bounds by the assertion above.
         let base = unsafe { self.base.as_ptr().add(offset) };
         bytes.iter().enumerate().all(|(i, byte)| {
-            // SAFETY: `i` is below the length that was checked; a volatile read is never torn for one byte.
-            let mapped = unsafe { base.add(i).read_volatile() };
+            // SAFETY: `i` is below the length that was checked.
+            let place = unsafe { base.add(i) };
+            // SAFETY: in bounds, as above; a volatile read is never torn for one byte.
+            let mapped = unsafe { place.read_volatile() };
             mapped == *byte
         })
     }

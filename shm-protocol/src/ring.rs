@@ -573,6 +573,7 @@ impl<B: Bytes> Consumer<B> {
     /// # Errors
     /// [`RingViolation::Record`] when the producer wrote something impossible.
     #[inline]
+    #[expect(clippy::should_implement_trait, reason = "it can fail without being over, which an iterator cannot say")]
     pub fn next(&mut self) -> Result<Option<RecordView>, RingViolation> {
         loop {
             if self.position == self.batch_end {

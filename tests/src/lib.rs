@@ -148,15 +148,16 @@ impl Running {
     #[must_use]
     pub fn start(mut command: Command) -> Self {
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        let (mut output, mut words) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
-        let collect = |mut from: Box<dyn Read + Send>| {
+        let (output, words) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+        let collect = |from: std::os::fd::OwnedFd| {
+            let mut from = std::fs::File::from(from);
             std::thread::spawn(move || {
                 let mut all = Vec::new();
                 from.read_to_end(&mut all).unwrap();
                 all
             })
         };
-        let (output, words) = (collect(Box::new(move_read(&mut output))), collect(Box::new(move_read(&mut words))));
+        let (output, words) = (collect(output.into()), collect(words.into()));
         Self { child, output: Some(output), words: Some(words) }
     }
 
@@ -197,31 +198,6 @@ impl Drop for Running {
         // A failed test leaves nothing behind.
         let _gone = self.child.kill();
         let _reaped = self.child.wait();
-    }
-}
-
-fn move_read<R: Read + Send + 'static>(from: &mut R) -> impl Read + Send + 'static + use<R>
-where
-    R: AsOwned,
-{
-    from.owned()
-}
-
-/// Takes a pipe out of a child.
-pub trait AsOwned {
-    /// A second handle of the same pipe.
-    fn owned(&mut self) -> std::fs::File;
-}
-
-impl AsOwned for std::process::ChildStdout {
-    fn owned(&mut self) -> std::fs::File {
-        std::os::fd::AsFd::as_fd(self).try_clone_to_owned().unwrap().into()
-    }
-}
-
-impl AsOwned for std::process::ChildStderr {
-    fn owned(&mut self) -> std::fs::File {
-        std::os::fd::AsFd::as_fd(self).try_clone_to_owned().unwrap().into()
     }
 }
 

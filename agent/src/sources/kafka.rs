@@ -17,6 +17,9 @@ use crate::physical::COUNTER_ERRORS;
 /// Hears how far a partition was read: what fills an embedded topic goes no faster.
 pub type Progress = Arc<dyn Fn(i32, i64) + Send + Sync>;
 
+/// Tells the offsets at which to end, once they are known.
+pub type Ends = Arc<dyn Fn() -> Option<Vec<(i32, i64)>> + Send + Sync>;
+
 /// What a Kafka source is given beside its options.
 #[derive(Clone, Default)]
 pub struct Hooks {
@@ -25,7 +28,7 @@ pub struct Hooks {
     /// Offsets that may be committed.
     pub group: Option<Arc<GroupOffsets>>,
     /// Offsets at which to end, once they are known (an embedded topic that was filled).
-    pub ends: Option<Arc<dyn Fn() -> Option<Vec<(i32, i64)>> + Send + Sync>>,
+    pub ends: Option<Ends>,
 }
 
 impl std::fmt::Debug for Hooks {
@@ -104,11 +107,11 @@ pub async fn run(context: Context, options: SourceOptions, hooks: Hooks) -> Resu
     internal.finish(is_stop).await?;
     // A group's last offsets are committed when every sink is done with what was read, so the source outlives its stage.
     if let Some(group) = &hooks.group {
-        let backend = group.clone();
+        let group = Arc::clone(group);
         let (bell_pause, rounds) = (std::time::Duration::from_millis(10), 3000);
         for _ in 0..rounds {
             commit_offsets(&source, &hooks);
-            if backend.is_settled() {
+            if group.is_settled() {
                 break;
             }
             tokio::time::sleep(bell_pause).await;
