@@ -277,6 +277,25 @@ const _: () = assert!(header::LARGE_CAPACITY + 8 <= header::LEN);
 mod tests {
     use super::*;
 
+    /// What decides the layout: this file without its comments and tests, blanks counted once.
+    fn layout_hash() -> String {
+        let text = include_str!("layout.rs");
+        let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+        let lines = code.lines().map(|line| line.split("//").next().unwrap_or_default());
+        let words: Vec<&str> = lines.flat_map(str::split_whitespace).collect();
+        format!("{:016x}", crate::hash_key(words.join(" ").as_bytes()))
+    }
+
+    /// A change of the layout needs a sentence in version.rs and a look at PROTOCOL.md: both name the layout by its hash.
+    #[test]
+    fn layout_changes_have_a_version_and_a_document() {
+        let hash = layout_hash();
+        let newest = include_str!("version.rs").lines().find(|line| line.starts_with("//! ") && line.contains("(layout ")).unwrap_or_default();
+        assert!(newest.contains(&format!("(layout {hash})")), "the newest version in version.rs must say (layout {hash}): {newest}");
+        let row = format!("Layout hash: `{hash}`");
+        assert!(include_str!("../PROTOCOL.md").contains(&row), "PROTOCOL.md must be looked through and then say {row}");
+    }
+
     /// The table in PROTOCOL.md is what another language is written from: each offset in it must be the one in this file.
     #[test]
     fn protocol_document_has_these_offsets() {

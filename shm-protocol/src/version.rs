@@ -1,6 +1,6 @@
 //! The versions of the shared-memory protocol, newest first; one sentence each.
 //!
-//! 1.0: segments, batches, rings, commit pages with mirrors, session pages, keyed state and the control socket as PROTOCOL.md says.
+//! 1.0 (layout 767c1263c1bc1e0b): segments, batches, rings, commit pages with mirrors, session pages, keyed state and the control socket as PROTOCOL.md says.
 
 /// Incompatible changes of the layout.
 pub const LAYOUT_MAJOR: u16 = 1;
