@@ -34,7 +34,13 @@ pub struct PageShape {
 
 impl Default for PageShape {
     fn default() -> Self {
-        Self { inputs: INPUTS_MAX, outputs: OUTPUTS_MAX, partitions: PARTITIONS_MAX, counters: COUNTERS_MAX, opaque_bytes: OPAQUE_BYTES_MAX }
+        Self {
+            inputs: INPUTS_MAX,
+            outputs: OUTPUTS_MAX,
+            partitions: PARTITIONS_MAX,
+            counters: COUNTERS_MAX,
+            opaque_bytes: OPAQUE_BYTES_MAX,
+        }
     }
 }
 
@@ -94,7 +100,12 @@ impl PageShape {
     /// Whether the numbers are within what this protocol allows at all.
     #[must_use]
     pub fn is_possible(&self) -> bool {
-        self.inputs <= 1024 && self.outputs <= 1024 && self.partitions <= 65536 && self.counters <= 4096 && self.opaque_bytes <= 65536 && self.opaque_bytes.is_multiple_of(8)
+        self.inputs <= 1024
+            && self.outputs <= 1024
+            && self.partitions <= 65536
+            && self.counters <= 4096
+            && self.opaque_bytes <= 65536
+            && self.opaque_bytes.is_multiple_of(8)
     }
 }
 
@@ -146,7 +157,16 @@ pub struct InputSlot {
 
 impl InputSlot {
     fn words(&self) -> [u64; 8] {
-        [self.acknowledged, self.batch, self.watermark_ns.cast_unsigned(), self.records, self.bytes, self.flags, self.generation, 0]
+        [
+            self.acknowledged,
+            self.batch,
+            self.watermark_ns.cast_unsigned(),
+            self.records,
+            self.bytes,
+            self.flags,
+            self.generation,
+            0,
+        ]
     }
 
     fn from_words([acknowledged, batch, watermark, records, bytes, flags, generation, _]: [u64; 8]) -> Self {
@@ -181,7 +201,16 @@ pub struct OutputSlot {
 
 impl OutputSlot {
     fn words(&self) -> [u64; 8] {
-        [self.tail, self.watermark_ns.cast_unsigned(), self.records, self.bytes, self.generation, self.large_tail, self.flags, 0]
+        [
+            self.tail,
+            self.watermark_ns.cast_unsigned(),
+            self.records,
+            self.bytes,
+            self.generation,
+            self.large_tail,
+            self.flags,
+            0,
+        ]
     }
 
     fn from_words([tail, watermark, records, bytes, generation, large_tail, flags, _]: [u64; 8]) -> Self {
@@ -294,7 +323,10 @@ impl Changed {
     }
 
     fn due(&self) -> impl Iterator<Item = usize> + '_ {
-        self.now.iter().chain(self.before.iter().filter(|index| !self.in_now.get(**index).copied().unwrap_or(false))).copied()
+        self.now
+            .iter()
+            .chain(self.before.iter().filter(|index| !self.in_now.get(**index).copied().unwrap_or(false)))
+            .copied()
     }
 }
 
@@ -631,20 +663,36 @@ impl<W: Words> CommitPageReader<W> {
         let entry = |at: usize| std::array::from_fn(|word| load(at + word * 8));
         let bounded = |field, offset, max: u32, expected| {
             let found = load(offset);
-            u32::try_from(found).ok().filter(|found| *found <= max).map(|found| found as usize).ok_or(CommitError::Impossible { field, found, expected })
+            u32::try_from(found)
+                .ok()
+                .filter(|found| *found <= max)
+                .map(|found| found as usize)
+                .ok_or(CommitError::Impossible { field, found, expected })
         };
         let state = load(slot::STATE);
         let said = load(slot::EPOCH);
         if said != epoch {
-            return Err(CommitError::Impossible { field: "epoch of the slot", found: said, expected: "the epoch of the page" });
+            return Err(CommitError::Impossible {
+                field: "epoch of the slot",
+                found: said,
+                expected: "the epoch of the page",
+            });
         }
-        let partitions = bounded("partitions", slot::PARTITIONS, self.shape.partitions, "at most the room of the page")?;
-        let opaque_len = bounded("opaque length", slot::OPAQUE_LEN, self.shape.opaque_bytes, "at most the room of the page")?;
-        let mut opaque: Vec<u8> = (0..opaque_len.div_ceil(8)).flat_map(|index| load(self.shape.opaque_in_slot() + index * 8).to_le_bytes()).collect();
+        let partitions =
+            bounded("partitions", slot::PARTITIONS, self.shape.partitions, "at most the room of the page")?;
+        let opaque_len =
+            bounded("opaque length", slot::OPAQUE_LEN, self.shape.opaque_bytes, "at most the room of the page")?;
+        let mut opaque: Vec<u8> = (0..opaque_len.div_ceil(8))
+            .flat_map(|index| load(self.shape.opaque_in_slot() + index * 8).to_le_bytes())
+            .collect();
         opaque.truncate(opaque_len);
         Ok(Slot {
             epoch,
-            state: StageState::from_number(state).ok_or(CommitError::Impossible { field: "state", found: state, expected: "0 to 3" })?,
+            state: StageState::from_number(state).ok_or(CommitError::Impossible {
+                field: "state",
+                found: state,
+                expected: "0 to 3",
+            })?,
             table_epoch: load(slot::TABLE_EPOCH),
             barrier_kind: load(slot::BARRIER_KIND),
             barrier_id: load(slot::BARRIER_ID),

@@ -10,8 +10,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags,
-    SocketType, connect, recvmsg, sendmsg, socket_with,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recvmsg, sendmsg, socket_with,
 };
 
 use crate::commit::PageShape;
@@ -269,7 +269,9 @@ pub enum ControlError {
     #[error("a malformed message on the control socket: {0}")]
     Malformed(&'static str),
     /// A message is too long to send.
-    #[error("a message of {0} bytes is longer than the limit of {CONTROL_MESSAGE_BYTES_MAX}: too many rings or routes for one stage")]
+    #[error(
+        "a message of {0} bytes is longer than the limit of {CONTROL_MESSAGE_BYTES_MAX}: too many rings or routes for one stage"
+    )]
     TooLong(usize),
 }
 
@@ -291,7 +293,8 @@ impl Control {
     /// # Errors
     /// What the kernel says.
     pub fn connect(path: &Path) -> Result<Self, ControlError> {
-        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).map_err(io::Error::from)?;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+            .map_err(io::Error::from)?;
         let address = SocketAddrUnix::new(path).map_err(io::Error::from)?;
         connect(&socket, &address).map_err(io::Error::from)?;
         Ok(Self { socket })
@@ -328,7 +331,12 @@ impl Control {
         self.send_with(message, descriptors, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
     }
 
-    fn send_with(&self, message: &Message, descriptors: &[BorrowedFd<'_>], flags: SendFlags) -> Result<(), ControlError> {
+    fn send_with(
+        &self,
+        message: &Message,
+        descriptors: &[BorrowedFd<'_>],
+        flags: SendFlags,
+    ) -> Result<(), ControlError> {
         let bytes = encode(message);
         if bytes.len() > CONTROL_MESSAGE_BYTES_MAX || descriptors.len() > CONTROL_DESCRIPTORS_MAX {
             return Err(ControlError::TooLong(bytes.len()));
@@ -372,7 +380,12 @@ impl Control {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(CONTROL_DESCRIPTORS_MAX))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let received = loop {
-            match recvmsg(&self.socket, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, flags | RecvFlags::CMSG_CLOEXEC) {
+            match recvmsg(
+                &self.socket,
+                &mut [IoSliceMut::new(&mut bytes)],
+                &mut ancillary,
+                flags | RecvFlags::CMSG_CLOEXEC,
+            ) {
                 Ok(received) => break received,
                 Err(rustix::io::Errno::INTR) => {}
                 Err(rustix::io::Errno::CONNRESET) => return Err(ControlError::Closed),
@@ -443,7 +456,8 @@ struct Reader<'a>(&'a [u8]);
 
 impl Reader<'_> {
     fn array<const N: usize>(&mut self) -> Result<[u8; N], ControlError> {
-        let (value, rest) = self.0.split_first_chunk::<N>().ok_or(ControlError::Malformed("it ends in the middle of a field"))?;
+        let (value, rest) =
+            self.0.split_first_chunk::<N>().ok_or(ControlError::Malformed("it ends in the middle of a field"))?;
         self.0 = rest;
         Ok(*value)
     }
@@ -465,11 +479,16 @@ impl Reader<'_> {
     }
     fn string(&mut self) -> Result<String, ControlError> {
         let len = self.u32()? as usize;
-        let (text, rest) = self.0.split_at_checked(len).ok_or(ControlError::Malformed("a string is longer than its message"))?;
+        let (text, rest) =
+            self.0.split_at_checked(len).ok_or(ControlError::Malformed("a string is longer than its message"))?;
         self.0 = rest;
         String::from_utf8(text.to_vec()).map_err(|_invalid| ControlError::Malformed("a string is not UTF-8"))
     }
-    fn list<T>(&mut self, item_len_min: usize, mut item: impl FnMut(&mut Self) -> Result<T, ControlError>) -> Result<Vec<T>, ControlError> {
+    fn list<T>(
+        &mut self,
+        item_len_min: usize,
+        mut item: impl FnMut(&mut Self) -> Result<T, ControlError>,
+    ) -> Result<Vec<T>, ControlError> {
         let len = self.u32()? as usize;
         if len.saturating_mul(item_len_min) > self.0.len() {
             return Err(ControlError::Malformed("a list is longer than its message"));
@@ -477,7 +496,13 @@ impl Reader<'_> {
         (0..len).map(|_| item(self)).collect()
     }
     fn shape(&mut self) -> Result<PageShape, ControlError> {
-        let shape = PageShape { inputs: self.u32()?, outputs: self.u32()?, partitions: self.u32()?, counters: self.u32()?, opaque_bytes: self.u32()? };
+        let shape = PageShape {
+            inputs: self.u32()?,
+            outputs: self.u32()?,
+            partitions: self.u32()?,
+            counters: self.u32()?,
+            opaque_bytes: self.u32()?,
+        };
         if shape.is_possible() { Ok(shape) } else { Err(ControlError::Malformed("the shape of a page is impossible")) }
     }
 }
@@ -486,7 +511,12 @@ fn encode(message: &Message) -> Vec<u8> {
     let mut body = Writer::default();
     let kind = match message {
         Message::Hello(hello) => {
-            body.u16(hello.version_min).u16(hello.version_max).u32(hello.role as u32).u64(hello.features).u32(hello.pid).string(&hello.library);
+            body.u16(hello.version_min)
+                .u16(hello.version_max)
+                .u32(hello.role as u32)
+                .u64(hello.features)
+                .u32(hello.pid)
+                .string(&hello.library);
             TYPE_HELLO
         }
         Message::Refused { code, text } => {
@@ -494,7 +524,13 @@ fn encode(message: &Message) -> Vec<u8> {
             TYPE_REFUSED
         }
         Message::Grant(grant) => {
-            body.u16(grant.version).u16(0).u64(grant.features).u64(grant.stage).u64(grant.generation).string(&grant.name).u32(grant.worker);
+            body.u16(grant.version)
+                .u16(0)
+                .u64(grant.features)
+                .u64(grant.stage)
+                .u64(grant.generation)
+                .string(&grant.name)
+                .u32(grant.worker);
             body.shape(&grant.shape).u64(grant.state_bytes).u64(grant.record_bytes_max);
             body.len(grant.inputs.len());
             for input in &grant.inputs {
@@ -527,7 +563,11 @@ fn encode(message: &Message) -> Vec<u8> {
         Message::Mapped => TYPE_MAPPED,
         Message::Ready => TYPE_READY,
         Message::Peer(peer) => {
-            body.u32(u32::from(peer.is_producer)).u32(peer.index).u32(peer.peer_index).u64(peer.generation).shape(&peer.shape);
+            body.u32(u32::from(peer.is_producer))
+                .u32(peer.index)
+                .u32(peer.peer_index)
+                .u64(peer.generation)
+                .shape(&peer.shape);
             TYPE_PEER
         }
         Message::Event(Event::Program(ProgramEvent::Started { pid })) => {
@@ -618,7 +658,11 @@ fn decode(bytes: &[u8]) -> Result<Message, ControlError> {
             Message::Event(Event::Program(ProgramEvent::Ended { code, text, uncertain_records: reader.u64()? }))
         }
         TYPE_PROGRAM_NOT_STARTED => Message::Event(Event::Program(ProgramEvent::NotStarted { text: reader.string()? })),
-        TYPE_VIOLATION => Message::Event(Event::Violation { is_producer: reader.flag()?, index: reader.u32()?, text: reader.string()? }),
+        TYPE_VIOLATION => Message::Event(Event::Violation {
+            is_producer: reader.flag()?,
+            index: reader.u32()?,
+            text: reader.string()?,
+        }),
         TYPE_NOTE => Message::Event(Event::Note { text: reader.string()? }),
         TYPE_START => Message::Event(Event::Start { shim_is_stage: reader.flag()? }),
         TYPE_YIELD => Message::Event(Event::Yield),
@@ -643,10 +687,20 @@ fn decode_grant(reader: &mut Reader<'_>) -> Result<Grant, ControlError> {
         state_bytes: reader.u64()?,
         record_bytes_max: reader.u64()?,
         inputs: reader.list(28, |reader| {
-            Ok(GrantInput { ring: reader.u64()?, from: reader.string()?, capacity: reader.u64()?, large_capacity: reader.u64()? })
+            Ok(GrantInput {
+                ring: reader.u64()?,
+                from: reader.string()?,
+                capacity: reader.u64()?,
+                large_capacity: reader.u64()?,
+            })
         })?,
         outputs: reader.list(32, |reader| {
-            Ok(GrantOutput { ring: reader.u64()?, capacity: reader.u64()?, large_capacity: reader.u64()?, free: reader.u64()? })
+            Ok(GrantOutput {
+                ring: reader.u64()?,
+                capacity: reader.u64()?,
+                large_capacity: reader.u64()?,
+                free: reader.u64()?,
+            })
         })?,
         routes: Routes {
             table_epoch: reader.u64()?,
@@ -684,7 +738,11 @@ fn check_grant(grant: &Grant) -> Result<(), ControlError> {
             // Only forward, so that following them always ends.
             && node.keyed.iter().all(|(_, main, errors)| [main, errors].into_iter().all(|to| (*to as usize) > index && (*to as usize) < nodes.len()))
     });
-    if fits && routes_fit { Ok(()) } else { Err(ControlError::Malformed("a grant names rings, nodes or counters that it does not have")) }
+    if fits && routes_fit {
+        Ok(())
+    } else {
+        Err(ControlError::Malformed("a grant names rings, nodes or counters that it does not have"))
+    }
 }
 
 #[cfg(test)]
@@ -723,14 +781,31 @@ mod tests {
 
     fn every_message() -> Vec<Message> {
         vec![
-            Message::Hello(Hello { version_min: 1, version_max: 2, role: Role::Stage, features: 9, pid: 4, library: "c 0.1".into() }),
+            Message::Hello(Hello {
+                version_min: 1,
+                version_max: 2,
+                role: Role::Stage,
+                features: 9,
+                pid: 4,
+                library: "c 0.1".into(),
+            }),
             Message::Refused { code: RefusalCode::TooLate, text: "no".into() },
             Message::Grant(Box::new(grant())),
             Message::Mapped,
             Message::Ready,
-            Message::Peer(Peer { is_producer: true, index: 1, peer_index: 2, generation: 3, shape: PageShape::default() }),
+            Message::Peer(Peer {
+                is_producer: true,
+                index: 1,
+                peer_index: 2,
+                generation: 3,
+                shape: PageShape::default(),
+            }),
             Message::Event(Event::Program(ProgramEvent::Started { pid: 5 })),
-            Message::Event(Event::Program(ProgramEvent::Ended { code: 137, text: "killed".into(), uncertain_records: 4 })),
+            Message::Event(Event::Program(ProgramEvent::Ended {
+                code: 137,
+                text: "killed".into(),
+                uncertain_records: 4,
+            })),
             Message::Event(Event::Program(ProgramEvent::NotStarted { text: "no such file".into() })),
             Message::Event(Event::Violation { is_producer: false, index: 3, text: "tail".into() }),
             Message::Event(Event::Note { text: "hint".into() }),
@@ -777,7 +852,8 @@ mod tests {
 
     #[test]
     fn descriptors_ride_along() {
-        let (a, b) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        let (a, b) =
+            rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
         let (a, b) = (Control::adopt(a), Control::adopt(b));
         assert!(b.try_receive().unwrap().is_none());
         let bell = crate::Bell::new().unwrap();

@@ -101,7 +101,12 @@ impl Histogram {
         if count == 0 {
             return None;
         }
-        #[expect(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rank, clamped to what was counted")]
+        #[expect(
+            clippy::cast_precision_loss,
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a rank, clamped to what was counted"
+        )]
         let rank = ((count as f64 * quantile).ceil() as u64).clamp(1, count);
         let mut seen = 0_u64;
         for (bucket, count) in self.counts.iter().enumerate() {
@@ -129,7 +134,10 @@ mod tests {
                 last = bucket;
                 let upper = bucket_upper_ns(bucket);
                 if (1024..1 << 36).contains(&value) {
-                    assert!(value < upper && (upper - value) as f64 / value as f64 <= 0.065, "{value} is in a bucket up to {upper}");
+                    assert!(
+                        value < upper && (upper - value) as f64 / value as f64 <= 0.065,
+                        "{value} is in a bucket up to {upper}"
+                    );
                 }
             }
         }

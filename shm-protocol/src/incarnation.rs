@@ -85,7 +85,13 @@ impl Incarnation {
     ///
     /// # Errors
     /// [`IncarnationError`].
-    pub fn create(spec: &StageSpec, generation: u64, slot: Slot, readers: &[ReaderPosition], before: Option<&Self>) -> Result<Self, IncarnationError> {
+    pub fn create(
+        spec: &StageSpec,
+        generation: u64,
+        slot: Slot,
+        readers: &[ReaderPosition],
+        before: Option<&Self>,
+    ) -> Result<Self, IncarnationError> {
         let shape = spec.shape;
         let owner = spec.stage;
         let mut outputs = Vec::with_capacity(spec.outputs.len());
@@ -119,7 +125,18 @@ impl Incarnation {
             None => None,
         };
         let reader = CommitPageReader::new(commit.map(Access::ReadOnly)?, shape);
-        Ok(Self { generation, shape, commit, reader, session_segment, session, bell: Bell::new()?, outputs, state, free })
+        Ok(Self {
+            generation,
+            shape,
+            commit,
+            reader,
+            session_segment,
+            session,
+            bell: Bell::new()?,
+            outputs,
+            state,
+            free,
+        })
     }
 
     /// Which incarnation this is.
@@ -151,7 +168,8 @@ impl Incarnation {
         let mut descriptors = vec![self.commit.descriptor(), self.session_segment.descriptor(), self.bell.descriptor()];
         descriptors.extend(self.state.as_ref().map(Segment::descriptor));
         descriptors.extend(self.outputs.iter().map(Segment::descriptor));
-        let outputs = spec.outputs.iter().zip(&self.free).map(|(output, free)| GrantOutput { free: *free, ..output.clone() });
+        let outputs =
+            spec.outputs.iter().zip(&self.free).map(|(output, free)| GrantOutput { free: *free, ..output.clone() });
         let grant = Grant {
             version: protocol_version,
             features: version::FEATURES_INCOMPATIBLE,
@@ -184,7 +202,13 @@ impl Incarnation {
     /// The message that shows this stage to the reader of its output `output`, as the producer of the reader's input `input`.
     #[must_use]
     pub fn as_producer(&self, output: u32, input: u32) -> (Peer, Vec<BorrowedFd<'_>>) {
-        let peer = Peer { is_producer: true, index: input, peer_index: output, generation: self.generation, shape: self.shape };
+        let peer = Peer {
+            is_producer: true,
+            index: input,
+            peer_index: output,
+            generation: self.generation,
+            shape: self.shape,
+        };
         let mut descriptors = vec![self.commit.descriptor(), self.bell.descriptor()];
         descriptors.extend(self.outputs.get(output as usize).map(Segment::descriptor));
         (peer, descriptors)
@@ -193,7 +217,13 @@ impl Incarnation {
     /// The message that shows this stage to the producer of its input `input`, as the reader of the producer's output `output`.
     #[must_use]
     pub fn as_consumer(&self, input: u32, output: u32) -> (Peer, Vec<BorrowedFd<'_>>) {
-        let peer = Peer { is_producer: false, index: output, peer_index: input, generation: self.generation, shape: self.shape };
+        let peer = Peer {
+            is_producer: false,
+            index: output,
+            peer_index: input,
+            generation: self.generation,
+            shape: self.shape,
+        };
         (peer, vec![self.commit.descriptor(), self.bell.descriptor()])
     }
 
@@ -207,13 +237,23 @@ impl Incarnation {
             let mirror = self.reader.tail(index);
             if mirror > entry.tail {
                 // A mirror is never stored before its epoch: a violation of the dead stage, never of its honest reader.
-                return Err(CommitError::Impossible { field: "mirrored tail", found: mirror, expected: "at most the tail of the slot" }.into());
+                return Err(CommitError::Impossible {
+                    field: "mirrored tail",
+                    found: mirror,
+                    expected: "at most the tail of the slot",
+                }
+                .into());
             }
         }
         for (index, entry) in slot.inputs.iter().enumerate() {
             let (acknowledged, free) = self.reader.acknowledgement(index);
             if acknowledged > entry.acknowledged || free > entry.batch || entry.batch > entry.acknowledged {
-                return Err(CommitError::Impossible { field: "mirrored acknowledgement", found: acknowledged, expected: "at most the one of the slot" }.into());
+                return Err(CommitError::Impossible {
+                    field: "mirrored acknowledgement",
+                    found: acknowledged,
+                    expected: "at most the one of the slot",
+                }
+                .into());
             }
         }
         if slot.state == StageState::Fresh {
@@ -227,7 +267,9 @@ impl Incarnation {
     /// # Errors
     /// What the kernel says.
     pub fn map_output(&self, spec: &StageSpec, output: usize) -> Result<Option<RingMapping>, IncarnationError> {
-        let (Some(segment), Some(granted)) = (self.outputs.get(output), spec.outputs.get(output)) else { return Ok(None) };
+        let (Some(segment), Some(granted)) = (self.outputs.get(output), spec.outputs.get(output)) else {
+            return Ok(None);
+        };
         Ok(Some(segment.map_ring(granted.capacity, granted.large_capacity, Access::ReadOnly)?))
     }
 

@@ -51,7 +51,8 @@ mod tests {
     fn vectors() {
         let document = include_str!("../PROTOCOL.md");
         for key in ["", "a", "licence", "12345678", "123456789", "N708JB", "a rather longer key than one word"] {
-            let row = format!("| `{key}` | `{:016x}` | {} |", hash_key(key.as_bytes()), key_group(hash_key(key.as_bytes())));
+            let row =
+                format!("| `{key}` | `{:016x}` | {} |", hash_key(key.as_bytes()), key_group(hash_key(key.as_bytes())));
             assert!(document.contains(&row), "PROTOCOL.md has no row {row}");
         }
     }

@@ -290,8 +290,14 @@ mod tests {
     #[test]
     fn layout_changes_have_a_version_and_a_document() {
         let hash = layout_hash();
-        let newest = include_str!("version.rs").lines().find(|line| line.starts_with("//! ") && line.contains("(layout ")).unwrap_or_default();
-        assert!(newest.contains(&format!("(layout {hash})")), "the newest version in version.rs must say (layout {hash}): {newest}");
+        let newest = include_str!("version.rs")
+            .lines()
+            .find(|line| line.starts_with("//! ") && line.contains("(layout "))
+            .unwrap_or_default();
+        assert!(
+            newest.contains(&format!("(layout {hash})")),
+            "the newest version in version.rs must say (layout {hash}): {newest}"
+        );
         let row = format!("Layout hash: `{hash}`");
         assert!(include_str!("../PROTOCOL.md").contains(&row), "PROTOCOL.md must be looked through and then say {row}");
     }

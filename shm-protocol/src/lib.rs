@@ -40,7 +40,8 @@ pub use incarnation::{Incarnation, IncarnationError, ReaderPosition, StageSpec};
 pub use key::{KEY_GROUPS, hash_key, key_group};
 pub use memory::{Access, Bytes, Mapping, RingMapping, Words};
 pub use record::{
-    BatchHeader, RecordError, RecordFields, RecordHead, RecordKind, Origin, RecordView, attributes_encode, attributes_iter, record_len_bytes,
+    BatchHeader, Origin, RecordError, RecordFields, RecordHead, RecordKind, RecordView, attributes_encode,
+    attributes_iter, record_len_bytes,
 };
 pub use ring::{Consumer, EmitError, Producer, ReadPosition, RingViolation, Savepoint, copy_unread};
 pub use segment::{Kind, Segment, SegmentError};

@@ -68,7 +68,10 @@ unsafe impl Sync for Mapping {}
 
 impl fmt::Debug for Mapping {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Mapping").field("len_bytes", &self.len_bytes).field("access", &self.access).finish_non_exhaustive()
+        f.debug_struct("Mapping")
+            .field("len_bytes", &self.len_bytes)
+            .field("access", &self.access)
+            .finish_non_exhaustive()
     }
 }
 
@@ -100,7 +103,11 @@ impl Mapping {
     }
 
     fn word(&self, offset: usize) -> &AtomicU64 {
-        assert!(offset.is_multiple_of(8) && offset + 8 <= self.len_bytes, "offset {offset} in a mapping of {}", self.len_bytes);
+        assert!(
+            offset.is_multiple_of(8) && offset + 8 <= self.len_bytes,
+            "offset {offset} in a mapping of {}",
+            self.len_bytes
+        );
         // SAFETY: in bounds by the assertion above.
         let pointer = unsafe { self.base.as_ptr().add(offset) };
         #[expect(clippy::cast_ptr_alignment, reason = "the base is page-aligned and the offset a multiple of 8")]
@@ -112,7 +119,11 @@ impl Mapping {
 
     /// Copies bytes out.
     pub fn read(&self, offset: usize, to: &mut [u8]) {
-        assert!(offset.checked_add(to.len()).is_some_and(|end| end <= self.len_bytes), "read of {} at {offset}", to.len());
+        assert!(
+            offset.checked_add(to.len()).is_some_and(|end| end <= self.len_bytes),
+            "read of {} at {offset}",
+            to.len()
+        );
         // SAFETY: in bounds by the assertion above.
         let from = unsafe { self.base.as_ptr().add(offset) };
         // SAFETY: `to` is private memory, so the two cannot overlap; a peer's writes only make the copy a mixture.
@@ -122,7 +133,11 @@ impl Mapping {
     /// Copies bytes in.
     pub fn write(&self, offset: usize, from: &[u8]) {
         assert!(self.access == Access::Writable, "a read-only mapping is never written");
-        assert!(offset.checked_add(from.len()).is_some_and(|end| end <= self.len_bytes), "write of {} at {offset}", from.len());
+        assert!(
+            offset.checked_add(from.len()).is_some_and(|end| end <= self.len_bytes),
+            "write of {} at {offset}",
+            from.len()
+        );
         // SAFETY: in bounds by the assertion above.
         let to = unsafe { self.base.as_ptr().add(offset) };
         // SAFETY: `from` is private memory, so the two cannot overlap; the mapping is writable by the assertion.
@@ -132,7 +147,11 @@ impl Mapping {
     /// Whether the bytes at `offset` are these. Compares in place, without a copy.
     #[must_use]
     pub fn equals(&self, offset: usize, bytes: &[u8]) -> bool {
-        assert!(offset.checked_add(bytes.len()).is_some_and(|end| end <= self.len_bytes), "compare of {} at {offset}", bytes.len());
+        assert!(
+            offset.checked_add(bytes.len()).is_some_and(|end| end <= self.len_bytes),
+            "compare of {} at {offset}",
+            bytes.len()
+        );
         // SAFETY: in bounds by the assertion above.
         let base = unsafe { self.base.as_ptr().add(offset) };
         bytes.iter().enumerate().all(|(i, byte)| {
@@ -215,24 +234,43 @@ impl RingMapping {
     ///
     /// # Errors
     /// What the kernel says to mmap.
-    pub fn new(segment: BorrowedFd<'_>, capacity: u64, large_capacity: u64, access: Access) -> rustix::io::Result<Self> {
+    pub fn new(
+        segment: BorrowedFd<'_>,
+        capacity: u64,
+        large_capacity: u64,
+        access: Access,
+    ) -> rustix::io::Result<Self> {
         assert!(capacity.is_power_of_two() && large_capacity.is_power_of_two(), "capacities were checked before");
         let (ring, large) = (to_usize(capacity), to_usize(large_capacity));
         let total = 2 * ring + 2 * large;
         // Reserved first in one piece, so that the four mappings below can only replace address space that is ours.
         // SAFETY: a fresh inaccessible reservation at an address that the kernel picks.
-        let reserved = unsafe { mmap_anonymous(std::ptr::null_mut(), total, ProtFlags::empty(), MapFlags::PRIVATE | MapFlags::NORESERVE) }?;
+        let reserved = unsafe {
+            mmap_anonymous(std::ptr::null_mut(), total, ProtFlags::empty(), MapFlags::PRIVATE | MapFlags::NORESERVE)
+        }?;
         let base = NonNull::new(reserved.cast::<u8>()).ok_or(rustix::io::Errno::NOMEM)?;
         // Owns the reservation from here on, so that an error below unmaps it.
         let mapping = Self { base, capacity, large_capacity, access };
         let large_in_file = DATA_OFFSET as u64 + capacity;
-        for (at, len, in_file) in
-            [(0, ring, DATA_OFFSET as u64), (ring, ring, DATA_OFFSET as u64), (2 * ring, large, large_in_file), (2 * ring + large, large, large_in_file)]
-        {
+        for (at, len, in_file) in [
+            (0, ring, DATA_OFFSET as u64),
+            (ring, ring, DATA_OFFSET as u64),
+            (2 * ring, large, large_in_file),
+            (2 * ring + large, large, large_in_file),
+        ] {
             // SAFETY: `at` is below `total`.
             let place = unsafe { base.as_ptr().add(at) };
             // SAFETY: replaces a part of our own reservation, and nothing else.
-            unsafe { mmap(place.cast(), len, protection(access), MapFlags::SHARED | MapFlags::FIXED, segment.as_fd(), in_file) }?;
+            unsafe {
+                mmap(
+                    place.cast(),
+                    len,
+                    protection(access),
+                    MapFlags::SHARED | MapFlags::FIXED,
+                    segment.as_fd(),
+                    in_file,
+                )
+            }?;
         }
         // SAFETY: the whole range is ours.
         unsafe { madvise(reserved, total, Advice::LinuxDontFork) }?;
@@ -303,7 +341,10 @@ impl RingMapping {
 
     #[inline]
     fn at(&self, offset: usize, len: usize) -> *mut u8 {
-        assert!(offset.checked_add(len).is_some_and(|end| end <= self.len_bytes()), "{len} bytes at {offset} are not in the ring");
+        assert!(
+            offset.checked_add(len).is_some_and(|end| end <= self.len_bytes()),
+            "{len} bytes at {offset} are not in the ring"
+        );
         // SAFETY: in bounds by the assertion above.
         unsafe { self.base.as_ptr().add(offset) }
     }

@@ -9,7 +9,10 @@ use std::collections::VecDeque;
 use crate::layout::{BATCH_ALIGN, DATA_OFFSET, batch, record};
 use crate::limits::{ATTRIBUTES_BYTES_MAX, KEY_BYTES_MAX, LARGE_RECORD_RING_SHARE, RECORD_PAYLOAD_BYTES_MAX};
 use crate::memory::Bytes;
-use crate::record::{BatchHeader, Inherited, Origin, RecordError, RecordFields, RecordHead, RecordKind, RecordView, inherited_origin, pad};
+use crate::record::{
+    BatchHeader, Inherited, Origin, RecordError, RecordFields, RecordHead, RecordKind, RecordView, inherited_origin,
+    pad,
+};
 
 /// Behind the end of what is emitted there must be room to close the batch (63 bytes), to move what is not done behind a
 /// new header (64 + 63 bytes), and for that header's own padding.
@@ -141,8 +144,17 @@ impl<B: Bytes> Producer<B> {
                 // Large records lie in a row and end at what is published of their room, at most its capacity behind.
                 let low = large.back().map_or(large_published.saturating_sub(bytes.large_capacity()), |(_, end)| *end);
                 let (begin, len) = (view.payload_position, large_len(view.payload_len));
-                if begin < low || begin > large_published || len > large_published - begin || !begin.is_multiple_of(BATCH_ALIGN) {
-                    wrong = Some(RecordError::Record { position: view.position, part: "large payload", len_bytes: len, room: large_published.saturating_sub(begin) });
+                if begin < low
+                    || begin > large_published
+                    || len > large_published - begin
+                    || !begin.is_multiple_of(BATCH_ALIGN)
+                {
+                    wrong = Some(RecordError::Record {
+                        position: view.position,
+                        part: "large payload",
+                        len_bytes: len,
+                        room: large_published.saturating_sub(begin),
+                    });
                     return;
                 }
                 if large.is_empty() {
@@ -226,7 +238,9 @@ impl<B: Bytes> Producer<B> {
         }
         // The two words are read one after the other while the reader stores them in the order acknowledged, free: what is read
         // as free may be newer than what was read as acknowledged, so each is checked on its own.
-        for (what, found, low, align) in [("acknowledged", acknowledged, self.acknowledged, 8), ("free", free, self.free, BATCH_ALIGN)] {
+        for (what, found, low, align) in
+            [("acknowledged", acknowledged, self.acknowledged, 8), ("free", free, self.free, BATCH_ALIGN)]
+        {
             if found < low || found > self.published || !found.is_multiple_of(align) {
                 return Err(RingViolation::Acknowledgement { what, found, low, high: self.published });
             }
@@ -268,15 +282,21 @@ impl<B: Bytes> Producer<B> {
     /// [`EmitError`]; nothing was changed then.
     pub fn claim(&mut self, fields: &RecordFields<'_>, payload_len: usize) -> Result<(u64, bool), EmitError> {
         let key_len = fields.key.map_or(0, <[u8]>::len);
-        for (part, len_bytes, limit_bytes) in
-            [("payload", payload_len, RECORD_PAYLOAD_BYTES_MAX), ("key", key_len, KEY_BYTES_MAX), ("attribute list", fields.attributes.len(), ATTRIBUTES_BYTES_MAX)]
-        {
+        for (part, len_bytes, limit_bytes) in [
+            ("payload", payload_len, RECORD_PAYLOAD_BYTES_MAX),
+            ("key", key_len, KEY_BYTES_MAX),
+            ("attribute list", fields.attributes.len(), ATTRIBUTES_BYTES_MAX),
+        ] {
             if len_bytes > limit_bytes {
                 return Err(EmitError::TooLarge { part, len_bytes, limit_bytes });
             }
         }
         if self.cursor.records == 0 {
-            self.inherited = Inherited { event_time_ns: fields.event_time_ns, ingest_time_ns: fields.ingest_time_ns, origin: fields.origin };
+            self.inherited = Inherited {
+                event_time_ns: fields.event_time_ns,
+                ingest_time_ns: fields.ingest_time_ns,
+                origin: fields.origin,
+            };
         }
         let inherited = Inherited { origin: self.implicit_origin(), ..self.inherited };
         let mut head = RecordHead::new(fields, inherited);
@@ -289,7 +309,11 @@ impl<B: Bytes> Producer<B> {
         let need = (record::HEAD_LEN + pad(body_len)) as u64;
         if need + SLACK_BYTES + BATCH_ALIGN > capacity {
             let limit_bytes = usize::try_from(capacity - SLACK_BYTES).unwrap_or(usize::MAX);
-            return Err(EmitError::TooLarge { part: "key and attributes for this ring", len_bytes: before_payload, limit_bytes });
+            return Err(EmitError::TooLarge {
+                part: "key and attributes for this ring",
+                len_bytes: before_payload,
+                limit_bytes,
+            });
         }
         if large && large_len(payload_len) > self.bytes.large_capacity() {
             let limit_bytes = usize::try_from(self.bytes.large_capacity()).unwrap_or(usize::MAX);
@@ -297,10 +321,14 @@ impl<B: Bytes> Producer<B> {
         }
         let large_end = self.cursor.large_cursor + if large { large_len(payload_len) } else { 0 };
         let pending = self.cursor.cursor - self.done.cursor;
-        if pending + need + SLACK_BYTES + BATCH_ALIGN > capacity || large_end - self.done.large_cursor > self.bytes.large_capacity() {
+        if pending + need + SLACK_BYTES + BATCH_ALIGN > capacity
+            || large_end - self.done.large_cursor > self.bytes.large_capacity()
+        {
             return Err(EmitError::BatchFull);
         }
-        if self.cursor.cursor + need + SLACK_BYTES > self.free + capacity || large_end - self.large_free > self.bytes.large_capacity() {
+        if self.cursor.cursor + need + SLACK_BYTES > self.free + capacity
+            || large_end - self.large_free > self.bytes.large_capacity()
+        {
             return Err(EmitError::Full);
         }
 
@@ -453,7 +481,11 @@ impl<B: Bytes> Producer<B> {
 
     fn implicit_origin(&self) -> Origin {
         let base = self.inherited.origin;
-        Origin { shard: base.shard, emit_index: 0, sequence: base.sequence.wrapping_add(u64::from(self.cursor.records)) }
+        Origin {
+            shard: base.shard,
+            emit_index: 0,
+            sequence: base.sequence.wrapping_add(u64::from(self.cursor.records)),
+        }
     }
 }
 
@@ -502,7 +534,11 @@ impl<B: Bytes> Consumer<B> {
                 return Err(RingViolation::Resume { batch: at.batch, acknowledged: at.acknowledged });
             }
         }
-        if consumer.position == at.acknowledged { Ok(consumer) } else { Err(RingViolation::Resume { batch: at.batch, acknowledged: at.acknowledged }) }
+        if consumer.position == at.acknowledged {
+            Ok(consumer)
+        } else {
+            Err(RingViolation::Resume { batch: at.batch, acknowledged: at.acknowledged })
+        }
     }
 
     /// The bytes of the ring.
@@ -628,7 +664,12 @@ pub fn copy_unread<F: Bytes, T: Bytes>(from: &F, to: &T, free: u64, published: u
 }
 
 fn check_range<B: Bytes>(bytes: &B, from: u64, to: u64) -> Result<(), RingViolation> {
-    if from > to || to > POSITION_MAX || to - from > bytes.capacity() || !from.is_multiple_of(BATCH_ALIGN) || !to.is_multiple_of(BATCH_ALIGN) {
+    if from > to
+        || to > POSITION_MAX
+        || to - from > bytes.capacity()
+        || !from.is_multiple_of(BATCH_ALIGN)
+        || !to.is_multiple_of(BATCH_ALIGN)
+    {
         return Err(RingViolation::Tail { found: to, low: from, high: from.saturating_add(bytes.capacity()) });
     }
     Ok(())

@@ -3,12 +3,16 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{MemfdFlags, Mode, SealFlags, fchmod, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create};
+use rustix::fs::{
+    MemfdFlags, Mode, SealFlags, fchmod, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create,
+};
 
 use crate::layout::{DATA_OFFSET, header};
 use crate::limits::{RING_CAPACITY_BYTES_MAX, RING_CAPACITY_BYTES_MIN};
 use crate::memory::{Access, Mapping, RingMapping};
-use crate::version::{FEATURES_COMPATIBLE, FEATURES_INCOMPATIBLE, FEATURES_READ_ONLY_COMPATIBLE, LAYOUT_MAJOR, LAYOUT_MINOR};
+use crate::version::{
+    FEATURES_COMPATIBLE, FEATURES_INCOMPATIBLE, FEATURES_READ_ONLY_COMPATIBLE, LAYOUT_MAJOR, LAYOUT_MINOR,
+};
 
 /// What a segment holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +41,9 @@ pub enum SegmentError {
         found: u64,
     },
     /// Of another layout.
-    #[error("the segment has layout {found_major}.{found_minor}, this program knows {LAYOUT_MAJOR}: use an agent and a library of the same major version")]
+    #[error(
+        "the segment has layout {found_major}.{found_minor}, this program knows {LAYOUT_MAJOR}: use an agent and a library of the same major version"
+    )]
     Version {
         /// Major version found.
         found_major: u16,
@@ -101,7 +107,8 @@ impl Segment {
             Kind::Session => c"argo-streams-session",
             Kind::State => c"argo-streams-state",
         };
-        let descriptor = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).map_err(io::Error::from)?;
+        let descriptor =
+            memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).map_err(io::Error::from)?;
         fchmod(&descriptor, Mode::RUSR | Mode::WUSR).map_err(io::Error::from)?;
         ftruncate(&descriptor, len_bytes).map_err(io::Error::from)?;
         fcntl_add_seals(&descriptor, SealFlags::SHRINK | SealFlags::GROW).map_err(io::Error::from)?;
@@ -125,11 +132,21 @@ impl Segment {
     ///
     /// # Errors
     /// What the kernel says, and capacities that are no powers of two in the limits.
-    pub fn create_data(owner: u64, generation: u64, ring: u64, capacity: u64, large_capacity: u64) -> Result<Self, SegmentError> {
+    pub fn create_data(
+        owner: u64,
+        generation: u64,
+        ring: u64,
+        capacity: u64,
+        large_capacity: u64,
+    ) -> Result<Self, SegmentError> {
         check_capacity("ring_capacity", capacity)?;
         check_capacity("large_capacity", large_capacity)?;
         let segment = Self::create(Kind::Data, DATA_OFFSET as u64 + capacity + large_capacity, owner, generation)?;
-        segment.write_words(&[(header::RING, ring), (header::RING_CAPACITY, capacity), (header::LARGE_CAPACITY, large_capacity)])?;
+        segment.write_words(&[
+            (header::RING, ring),
+            (header::RING_CAPACITY, capacity),
+            (header::LARGE_CAPACITY, large_capacity),
+        ])?;
         Ok(segment)
     }
 
@@ -186,7 +203,8 @@ impl Segment {
     /// # Errors
     /// What the kernel says.
     pub fn map(&self, access: Access) -> Result<Mapping, SegmentError> {
-        let len = usize::try_from(self.len_bytes).map_err(|_too_long| SegmentError::TooShort { found: 0, expected: self.len_bytes })?;
+        let len = usize::try_from(self.len_bytes)
+            .map_err(|_too_long| SegmentError::TooShort { found: 0, expected: self.len_bytes })?;
         Ok(Mapping::new(self.descriptor.as_fd(), len, access).map_err(io::Error::from)?)
     }
 
@@ -272,7 +290,10 @@ mod tests {
         assert!(segment.map_ring(4096, 4096, Access::Writable).is_err());
         let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&segment.descriptor()));
         let reopened = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
-        assert!(Mapping::new(reopened.as_fd(), 4096, Access::Writable).is_err(), "reopening must be no way around the seal");
+        assert!(
+            Mapping::new(reopened.as_fd(), 4096, Access::Writable).is_err(),
+            "reopening must be no way around the seal"
+        );
         assert!(reopened.set_len(0).is_err() && reopened.set_len(1 << 20).is_err());
         assert!(rustix::io::pwrite(&reopened, b"x", 0).is_err());
         assert!(segment.seal().is_err(), "nothing can be added to SEAL");
@@ -288,7 +309,12 @@ mod tests {
         let segment = Segment::create(Kind::Session, 8192, 1, 1).unwrap();
         let again = segment.descriptor.try_clone().unwrap();
         assert!(matches!(Segment::adopt(again, Kind::Commit), Err(SegmentError::Kind { found: 3, .. })));
-        for (offset, value) in [(header::MAGIC, 1), (header::KIND_AND_VERSION, 3 | 9 << 32), (header::FEATURES_INCOMPATIBLE, 4), (header::SEGMENT_LEN, 9999)] {
+        for (offset, value) in [
+            (header::MAGIC, 1),
+            (header::KIND_AND_VERSION, 3 | 9 << 32),
+            (header::FEATURES_INCOMPATIBLE, 4),
+            (header::SEGMENT_LEN, 9999),
+        ] {
             let segment = Segment::create(Kind::Session, 8192, 1, 1).unwrap();
             segment.write_words(&[(offset, value)]).unwrap();
             let refusal = Segment::adopt(segment.descriptor.try_clone().unwrap(), Kind::Session).unwrap_err();

@@ -127,7 +127,10 @@ impl<W: Words> SessionReader<W> {
         if self.words.load(entry + session::ENTRY_GENERATION, Ordering::Acquire) != generation {
             return None;
         }
-        let found = (self.words.load(entry + session::ENTRY_FINAL, Ordering::Relaxed), self.words.load(entry + session::ENTRY_FINAL_FREE, Ordering::Relaxed));
+        let found = (
+            self.words.load(entry + session::ENTRY_FINAL, Ordering::Relaxed),
+            self.words.load(entry + session::ENTRY_FINAL_FREE, Ordering::Relaxed),
+        );
         // FINAL AGAIN (acquire fence): pairs with the release fence in `SessionPage::begin_final`; had a later death's positions
         // been read, the generation would be another one by now.
         self.words.fence(Ordering::Acquire);

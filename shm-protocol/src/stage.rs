@@ -16,11 +16,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::bell::Bell;
 use crate::clock::{monotonic_ns, realtime_ns};
 use crate::commit::{CommitError, CommitPage, CommitPageReader, Slot, StageState};
-use crate::control::{Control, ControlError, Descriptors, Event, Grant, Hello, Message, Peer, RefusalCode, Role, RouteNode};
+use crate::control::{
+    Control, ControlError, Descriptors, Event, Grant, Hello, Message, Peer, RefusalCode, Role, RouteNode,
+};
 use crate::histogram::HistogramView;
 use crate::key::{hash_key, key_group};
 use crate::layout::{commit, session, slot};
-use crate::limits::{COMMIT_BYTES_MAX, COMMIT_RECORDS_MAX, ERROR_REASON_BYTES_MAX, KEY_BYTES_MAX, SLEEP_NS_MAX, SPIN_NS_MAX, UNDONE_RECORDS_MAX};
+use crate::limits::{
+    COMMIT_BYTES_MAX, COMMIT_RECORDS_MAX, ERROR_REASON_BYTES_MAX, KEY_BYTES_MAX, SLEEP_NS_MAX, SPIN_NS_MAX,
+    UNDONE_RECORDS_MAX,
+};
 use crate::memory::{Access, Mapping, RingMapping, Words};
 use crate::record::{Origin, RecordFields, RecordKind, RecordView, attributes_encode};
 use crate::ring::{Consumer, EmitError, Producer, ReadPosition, RingViolation, Savepoint};
@@ -77,7 +82,9 @@ pub enum OpenError {
         expected: &'static str,
     },
     /// The agent speaks a version that was not offered.
-    #[error("the agent granted protocol version {found}, this library speaks {PROTOCOL_VERSION_MIN} to {PROTOCOL_VERSION_MAX}")]
+    #[error(
+        "the agent granted protocol version {found}, this library speaks {PROTOCOL_VERSION_MIN} to {PROTOCOL_VERSION_MAX}"
+    )]
     Version {
         /// What it granted.
         found: u16,
@@ -337,7 +344,13 @@ impl Stage {
     ///
     /// # Errors
     /// [`OpenError`].
-    pub fn open(control: Control, role: Role, library: &str, keys: KeyFactory, timeout_ns: u64) -> Result<Self, OpenError> {
+    pub fn open(
+        control: Control,
+        role: Role,
+        library: &str,
+        keys: KeyFactory,
+        timeout_ns: u64,
+    ) -> Result<Self, OpenError> {
         let hello = Hello {
             version_min: PROTOCOL_VERSION_MIN,
             version_max: PROTOCOL_VERSION_MAX,
@@ -373,7 +386,8 @@ impl Stage {
             return Err(SegmentError::Features { unknown }.into());
         }
         let mut descriptors = descriptors.into_iter();
-        let mut next = || descriptors.next().ok_or(ControlError::Malformed("a grant comes with fewer descriptors than it names"));
+        let mut next =
+            || descriptors.next().ok_or(ControlError::Malformed("a grant comes with fewer descriptors than it names"));
         let page = map_page(next()?, Kind::Commit, grant.shape.len_bytes(), Access::Writable)?;
         let page = CommitPage::attach(page, grant.shape)?;
         let session = map_page(next()?, Kind::Session, session_len_bytes(&grant.shape), Access::ReadOnly)?;
@@ -387,10 +401,21 @@ impl Stage {
         };
         let mut outputs = Vec::with_capacity(grant.outputs.len());
         for (index, output) in grant.outputs.iter().enumerate() {
-            let ring = Segment::adopt(next()?, Kind::Data)?.map_ring(output.capacity, output.large_capacity, Access::Writable)?;
+            let ring = Segment::adopt(next()?, Kind::Data)?.map_ring(
+                output.capacity,
+                output.large_capacity,
+                Access::Writable,
+            )?;
             let entry = page.slot().outputs.get(index).copied().unwrap_or_default();
             let producer = Producer::new(ring, entry.tail, output.free, entry.large_tail)?;
-            outputs.push(Output { producer, neighbour: None, final_acknowledgement: (0, 0), has_pending: false, has_done: false, ended: entry.has_ended() });
+            outputs.push(Output {
+                producer,
+                neighbour: None,
+                final_acknowledgement: (0, 0),
+                has_pending: false,
+                has_done: false,
+                ended: entry.has_ended(),
+            });
         }
         let inputs = grant.inputs.iter().zip(&page.slot().inputs).map(|(granted, entry)| Input {
             capacity: granted.capacity,
@@ -411,7 +436,13 @@ impl Stage {
             });
             evaluators.push(made.collect::<Result<Vec<_>, _>>()?);
         }
-        let router = Router { nodes: grant.routes.nodes.clone(), evaluators, spread: 0, savepoints: Vec::new(), counted: Vec::new() };
+        let router = Router {
+            nodes: grant.routes.nodes.clone(),
+            evaluators,
+            spread: 0,
+            savepoints: Vec::new(),
+            counted: Vec::new(),
+        };
         let careful = page.slot().attempts > 0;
         Ok(Self {
             control,
@@ -506,7 +537,9 @@ impl Stage {
     pub fn is_drained_downstream(&mut self) -> bool {
         (0..self.outputs.len()).all(|output| {
             self.refresh_output(output);
-            self.outputs.get(output).is_none_or(|output| output.producer.is_starved() && !output.has_pending && !output.has_done)
+            self.outputs
+                .get(output)
+                .is_none_or(|output| output.producer.is_starved() && !output.has_pending && !output.has_done)
         })
     }
 
@@ -541,7 +574,12 @@ impl Stage {
         Ok(taken)
     }
 
-    fn recv_from(&mut self, index: usize, records_out: &mut Vec<Received>, records_max: usize) -> Result<(), RingViolation> {
+    fn recv_from(
+        &mut self,
+        index: usize,
+        records_out: &mut Vec<Received>,
+        records_max: usize,
+    ) -> Result<(), RingViolation> {
         let Some(input) = self.inputs.get_mut(index) else { return Ok(()) };
         let (Some(consumer), Some(neighbour)) = (&mut input.consumer, &input.neighbour) else { return Ok(()) };
         let mut refreshed = false;
@@ -559,7 +597,8 @@ impl Stage {
             if header.position != input.measured_batch {
                 input.measured_batch = header.position;
                 let waited = monotonic_ns().saturating_sub(header.published_at_ns);
-                HistogramView::new(self.page.words(), self.page.shape().histogram(index)).record(waited, u64::from(header.records));
+                HistogramView::new(self.page.words(), self.page.shape().histogram(index))
+                    .record(waited, u64::from(header.records));
             }
             let entry = Undone {
                 input: u32::try_from(index).unwrap_or(u32::MAX),
@@ -574,7 +613,12 @@ impl Stage {
                     self.end_argument = self.end_argument.max(view.argument);
                 }
                 RecordKind::Padding => {}
-                RecordKind::Data | RecordKind::Watermark | RecordKind::WindowStart | RecordKind::WindowEnd | RecordKind::Retract | RecordKind::Barrier => {
+                RecordKind::Data
+                | RecordKind::Watermark
+                | RecordKind::WindowStart
+                | RecordKind::WindowEnd
+                | RecordKind::Retract
+                | RecordKind::Barrier => {
                     self.undone_user_records += 1;
                     records_out.push(Received { input: index, generation: neighbour.generation, view });
                     taken += 1;
@@ -623,11 +667,17 @@ impl Stage {
     /// [`StageError::TooLarge`], [`StageError::Misuse`]; nothing was emitted then.
     pub fn emit(&mut self, output: usize, emit: &Emit<'_>, payload: &[u8]) -> Result<(), StageError> {
         if output >= self.router.nodes.len().min(2) {
-            return Err(StageError::Misuse("there is no output of this number: 0 is the main output, 1 the error output"));
+            return Err(StageError::Misuse(
+                "there is no output of this number: 0 is the main output, 1 the error output",
+            ));
         }
         if payload.len() as u64 > self.grant.record_bytes_max {
             let limit_bytes = usize::try_from(self.grant.record_bytes_max).unwrap_or(usize::MAX);
-            return Err(StageError::TooLarge(EmitError::TooLarge { part: "payload", len_bytes: payload.len(), limit_bytes }));
+            return Err(StageError::TooLarge(EmitError::TooLarge {
+                part: "payload",
+                len_bytes: payload.len(),
+                limit_bytes,
+            }));
         }
         let mut key_scratch = std::mem::take(&mut self.key_scratch);
         key_scratch.clear();
@@ -636,14 +686,23 @@ impl Stage {
         emitted
     }
 
-    fn emit_with(&mut self, output: usize, emit: &Emit<'_>, payload: &[u8], key_scratch: &mut Vec<u8>) -> Result<(), StageError> {
+    fn emit_with(
+        &mut self,
+        output: usize,
+        emit: &Emit<'_>,
+        payload: &[u8],
+        key_scratch: &mut Vec<u8>,
+    ) -> Result<(), StageError> {
         let nth = match emit.belongs_to {
             BelongsTo::Oldest => Some(0),
             BelongsTo::Nth(nth) => Some(nth),
             BelongsTo::Nothing => None,
         };
         let place = match nth {
-            Some(nth) => Some(self.undone_place(nth).ok_or(StageError::Misuse("there is no undone record that this output could belong to"))?),
+            Some(nth) => Some(
+                self.undone_place(nth)
+                    .ok_or(StageError::Misuse("there is no undone record that this output could belong to"))?,
+            ),
             None => None,
         };
         let parent = place.and_then(|place| self.undone.get(place)).copied();
@@ -651,14 +710,18 @@ impl Stage {
             Some(parent) => {
                 let view = &parent.view;
                 if emit.key == KeyChoice::Inherit && view.keyed {
-                    let received = Received { input: parent.input as usize, generation: parent.generation, view: *view };
+                    let received =
+                        Received { input: parent.input as usize, generation: parent.generation, view: *view };
                     self.append_key(&received, key_scratch);
                 }
                 RecordFields {
                     event_time_ns: emit.event_time_ns.unwrap_or(view.event_time_ns),
                     ingest_time_ns: view.ingest_time_ns,
                     // The emit index counts on through the steps, so that every output of a source's record has its own.
-                    origin: Origin { emit_index: view.origin.emit_index.wrapping_mul(31).wrapping_add(parent.emitted), ..view.origin },
+                    origin: Origin {
+                        emit_index: view.origin.emit_index.wrapping_mul(31).wrapping_add(parent.emitted),
+                        ..view.origin
+                    },
                     key_hash: view.key_hash,
                     ..RecordFields::default()
                 }
@@ -757,7 +820,11 @@ impl Stage {
         let mut attributes = Vec::new();
         let step = self.grant.name.clone();
         encode_error(&step, reason, &mut attributes);
-        self.emit(OUTPUT_ERRORS, &Emit { belongs_to: BelongsTo::Nth(nth), attributes: &attributes, ..Emit::default() }, &payload)
+        self.emit(
+            OUTPUT_ERRORS,
+            &Emit { belongs_to: BelongsTo::Nth(nth), attributes: &attributes, ..Emit::default() },
+            &payload,
+        )
     }
 
     /// The oldest `records` are finished, and what was emitted and put for them is published by the next commit, which may be now.
@@ -770,7 +837,9 @@ impl Stage {
             return Err(StageError::Misuse("done says more records than were received"));
         }
         if self.pending_reaches > records {
-            return Err(StageError::Misuse("something was emitted for a later record: done must include it, or abort drop it"));
+            return Err(StageError::Misuse(
+                "something was emitted for a later record: done must include it, or abort drop it",
+            ));
         }
         self.pending_reaches = 0;
         for output in &mut self.outputs {
@@ -1082,14 +1151,17 @@ impl Stage {
             return true;
         }
         if let Some(output) = self.blocked_on.and_then(|ring| self.outputs.get(ring)) {
-            return output.heard().is_some_and(|heard| heard != (output.producer.acknowledged(), output.producer.free()));
+            return output
+                .heard()
+                .is_some_and(|heard| heard != (output.producer.acknowledged(), output.producer.free()));
         }
-        self.wants_input && self.inputs.iter().any(|input| match (&input.consumer, &input.neighbour) {
-            (Some(consumer), Some(neighbour)) if !input.ended => {
-                consumer.depth() > 0 || neighbour.page.tail(neighbour.index).max(input.final_tail) > consumer.tail()
-            }
-            _ => false,
-        })
+        self.wants_input
+            && self.inputs.iter().any(|input| match (&input.consumer, &input.neighbour) {
+                (Some(consumer), Some(neighbour)) if !input.ended => {
+                    consumer.depth() > 0 || neighbour.page.tail(neighbour.index).max(input.final_tail) > consumer.tail()
+                }
+                _ => false,
+            })
     }
 
     /// Ends the stage's outputs: everybody downstream reads an end of stream behind the last record. Call it when
@@ -1179,7 +1251,11 @@ impl Stage {
         if let Err(violation) = output.producer.take_acknowledgement(acknowledged, free) {
             // Reported at the next look at the session; until then the neighbour is not believed.
             output.neighbour = None;
-            let event = Event::Violation { is_producer: false, index: u32::try_from(index).unwrap_or(0), text: violation.to_string() };
+            let event = Event::Violation {
+                is_producer: false,
+                index: u32::try_from(index).unwrap_or(0),
+                text: violation.to_string(),
+            };
             let _agent_gone = self.control.try_send(&Message::Event(event), &[]);
         }
     }
@@ -1189,7 +1265,8 @@ impl Stage {
             // Not believed any more; the agent brings its successor.
             input.neighbour = None;
         }
-        let event = Event::Violation { is_producer, index: u32::try_from(index).unwrap_or(0), text: violation.to_string() };
+        let event =
+            Event::Violation { is_producer, index: u32::try_from(index).unwrap_or(0), text: violation.to_string() };
         Ok(self.control.try_send(&Message::Event(event), &[])?)
     }
 
@@ -1239,7 +1316,8 @@ impl Stage {
 
     fn attach(&mut self, peer: &Peer, descriptors: Descriptors) -> Result<(), StageError> {
         if let Err(error) = self.try_attach(peer, descriptors) {
-            let text = format!("neighbour of {} {}: {error}", if peer.is_producer { "input" } else { "output" }, peer.index);
+            let text =
+                format!("neighbour of {} {}: {error}", if peer.is_producer { "input" } else { "output" }, peer.index);
             let event = Event::Violation { is_producer: peer.is_producer, index: peer.index, text };
             self.control.try_send(&Message::Event(event), &[])?;
         }
@@ -1248,7 +1326,9 @@ impl Stage {
 
     fn try_attach(&mut self, peer: &Peer, descriptors: Descriptors) -> Result<(), OpenError> {
         let mut descriptors = descriptors.into_iter();
-        let mut next = || descriptors.next().ok_or(ControlError::Malformed("a neighbour comes with fewer descriptors than it needs"));
+        let mut next = || {
+            descriptors.next().ok_or(ControlError::Malformed("a neighbour comes with fewer descriptors than it needs"))
+        };
         let page = map_page(next()?, Kind::Commit, peer.shape.len_bytes(), Access::ReadOnly)?;
         let bell = Bell::adopt(next()?);
         let neighbour = Neighbour {
@@ -1263,20 +1343,29 @@ impl Stage {
             return Err(ControlError::Malformed("a neighbour's ring is beyond its page").into());
         }
         if !peer.is_producer {
-            let output = self.outputs.get_mut(peer.index as usize).ok_or(ControlError::Malformed("a neighbour of an output that is not there"))?;
+            let output = self
+                .outputs
+                .get_mut(peer.index as usize)
+                .ok_or(ControlError::Malformed("a neighbour of an output that is not there"))?;
             output.neighbour = Some(neighbour);
             output.final_acknowledgement = (0, 0);
             self.refresh_output(peer.index as usize);
             // What was published while the old page was still looked at for announcements may be what this reader sleeps for.
             self.page.words().fence(Ordering::SeqCst);
-            if let Some(neighbour) = self.outputs.get_mut(peer.index as usize).and_then(|output| output.neighbour.as_mut()) {
+            if let Some(neighbour) =
+                self.outputs.get_mut(peer.index as usize).and_then(|output| output.neighbour.as_mut())
+            {
                 neighbour.wake(commit::ANNOUNCE_INPUT);
             }
             return Ok(());
         }
         let slot = self.page.slot().inputs.get(peer.index as usize).copied().unwrap_or_default();
-        let input = self.inputs.get_mut(peer.index as usize).ok_or(ControlError::Malformed("a neighbour of an input that is not there"))?;
-        let ring = Segment::adopt(next()?, Kind::Data)?.map_ring(input.capacity, input.large_capacity, Access::ReadOnly)?;
+        let input = self
+            .inputs
+            .get_mut(peer.index as usize)
+            .ok_or(ControlError::Malformed("a neighbour of an input that is not there"))?;
+        let ring =
+            Segment::adopt(next()?, Kind::Data)?.map_ring(input.capacity, input.large_capacity, Access::ReadOnly)?;
         let ring = Arc::new(ring);
         let tail = neighbour.page.tail(neighbour.index);
         match &mut input.consumer {
@@ -1307,20 +1396,30 @@ impl Stage {
     fn drop_retired(&mut self) {
         for (index, input) in self.inputs.iter_mut().enumerate().filter(|(_, input)| !input.retired.is_empty()) {
             let undone = &self.undone;
-            input.retired.retain(|(generation, _)| undone.iter().any(|entry| entry.input as usize == index && entry.generation == *generation));
+            input.retired.retain(|(generation, _)| {
+                undone.iter().any(|entry| entry.input as usize == index && entry.generation == *generation)
+            });
         }
     }
 }
 
 impl Router {
     /// Emits to a node and to everything that hangs on it. On an error the caller restores the savepoints.
-    fn emit(&mut self, outputs: &mut [Output], node: usize, fields: &RecordFields<'_>, payload: &[u8]) -> Result<(), (EmitError, usize)> {
+    fn emit(
+        &mut self,
+        outputs: &mut [Output],
+        node: usize,
+        fields: &RecordFields<'_>,
+        payload: &[u8],
+    ) -> Result<(), (EmitError, usize)> {
         let Some(route) = self.nodes.get(node) else { return Ok(()) };
         self.counted.push(route.counter);
         for edge in &route.edges {
             let place = match (edge.rings.len(), fields.key) {
                 (1, _) => 0,
-                (_, Some(_)) => edge.owners.get(key_group(u64::from(fields.key_hash) << 32)).map_or(0, |owner| usize::from(*owner)),
+                (_, Some(_)) => {
+                    edge.owners.get(key_group(u64::from(fields.key_hash) << 32)).map_or(0, |owner| usize::from(*owner))
+                }
                 (workers, None) => {
                     self.spread = self.spread.wrapping_add(1);
                     self.spread as usize % workers
@@ -1333,14 +1432,25 @@ impl Router {
             output.has_pending = true;
         }
         for keyed in 0..route.keyed.len() {
-            let Some((main, errors)) = self.nodes.get(node).and_then(|route| route.keyed.get(keyed)).map(|(_, main, errors)| (*main as usize, *errors as usize)) else {
+            let Some((main, errors)) = self
+                .nodes
+                .get(node)
+                .and_then(|route| route.keyed.get(keyed))
+                .map(|(_, main, errors)| (*main as usize, *errors as usize))
+            else {
                 break;
             };
-            let Some(evaluator) = self.evaluators.get_mut(node).and_then(|evaluators| evaluators.get_mut(keyed)) else { break };
+            let Some(evaluator) = self.evaluators.get_mut(node).and_then(|evaluators| evaluators.get_mut(keyed)) else {
+                break;
+            };
             let mut key = Vec::new();
             let evaluated = evaluator.evaluate(payload, &mut key).and_then(|()| {
                 let len = key.len();
-                if len <= KEY_BYTES_MAX { Ok(()) } else { Err(format!("the key has {len} bytes, the limit is {KEY_BYTES_MAX}")) }
+                if len <= KEY_BYTES_MAX {
+                    Ok(())
+                } else {
+                    Err(format!("the key has {len} bytes, the limit is {KEY_BYTES_MAX}"))
+                }
             });
             match evaluated {
                 Ok(()) => {

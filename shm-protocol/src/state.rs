@@ -21,7 +21,9 @@ use crate::memory::{Mapping, Words};
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StateError {
     /// No block of this size is free any more.
-    #[error("the state is full: a block of {needed_bytes} bytes is needed, {limit_bytes} bytes are the limit of this stage")]
+    #[error(
+        "the state is full: a block of {needed_bytes} bytes is needed, {limit_bytes} bytes are the limit of this stage"
+    )]
     Full {
         /// What was needed.
         needed_bytes: usize,
@@ -284,9 +286,10 @@ impl KeyedState {
 
     fn change(&mut self, key: &[u8], value: Option<&[u8]>) -> Result<(), StateError> {
         let value_len = value.map_or(0, <[u8]>::len);
-        for (part, len_bytes, limit_bytes) in
-            [("key", key.len(), crate::limits::KEY_BYTES_MAX), ("value", value_len, crate::limits::RECORD_PAYLOAD_BYTES_MAX)]
-        {
+        for (part, len_bytes, limit_bytes) in [
+            ("key", key.len(), crate::limits::KEY_BYTES_MAX),
+            ("value", value_len, crate::limits::RECORD_PAYLOAD_BYTES_MAX),
+        ] {
             if len_bytes > limit_bytes {
                 return Err(StateError::TooLarge { part, len_bytes, limit_bytes });
             }
@@ -357,7 +360,9 @@ impl KeyedState {
 
     fn find(&self, hash: u64, key: &[u8]) -> Option<usize> {
         let found = self.index.find(hash, |entry| {
-            entry.hash == hash && self.lengths(entry.offset).0 == key.len() && self.mapping.equals(entry.offset + state::BYTES, key)
+            entry.hash == hash
+                && self.lengths(entry.offset).0 == key.len()
+                && self.mapping.equals(entry.offset + state::BYTES, key)
         });
         found.map(|entry| entry.offset)
     }
@@ -372,7 +377,10 @@ impl KeyedState {
     }
 
     fn remove_index(&mut self, gone: Entry) -> bool {
-        self.index.find_entry(gone.hash, |entry| entry.hash == gone.hash && entry.offset == gone.offset).map(|entry| entry.remove()).is_ok()
+        self.index
+            .find_entry(gone.hash, |entry| entry.hash == gone.hash && entry.offset == gone.offset)
+            .map(|entry| entry.remove())
+            .is_ok()
     }
 
     fn block_len(&self, offset: usize) -> usize {
@@ -386,7 +394,8 @@ impl KeyedState {
     fn lengths(&self, offset: usize) -> (usize, Option<usize>) {
         let word = self.mapping.load(offset + state::LENGTHS, Ordering::Relaxed);
         let (key_len, value_len) = (word & 0xffff_ffff, word >> 32);
-        let value_len = (value_len != u64::from(state::VALUE_LEN_TOMBSTONE)).then(|| usize::try_from(value_len).unwrap_or(usize::MAX));
+        let value_len = (value_len != u64::from(state::VALUE_LEN_TOMBSTONE))
+            .then(|| usize::try_from(value_len).unwrap_or(usize::MAX));
         (usize::try_from(key_len).unwrap_or(usize::MAX), value_len)
     }
 
@@ -453,7 +462,10 @@ mod tests {
         state.committed(2);
         drop(state);
         let state = attach(&segment, 2);
-        assert_eq!((value(&state, "a"), value(&state, "b"), value(&state, "c")), (Some("1".into()), None, Some("3".into())));
+        assert_eq!(
+            (value(&state, "a"), value(&state, "b"), value(&state, "c")),
+            (Some("1".into()), None, Some("3".into()))
+        );
         assert_eq!(state.summary().keys, 2);
     }
 

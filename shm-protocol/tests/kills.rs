@@ -4,7 +4,14 @@
 //!
 //! `AGS_KILLS` (150) kills; `AGS_SEED` (from the clock, printed) decides who and when.
 
-#![allow(clippy::print_stdout, reason = "a test program without a harness reports on standard output")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::cast_possible_truncation,
+    reason = "a test program without a harness fails by a panic, and reports on standard output"
+)]
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -12,7 +19,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode};
 
 use argo_streams_shm_protocol::stage::{BelongsTo, Emit, KeyChoice, OUTPUT_MAIN, Received, Stage, StageError};
-use argo_streams_shm_protocol::{Access, Control, Kind, KeyedState, Role, Segment, StageState, hash_key, monotonic_ns, wait_readable};
+use argo_streams_shm_protocol::{
+    Access, Control, KeyedState, Kind, Role, Segment, StageState, hash_key, monotonic_ns, wait_readable,
+};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 #[path = "support/agent.rs"]
@@ -34,7 +43,8 @@ fn main() -> ExitCode {
         println!("kills: test");
         return ExitCode::SUCCESS;
     }
-    let number = |name: &str, default: u64| std::env::var(name).ok().map_or(default, |text| text.parse().expect("a number"));
+    let number =
+        |name: &str, default: u64| std::env::var(name).ok().map_or(default, |text| text.parse().expect("a number"));
     let seed = number("AGS_SEED", monotonic_ns());
     let kills = number("AGS_KILLS", 150);
     println!("{kills} kills with AGS_SEED={seed}");
@@ -218,7 +228,13 @@ fn put_words(stage: &mut Stage, key: &[u8], words: &[u64], padding: usize) -> Re
     stage.state_put(key, &value).map_err(|error| text(&error))
 }
 
-fn combine(stage: &mut Stage, handled: usize, record: &Received, bytes: &[u8], random: &mut Random) -> Result<bool, String> {
+fn combine(
+    stage: &mut Stage,
+    handled: usize,
+    record: &Received,
+    bytes: &[u8],
+    random: &mut Random,
+) -> Result<bool, String> {
     let [n] = words::<1>(bytes)?;
     let mut key = Vec::new();
     stage.append_key(record, &mut key);
@@ -235,7 +251,11 @@ fn combine(stage: &mut Stage, handled: usize, record: &Received, bytes: &[u8], r
     if random.below(6) == 0 {
         // A key that comes and goes, so that tombstones take part.
         let visitor = [b"visitor".as_slice(), &key].concat();
-        if random.below(2) == 0 { stage.state_delete(&visitor).map_err(|error| text(&error))? } else { put_words(stage, &visitor, &[n], 8)? }
+        if random.below(2) == 0 {
+            stage.state_delete(&visitor).map_err(|error| text(&error))?
+        } else {
+            put_words(stage, &visitor, &[n], 8)?
+        }
     }
     Ok(true)
 }
@@ -249,7 +269,9 @@ fn check(stage: &mut Stage, _: usize, record: &Received, bytes: &[u8], random: &
     }
     let [last_sum, last_count, last_n] = state_words::<3>(stage, &key)?;
     if count != last_count + 1 || sum != last_sum.wrapping_add(n) || (last_count > 0 && n <= last_n) {
-        return Err(format!("record {n} of key {key:?} says sum {sum}, count {count} behind record {last_n} with {last_sum}, {last_count}"));
+        return Err(format!(
+            "record {n} of key {key:?} says sum {sum}, count {count} behind record {last_n} with {last_sum}, {last_count}"
+        ));
     }
     put_words(stage, &key, &[sum, count, n], usize::try_from(random.below(100)).expect("small"))?;
     Ok(true)
@@ -270,7 +292,9 @@ struct Run {
 }
 
 fn memfds() -> usize {
-    let links = std::fs::read_dir("/proc/self/fd").expect("proc").filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok());
+    let links = std::fs::read_dir("/proc/self/fd")
+        .expect("proc")
+        .filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok());
     links.filter(|link| link.to_string_lossy().contains("memfd:argo-streams")).count()
 }
 
@@ -281,31 +305,48 @@ fn is_finished(agent: &TestAgent, stage: usize) -> bool {
 impl Run {
     fn new(seed: u64) -> Self {
         let memfds_before = memfds();
-        let agent = TestAgent::chain(3, (64 << 10, 1 << 20), |stage, spec| spec.state_bytes = if stage == 0 { 0 } else { 4 << 20 });
+        let agent = TestAgent::chain(3, (64 << 10, 1 << 20), |stage, spec| {
+            spec.state_bytes = if stage == 0 { 0 } else { 4 << 20 }
+        });
         let directory = std::env::temp_dir().join(format!("argo-streams-kills-{}", std::process::id()));
         std::fs::create_dir_all(&directory).expect("a directory for sockets");
         let listen = |role: &&str| {
             let path = directory.join(role);
-            let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None).expect("a socket");
+            let socket = rustix::net::socket_with(
+                AddressFamily::UNIX,
+                SocketType::SEQPACKET,
+                SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+                None,
+            )
+            .expect("a socket");
             rustix::net::bind(&socket, &SocketAddrUnix::new(&path).expect("a path")).expect("bind");
             rustix::net::listen(&socket, 16).expect("listen");
             (socket, path)
         };
         let sockets = ROLES.iter().map(listen).collect();
-        Self { random: Random(seed), agent, sockets, children: vec![None, None, None], directory, memfds_before, failures: Vec::new() }
+        Self {
+            random: Random(seed),
+            agent,
+            sockets,
+            children: vec![None, None, None],
+            directory,
+            memfds_before,
+            failures: Vec::new(),
+        }
     }
 
     fn start(&mut self, stage: usize) {
         let program = std::env::current_exe().expect("this program");
         let seed = self.random.next().to_string();
-        let child = Command::new(program).arg("--child").arg(ROLES[stage]).arg(&self.sockets[stage].1).arg(seed).spawn();
+        let child =
+            Command::new(program).arg("--child").arg(ROLES[stage]).arg(&self.sockets[stage].1).arg(seed).spawn();
         self.children[stage] = Some(child.expect("a child"));
     }
 
     /// Serves the sockets until `until`, or until nothing is left to run.
     fn serve(&mut self, until_ns: u64) {
         while monotonic_ns() < until_ns && self.failures.is_empty() {
-            for stage in 0..ROLES.len() {
+            for (stage, role) in ROLES.iter().enumerate() {
                 if let Ok(socket) = rustix::net::accept_with(&self.sockets[stage].0, SocketFlags::CLOEXEC) {
                     self.agent.workers[stage].control = Some(Control::adopt(socket));
                 }
@@ -318,7 +359,7 @@ impl Run {
                 {
                     self.children[stage] = None;
                     if !(status.success() && is_finished(&self.agent, stage)) {
-                        self.failures.push(format!("the {} ended by itself with {status}", ROLES[stage]));
+                        self.failures.push(format!("the {role} ended by itself with {status}"));
                     }
                 }
             }
@@ -404,7 +445,8 @@ impl Run {
     }
 
     fn check_results(&mut self) {
-        let slots: Vec<_> = self.agent.workers.iter().map(|worker| worker.incarnation.page().read().expect("a slot")).collect();
+        let slots: Vec<_> =
+            self.agent.workers.iter().map(|worker| worker.incarnation.page().read().expect("a slot")).collect();
         let made = slots[0].partitions.first().map_or(0, |(_, next)| *next);
         let generations: Vec<u64> = self.agent.workers.iter().map(|worker| worker.incarnation.generation()).collect();
         println!("{made} records, generations {generations:?}");
@@ -426,8 +468,10 @@ impl Run {
         for stage in [1, 2] {
             let worker = &self.agent.workers[stage];
             let (_, descriptors) = worker.incarnation.grant(&worker.spec, 1);
-            let segment = Segment::adopt(descriptors[3].try_clone_to_owned().expect("a descriptor"), Kind::State).expect("a state");
-            let state = KeyedState::attach(segment.map(Access::Writable).expect("a mapping"), slots[stage].epoch).expect("a state");
+            let segment = Segment::adopt(descriptors[3].try_clone_to_owned().expect("a descriptor"), Kind::State)
+                .expect("a state");
+            let state = KeyedState::attach(segment.map(Access::Writable).expect("a mapping"), slots[stage].epoch)
+                .expect("a state");
             let mut found = HashMap::new();
             state.for_each(|key, value| {
                 if key.len() == 8 {

@@ -4,6 +4,13 @@
 //!
 //! The algorithms are the real ones over loom's words and cells. Each model is run again with the one ordering or fence
 //! that it is about taken away, and must then fail: a proof that cannot fail proves nothing.
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::cast_possible_truncation,
+    reason = "a helper of a test fails it by a panic"
+)]
 #![cfg(loom)]
 
 use std::collections::BTreeMap;
@@ -11,11 +18,12 @@ use std::sync::Mutex;
 
 use argo_streams_shm_protocol::layout::{commit, session, slot};
 use argo_streams_shm_protocol::{
-    Bytes, CommitPage, CommitPageReader, Consumer, PageShape, Producer, ReadPosition, RecordFields, SessionPage, SessionReader, Slot, Words, session_len_bytes,
+    Bytes, CommitPage, CommitPageReader, Consumer, PageShape, Producer, ReadPosition, RecordFields, SessionPage,
+    SessionReader, Slot, Words, session_len_bytes,
 };
 use loom::cell::UnsafeCell;
-use loom::sync::atomic::{AtomicU64, Ordering, fence};
 use loom::sync::Arc;
+use loom::sync::atomic::{AtomicU64, Ordering, fence};
 use loom::thread;
 
 const SHAPE: PageShape = PageShape { inputs: 1, outputs: 1, partitions: 0, counters: 0, opaque_bytes: 0 };
@@ -51,7 +59,11 @@ struct Page {
 
 impl Page {
     fn new(offsets: &[usize], without: Without) -> Arc<Self> {
-        Arc::new(Self { modelled: offsets.iter().map(|offset| (*offset, AtomicU64::new(0))).collect(), rest: Mutex::default(), without })
+        Arc::new(Self {
+            modelled: offsets.iter().map(|offset| (*offset, AtomicU64::new(0))).collect(),
+            rest: Mutex::default(),
+            without,
+        })
     }
 }
 
@@ -60,7 +72,11 @@ struct Shared(Arc<Page>);
 
 impl Words for Shared {
     fn load(&self, offset: usize, order: Ordering) -> u64 {
-        let order = if matches!(self.0.without, Without::AcquireOfMirrorAt(mirror) if mirror == offset / 128) { Ordering::Relaxed } else { order };
+        let order = if matches!(self.0.without, Without::AcquireOfMirrorAt(mirror) if mirror == offset / 128) {
+            Ordering::Relaxed
+        } else {
+            order
+        };
         match self.0.modelled.get(&offset) {
             Some(word) => word.load(order),
             None => self.0.rest.lock().unwrap().get(&offset).copied().unwrap_or(0),
@@ -68,7 +84,12 @@ impl Words for Shared {
     }
 
     fn store(&self, offset: usize, value: u64, order: Ordering) {
-        let order = if [Without::ReleaseAt(offset), Without::ReleaseOfMirrorAt(offset / 128)].contains(&self.0.without) { Ordering::Relaxed } else { order };
+        let order = if [Without::ReleaseAt(offset), Without::ReleaseOfMirrorAt(offset / 128)].contains(&self.0.without)
+        {
+            Ordering::Relaxed
+        } else {
+            order
+        };
         if value == 0 && self.0.without == Without::ZeroAt(offset) {
             return;
         }
@@ -256,7 +277,9 @@ fn publish_consume_wrap() {
     holds_and_needs(
         2,
         records_pass_and_wrap,
-        &[tail(), free()].map(|word| [Without::ReleaseOfMirrorAt(word / 128), Without::AcquireOfMirrorAt(word / 128)]).concat(),
+        &[tail(), free()]
+            .map(|word| [Without::ReleaseOfMirrorAt(word / 128), Without::AcquireOfMirrorAt(word / 128)])
+            .concat(),
     );
 }
 
@@ -270,7 +293,10 @@ fn slot_word(epoch_parity: usize, offset: usize) -> usize {
 fn a_slot_is_read_whole(without: Without) {
     let in_input = slot::COUNTERS + slot::INPUT_ACKNOWLEDGED;
     let in_output = slot::COUNTERS + slot::ENTRY_STRIDE + slot::OUTPUT_TAIL;
-    let offsets: Vec<usize> = (0..2).flat_map(|slot| [slot_word(slot, slot::EPOCH), slot_word(slot, in_input), slot_word(slot, in_output)]).chain([commit::EPOCH]).collect();
+    let offsets: Vec<usize> = (0..2)
+        .flat_map(|slot| [slot_word(slot, slot::EPOCH), slot_word(slot, in_input), slot_word(slot, in_output)])
+        .chain([commit::EPOCH])
+        .collect();
     let page = Page::new(&offsets, without);
     let mut own = create(&page, at(0));
     let seen = reader(&page);
@@ -282,14 +308,22 @@ fn a_slot_is_read_whole(without: Without) {
         }
     });
     if let Ok(slot) = seen.read() {
-        assert_eq!((slot.inputs[0].acknowledged, slot.outputs[0].tail), (slot.epoch * 64, slot.epoch * 64), "the slot is of two commits");
+        assert_eq!(
+            (slot.inputs[0].acknowledged, slot.outputs[0].tail),
+            (slot.epoch * 64, slot.epoch * 64),
+            "the slot is of two commits"
+        );
     }
     writer.join().unwrap();
 }
 
 #[test]
 fn commit_and_recovery() {
-    holds_and_needs(3, a_slot_is_read_whole, &[Without::ReleaseAt(commit::EPOCH), Without::Fences(Ordering::Release), Without::Fences(Ordering::Acquire)]);
+    holds_and_needs(
+        3,
+        a_slot_is_read_whole,
+        &[Without::ReleaseAt(commit::EPOCH), Without::Fences(Ordering::Release), Without::Fences(Ordering::Acquire)],
+    );
 }
 
 /// A mirror is never seen before its epoch: whoever saw the tail finds it in the slot.
@@ -310,7 +344,11 @@ fn a_mirror_follows_its_epoch(without: Without) {
 
 #[test]
 fn mirrors_behind_epochs() {
-    holds_and_needs(3, a_mirror_follows_its_epoch, &[Without::AcquireOfMirrorAt(tail() / 128), Without::ReleaseOfMirrorAt(tail() / 128)]);
+    holds_and_needs(
+        3,
+        a_mirror_follows_its_epoch,
+        &[Without::AcquireOfMirrorAt(tail() / 128), Without::ReleaseOfMirrorAt(tail() / 128)],
+    );
 }
 
 /// Announce, fence, look again: who went to sleep was rung for.
@@ -381,19 +419,26 @@ fn nobody_sleeps_through_a_rebirth(without: Without) {
 
 #[test]
 fn sleep_and_rebirth() {
-    holds_and_needs(3, nobody_sleeps_through_a_rebirth, &[Without::WakeAtAttach, Without::SessionLook, Without::Fences(Ordering::SeqCst)]);
+    holds_and_needs(
+        3,
+        nobody_sleeps_through_a_rebirth,
+        &[Without::WakeAtAttach, Without::SessionLook, Without::Fences(Ordering::SeqCst)],
+    );
 }
 
 /// The final positions of two deaths in a row: a stage that still holds the first generation never takes the second's.
 fn final_positions_are_of_one_death(without: Without) {
     let entry = session::INPUTS + SHAPE.inputs as usize * session::ENTRY_STRIDE;
     let generation = entry + session::ENTRY_GENERATION;
-    let page = Page::new(&[entry + session::ENTRY_FINAL, entry + session::ENTRY_FINAL_FREE, generation], match without {
-        // The offset depends on the shape, so the models name it by 0.
-        Without::ZeroAt(_) => Without::ZeroAt(generation),
-        Without::ReleaseAt(_) => Without::ReleaseAt(generation),
-        other => other,
-    });
+    let page = Page::new(
+        &[entry + session::ENTRY_FINAL, entry + session::ENTRY_FINAL_FREE, generation],
+        match without {
+            // The offset depends on the shape, so the models name it by 0.
+            Without::ZeroAt(_) => Without::ZeroAt(generation),
+            Without::ReleaseAt(_) => Without::ReleaseAt(generation),
+            other => other,
+        },
+    );
     let mut agent = SessionPage::new(Shared(Arc::clone(&page)), SHAPE);
     let seen = SessionReader::new(Shared(Arc::clone(&page)), SHAPE);
     let writer = thread::spawn(move || {
@@ -412,6 +457,11 @@ fn two_deaths_in_a_row() {
     holds_and_needs(
         3,
         final_positions_are_of_one_death,
-        &[Without::ZeroAt(0), Without::ReleaseAt(0), Without::Fences(Ordering::Release), Without::Fences(Ordering::Acquire)],
+        &[
+            Without::ZeroAt(0),
+            Without::ReleaseAt(0),
+            Without::Fences(Ordering::Release),
+            Without::Fences(Ordering::Acquire),
+        ],
     );
 }

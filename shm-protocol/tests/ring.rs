@@ -2,11 +2,22 @@
 //! reborn in between, the reader sees exactly what was done, in order, byte for byte. And whatever bytes a hostile
 //! producer leaves, a reader refuses them or stays in bounds.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::cast_possible_truncation,
+    reason = "a helper of a test fails it by a panic"
+)]
+
 use std::collections::VecDeque;
 
 use argo_streams_shm_protocol::layout::batch;
 use argo_streams_shm_protocol::limits::{ATTRIBUTES_BYTES_MAX, KEY_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX};
-use argo_streams_shm_protocol::{Bytes, Consumer, EmitError, Origin, Producer, ReadPosition, RecordFields, RecordKind, RecordView, copy_unread, record_len_bytes};
+use argo_streams_shm_protocol::{
+    Bytes, Consumer, EmitError, Origin, Producer, ReadPosition, RecordFields, RecordKind, RecordView, copy_unread,
+    record_len_bytes,
+};
 use proptest::prelude::*;
 
 #[path = "support/heap.rs"]
@@ -86,23 +97,50 @@ fn kinds() -> impl Strategy<Value = RecordKind> {
 
 fn records(payload_max: usize) -> impl Strategy<Value = Record> {
     let lengths = prop_oneof![6 => 0..200_usize, 3 => 0..1100_usize, 2 => 0..payload_max];
-    let keys = proptest::option::of(prop_oneof![8 => proptest::collection::vec(any::<u8>(), 0..20), 1 => proptest::collection::vec(any::<u8>(), 0..900)]);
+    let keys = proptest::option::of(
+        prop_oneof![8 => proptest::collection::vec(any::<u8>(), 0..20), 1 => proptest::collection::vec(any::<u8>(), 0..900)],
+    );
     let attributes = prop_oneof![4 => Just(Vec::new()), 1 => proptest::collection::vec(any::<u8>(), 1..300)];
     // Few values, so that records inherit from their batch as well as differ from it.
-    let origins = (0..2_u32, 0..2_u32, prop_oneof![0..4_u64, Just(u64::MAX)]).prop_map(|(shard, emit_index, sequence)| Origin { shard, emit_index, sequence });
-    (kinds(), prop_oneof![Just(0), any::<u64>()], prop_oneof![Just(0), Just(-1), any::<i64>()], 0..3_u64, origins, keys, any::<u32>(), attributes, lengths, any::<u8>())
-        .prop_map(|(kind, argument, event_time_ns, ingest_time_ns, origin, key, key_hash, attributes, payload_len, payload_seed)| Record {
-            kind,
-            argument: if kind == RecordKind::Data { 0 } else { argument },
-            event_time_ns,
-            ingest_time_ns,
-            origin,
-            key_hash: if key.is_some() { key_hash } else { 0 },
-            key,
-            attributes,
-            payload_len,
-            payload_seed,
-        })
+    let origins = (0..2_u32, 0..2_u32, prop_oneof![0..4_u64, Just(u64::MAX)])
+        .prop_map(|(shard, emit_index, sequence)| Origin { shard, emit_index, sequence });
+    (
+        kinds(),
+        prop_oneof![Just(0), any::<u64>()],
+        prop_oneof![Just(0), Just(-1), any::<i64>()],
+        0..3_u64,
+        origins,
+        keys,
+        any::<u32>(),
+        attributes,
+        lengths,
+        any::<u8>(),
+    )
+        .prop_map(
+            |(
+                kind,
+                argument,
+                event_time_ns,
+                ingest_time_ns,
+                origin,
+                key,
+                key_hash,
+                attributes,
+                payload_len,
+                payload_seed,
+            )| Record {
+                kind,
+                argument: if kind == RecordKind::Data { 0 } else { argument },
+                event_time_ns,
+                ingest_time_ns,
+                origin,
+                key_hash: if key.is_some() { key_hash } else { 0 },
+                key,
+                attributes,
+                payload_len,
+                payload_seed,
+            },
+        )
 }
 
 fn steps(payload_max: usize) -> impl Strategy<Value = Step> {
@@ -167,7 +205,11 @@ impl World {
                 let payload = record.payload();
                 let len = (payload.len() + more).min(RECORD_PAYLOAD_BYTES_MAX);
                 if let Ok((position, large)) = self.producer.claim(&record.fields(), len) {
-                    if large { self.heap.write_large(position, &payload) } else { self.heap.write(position, &payload) }
+                    if large {
+                        self.heap.write_large(position, &payload)
+                    } else {
+                        self.heap.write(position, &payload)
+                    }
                     self.producer.commit_claim(payload.len());
                     self.pending.push(record);
                 }
@@ -204,7 +246,13 @@ impl World {
             Step::ProducerReborn => {
                 let next = Heap::new(self.capacity, self.large_capacity);
                 copy_unread(&self.heap, &next, self.acknowledged.batch, self.producer.published()).unwrap();
-                self.producer = Producer::new(next.clone(), self.producer.published(), self.acknowledged.batch, self.producer.large_published()).unwrap();
+                self.producer = Producer::new(
+                    next.clone(),
+                    self.producer.published(),
+                    self.acknowledged.batch,
+                    self.producer.large_published(),
+                )
+                .unwrap();
                 self.consumer.replace_bytes(next.clone());
                 self.heap = next;
                 self.pending.clear();
@@ -219,17 +267,28 @@ impl World {
         match outcome {
             Ok(()) => self.pending.push(record.clone()),
             Err(EmitError::TooLarge { .. }) => {
-                let before_payload = 56 + record.key.as_ref().map_or(0, |key| key.len() + 8) + record.attributes.len() + 8;
-                assert!(before_payload + 512 > self.capacity || record.payload_len + 64 > self.large_capacity, "{record:?} fits");
+                let before_payload =
+                    56 + record.key.as_ref().map_or(0, |key| key.len() + 8) + record.attributes.len() + 8;
+                assert!(
+                    before_payload + 512 > self.capacity || record.payload_len + 64 > self.large_capacity,
+                    "{record:?} fits"
+                );
             }
-            Err(EmitError::BatchFull) => assert!(!self.pending.is_empty(), "BATCH_FULL must be the fault of what is pending"),
+            Err(EmitError::BatchFull) => {
+                assert!(!self.pending.is_empty(), "BATCH_FULL must be the fault of what is pending")
+            }
             Err(EmitError::Full) => {
-                assert!(!self.done.is_empty() || self.producer.published() > self.producer.free(), "FULL must be the reader's fault");
+                assert!(
+                    !self.done.is_empty() || self.producer.published() > self.producer.free(),
+                    "FULL must be the reader's fault"
+                );
                 // And it ends when the reader has read everything.
                 self.seal();
                 self.read(usize::MAX);
                 self.acknowledge(usize::MAX);
-                self.producer.emit(&record.fields(), &record.payload()).expect("an empty ring takes what is not BATCH_FULL");
+                self.producer
+                    .emit(&record.fields(), &record.payload())
+                    .expect("an empty ring takes what is not BATCH_FULL");
                 self.pending.push(record.clone());
             }
         }
@@ -281,7 +340,11 @@ fn read_back(bytes: &Heap, view: &RecordView, like: &Record) -> Record {
         taken
     };
     let mut payload = vec![0; view.payload_len];
-    if view.large { bytes.read_large(view.payload_position, &mut payload) } else { bytes.read(view.payload_position, &mut payload) }
+    if view.large {
+        bytes.read_large(view.payload_position, &mut payload)
+    } else {
+        bytes.read(view.payload_position, &mut payload)
+    }
     assert!(payload == like.payload(), "the payload is torn");
     Record {
         kind: view.kind,
@@ -298,8 +361,17 @@ fn read_back(bytes: &Heap, view: &RecordView, like: &Record) -> Record {
 }
 
 fn shapes() -> impl Strategy<Value = (usize, usize, u64)> {
-    let starts = prop_oneof![Just(0), (0..1000_u64).prop_map(|lines| lines * 64), Just(u64::from(u32::MAX) + 1 - 192), Just((1 << 62) - 64)];
-    (prop_oneof![Just(4096_usize), Just(8192), Just(32768)], prop_oneof![Just(4096_usize), Just(16384), Just(131_072)], starts)
+    let starts = prop_oneof![
+        Just(0),
+        (0..1000_u64).prop_map(|lines| lines * 64),
+        Just(u64::from(u32::MAX) + 1 - 192),
+        Just((1 << 62) - 64)
+    ];
+    (
+        prop_oneof![Just(4096_usize), Just(8192), Just(32768)],
+        prop_oneof![Just(4096_usize), Just(16384), Just(131_072)],
+        starts,
+    )
 }
 
 proptest! {
@@ -386,7 +458,7 @@ proptest! {
         world.producer.emit(&RecordFields::default(), b"x").unwrap();
         world.producer.mark_done();
         world.seal_for_positions();
-        let possible = |position: u64, align: u64| (640..=768).contains(&position) && position % align == 0;
+        let possible = |position: u64, align: u64| (640..=768).contains(&position) && position.is_multiple_of(align);
         prop_assert_eq!(world.producer.take_acknowledgement(acknowledged, free).is_ok(), possible(acknowledged, 8) && possible(free, 64));
         prop_assert_eq!(world.consumer.take_tail(tail).is_ok(), (640..=640 + 4096).contains(&tail) && tail % 64 == 0);
     }

@@ -1,14 +1,26 @@
 //! Stages over real segments and sockets, with a small agent in the same process: every rule of `stage`, every refusal,
 //! and the rare orders of deaths, staged by hand.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::cast_possible_truncation,
+    reason = "a helper of a test fails it by a panic"
+)]
+
 use std::os::fd::OwnedFd;
 
 use argo_streams_shm_protocol::layout::{commit, session};
 use argo_streams_shm_protocol::limits::RECORD_PAYLOAD_BYTES_MAX;
-use argo_streams_shm_protocol::stage::{BelongsTo, Emit, KeyChoice, KeyEvaluator, OUTPUT_ERRORS, OUTPUT_MAIN, OpenError, Received, Stage, StageError, Waited};
+use argo_streams_shm_protocol::stage::{
+    BelongsTo, Emit, KeyChoice, KeyEvaluator, OUTPUT_ERRORS, OUTPUT_MAIN, OpenError, Received, Stage, StageError,
+    Waited,
+};
 use argo_streams_shm_protocol::{
-    Access, Bell, CommitPage, CommitPageReader, Control, EmitError, Event, Grant, Kind, Mapping, Message, PageShape, Peer, Producer, RecordFields, RecordKind, RefusalCode,
-    RingMapping, Role, RouteEdge, Segment, StageState, Words, attributes_iter, hash_key, key_group,
+    Access, Bell, CommitPage, CommitPageReader, Control, EmitError, Event, Grant, Kind, Mapping, Message, PageShape,
+    Peer, Producer, RecordFields, RecordKind, RefusalCode, RingMapping, Role, RouteEdge, Segment, StageState, Words,
+    attributes_iter, hash_key, key_group,
 };
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
@@ -20,7 +32,8 @@ use agent::{Edge, Phase, TestAgent, node, shape, spec};
 const SECOND: u64 = 1_000_000_000;
 const SMALL: (u64, u64) = (4096, 4096);
 const ROOMY: (u64, u64) = (1 << 20, 64 << 20);
-const OWN: Emit<'static> = Emit { belongs_to: BelongsTo::Nothing, key: KeyChoice::None, event_time_ns: None, attributes: &[] };
+const OWN: Emit<'static> =
+    Emit { belongs_to: BelongsTo::Nothing, key: KeyChoice::None, event_time_ns: None, attributes: &[] };
 
 /// The key is what stands before the first `:`; without one there is none.
 struct BeforeColon;
@@ -101,7 +114,9 @@ fn records_pass_a_chain_with_all_that_belongs_to_them() {
     assert_eq!(records.len(), 3);
     // Each a different choice: key and times of its own record, a later record by number, no key.
     middle.emit(OUTPUT_MAIN, &Emit::default(), b"first").unwrap();
-    middle.emit(OUTPUT_MAIN, &Emit { belongs_to: BelongsTo::Nth(2), key: KeyChoice::None, ..Emit::default() }, b"second").unwrap();
+    middle
+        .emit(OUTPUT_MAIN, &Emit { belongs_to: BelongsTo::Nth(2), key: KeyChoice::None, ..Emit::default() }, b"second")
+        .unwrap();
     assert!(matches!(middle.done(2), Err(StageError::Misuse(_))), "an emit of the third record is pending");
     assert!(matches!(middle.done(4), Err(StageError::Misuse(_))), "only three were received");
     assert!(matches!(middle.done(0), Err(StageError::Misuse(_))));
@@ -109,9 +124,15 @@ fn records_pass_a_chain_with_all_that_belongs_to_them() {
     middle.done(3).unwrap();
     let records = recv(&mut sink);
     let views: Vec<_> = records.iter().map(|record| record.view).collect();
-    assert_eq!(records.iter().map(|record| payload(&sink, record)).collect::<Vec<_>>(), [b"first".to_vec(), b"second".to_vec()]);
+    assert_eq!(
+        records.iter().map(|record| payload(&sink, record)).collect::<Vec<_>>(),
+        [b"first".to_vec(), b"second".to_vec()]
+    );
     assert_eq!((views[0].event_time_ns, views[1].event_time_ns), (-1, 1));
-    assert_eq!((views[0].keyed, views[1].keyed, views[0].key_hash), (true, false, u32::try_from(hash_key(b"key") >> 32).unwrap()));
+    assert_eq!(
+        (views[0].keyed, views[1].keyed, views[0].key_hash),
+        (true, false, u32::try_from(hash_key(b"key") >> 32).unwrap())
+    );
     assert_eq!((views[0].origin.sequence, views[1].origin.sequence, views[0].origin.shard), (0, 2, 1));
     let mut key = Vec::new();
     sink.append_key(&records[0], &mut key);
@@ -140,7 +161,10 @@ fn abort_drops_emits_and_keeps_records() {
     middle.commit().unwrap();
     assert_eq!(texts(&mut sink), ["kept"]);
     assert!(matches!(middle.emit(2, &Emit::default(), b""), Err(StageError::Misuse(_))));
-    assert!(matches!(middle.emit(OUTPUT_MAIN, &Emit { belongs_to: BelongsTo::Nth(1), ..Emit::default() }, b""), Err(StageError::Misuse(_))));
+    assert!(matches!(
+        middle.emit(OUTPUT_MAIN, &Emit { belongs_to: BelongsTo::Nth(1), ..Emit::default() }, b""),
+        Err(StageError::Misuse(_))
+    ));
 }
 
 #[test]
@@ -164,7 +188,10 @@ fn a_full_ring_is_waited_for_and_a_full_batch_is_not() {
     assert_eq!(recv(&mut sink).len(), count);
     sink.done(count).unwrap();
     sink.commit().unwrap();
-    assert!(Bell::adopt(source.bell_descriptor().try_clone_to_owned().unwrap()).wait(0), "who frees room rings for who waits for it");
+    assert!(
+        Bell::adopt(source.bell_descriptor().try_clone_to_owned().unwrap()).wait(0),
+        "who frees room rings for who waits for it"
+    );
     source.end_sleep();
     assert_eq!(source.wait(SECOND).unwrap(), Waited::Ready);
     source.emit(OUTPUT_MAIN, &OWN, &[2; 500]).unwrap();
@@ -205,7 +232,10 @@ fn large_records_pass_and_too_large_ones_are_named() {
     let too_large = source.emit(OUTPUT_MAIN, &OWN, &vec![0; RECORD_PAYLOAD_BYTES_MAX + 1]);
     assert!(matches!(too_large, Err(StageError::TooLarge(EmitError::TooLarge { part: "payload", .. }))));
     let key = vec![0; (64 << 10) + 1];
-    assert!(matches!(source.emit(OUTPUT_MAIN, &Emit { key: KeyChoice::Set(&key), ..OWN }, b""), Err(StageError::TooLarge(EmitError::TooLarge { part: "key", .. }))));
+    assert!(matches!(
+        source.emit(OUTPUT_MAIN, &Emit { key: KeyChoice::Set(&key), ..OWN }, b""),
+        Err(StageError::TooLarge(EmitError::TooLarge { part: "key", .. }))
+    ));
     // The grant's own limit.
     assert!(matches!(middle.emit(OUTPUT_MAIN, &OWN, &[0; 1001]), Err(StageError::TooLarge(_))));
     middle.emit(OUTPUT_MAIN, &OWN, &[0; 1000]).unwrap();
@@ -223,7 +253,8 @@ fn fan(outputs: u32, change: impl Fn(&mut argo_streams_shm_protocol::StageSpec))
 #[test]
 fn workers_get_their_keys_and_take_turns_without() {
     let owners: Vec<u16> = (0..256).map(|group| u16::from(group >= 100)).collect();
-    let mut agent = fan(2, |spec| spec.routes.nodes[0].edges = vec![RouteEdge { rings: vec![0, 1], owners: owners.clone() }]);
+    let mut agent =
+        fan(2, |spec| spec.routes.nodes[0].edges = vec![RouteEdge { rings: vec![0, 1], owners: owners.clone() }]);
     let mut stages = open_all(&mut agent);
     let mut expected = [Vec::new(), Vec::new()];
     for i in 0..40 {
@@ -272,9 +303,13 @@ fn keys_are_taken_on_the_way_and_what_has_none_goes_to_the_errors() {
     // A key beyond the limit is a refused key and no refused record.
     let mut agent = {
         let mut source = spec(1, 0, 2, ROOMY);
-        source.routes.nodes = vec![node("main", &[0]), node("errors", &[]), node("keyed", &[]), node("keyed.errors", &[1])];
+        source.routes.nodes =
+            vec![node("main", &[0]), node("errors", &[]), node("keyed", &[]), node("keyed.errors", &[1])];
         source.routes.nodes[0].keyed = vec![("colon".into(), 2, 3)];
-        TestAgent::new(vec![source, spec(2, 2, 0, ROOMY)], vec![Edge { from: (0, 0), to: (1, 0) }, Edge { from: (0, 1), to: (1, 1) }])
+        TestAgent::new(
+            vec![source, spec(2, 2, 0, ROOMY)],
+            vec![Edge { from: (0, 0), to: (1, 0) }, Edge { from: (0, 1), to: (1, 1) }],
+        )
     };
     let mut stages = open_all(&mut agent);
     stages[0].emit(OUTPUT_MAIN, &OWN, &long).unwrap();
@@ -386,7 +421,11 @@ fn a_reborn_producer_goes_on_and_what_was_in_hand_stays_readable() {
 
 /// Mappings of data segments in this process at present.
 fn rings_mapped() -> usize {
-    std::fs::read_to_string("/proc/self/maps").unwrap().lines().filter(|line| line.contains("argo-streams-data") && line.split_whitespace().nth(5).is_some()).count()
+    std::fs::read_to_string("/proc/self/maps")
+        .unwrap()
+        .lines()
+        .filter(|line| line.contains("argo-streams-data") && line.split_whitespace().nth(5).is_some())
+        .count()
 }
 
 #[test]
@@ -468,14 +507,26 @@ struct Puppet {
 fn puppet(agent: &mut TestAgent, stage: usize) -> Puppet {
     let (ours, theirs) = pair();
     agent.workers[stage].control = Some(ours);
-    let hello = argo_streams_shm_protocol::Hello { version_min: 1, version_max: 1, role: Role::Stage, features: 0, pid: 0, library: "puppet".into() };
+    let hello = argo_streams_shm_protocol::Hello {
+        version_min: 1,
+        version_max: 1,
+        role: Role::Stage,
+        features: 0,
+        pid: 0,
+        library: "puppet".into(),
+    };
     theirs.send(&Message::Hello(hello), &[]).unwrap();
     agent.hear(stage).unwrap();
-    let (Message::Grant(grant), descriptors) = theirs.receive(SECOND).unwrap().unwrap() else { panic!("a grant was due") };
+    let (Message::Grant(grant), descriptors) = theirs.receive(SECOND).unwrap().unwrap() else {
+        panic!("a grant was due")
+    };
     let mut descriptors = descriptors.into_iter();
     let page = Segment::adopt(descriptors.next().unwrap(), Kind::Commit).unwrap().map(Access::Writable).unwrap();
     let rings = descriptors.skip(2).zip(&grant.outputs).map(|(descriptor, output)| {
-        Segment::adopt(descriptor, Kind::Data).unwrap().map_ring(output.capacity, output.large_capacity, Access::Writable).unwrap()
+        Segment::adopt(descriptor, Kind::Data)
+            .unwrap()
+            .map_ring(output.capacity, output.large_capacity, Access::Writable)
+            .unwrap()
     });
     let rings = rings.collect();
     theirs.send(&Message::Mapped, &[]).unwrap();
@@ -563,7 +614,11 @@ fn impossible_positions_of_a_neighbour_are_reported_and_not_believed() {
     source.page.store(shape().output_mirror(0) + commit::MIRROR_TAIL, 100, std::sync::atomic::Ordering::Release);
     assert!(recv(&mut sink).is_empty());
     agent.hear(1).unwrap();
-    assert!(matches!(&agent.events[..], [(1, Event::Violation { is_producer: true, index: 0, .. })]), "{:?}", agent.events);
+    assert!(
+        matches!(&agent.events[..], [(1, Event::Violation { is_producer: true, index: 0, .. })]),
+        "{:?}",
+        agent.events
+    );
     assert!(recv(&mut sink).is_empty());
     agent.hear(1).unwrap();
     assert_eq!(agent.events.len(), 1, "said once");
@@ -584,10 +639,18 @@ fn impossible_positions_of_a_neighbour_are_reported_and_not_believed() {
     let mut source = open(&mut agent, 0);
     let sink = puppet(&mut agent, 1);
     publish(&mut source, "x");
-    sink.page.store(shape().input_mirror(0) + commit::MIRROR_ACKNOWLEDGED, 1 << 40, std::sync::atomic::Ordering::Release);
+    sink.page.store(
+        shape().input_mirror(0) + commit::MIRROR_ACKNOWLEDGED,
+        1 << 40,
+        std::sync::atomic::Ordering::Release,
+    );
     assert!(!source.is_drained_downstream());
     agent.hear(0).unwrap();
-    assert!(matches!(&agent.events[..], [(0, Event::Violation { is_producer: false, index: 0, .. })]), "{:?}", agent.events);
+    assert!(
+        matches!(&agent.events[..], [(0, Event::Violation { is_producer: false, index: 0, .. })]),
+        "{:?}",
+        agent.events
+    );
     drop(sink.control);
 }
 
@@ -680,7 +743,9 @@ fn open_with(answer: impl FnOnce(&Control) + Send) -> OpenError {
 
 #[test]
 fn what_cannot_be_is_refused_at_the_door() {
-    let refused = open_with(|agent| agent.send(&Message::Refused { code: RefusalCode::Version, text: "too old".into() }, &[]).unwrap());
+    let refused = open_with(|agent| {
+        agent.send(&Message::Refused { code: RefusalCode::Version, text: "too old".into() }, &[]).unwrap()
+    });
     assert!(matches!(refused, OpenError::Refused { code: RefusalCode::Version, .. }));
     assert!(matches!(open_with(|agent| agent.send(&Message::Ready, &[]).unwrap()), OpenError::Unexpected { .. }));
 
@@ -689,9 +754,13 @@ fn what_cannot_be_is_refused_at_the_door() {
         ("a version that was not offered", |grant, _| grant.version = 9),
         ("features that are not known", |grant, _| grant.features = 1 << 40),
         ("fewer descriptors than it names", |_, descriptors| descriptors.truncate(2)),
-        ("a page shorter than its shape", |grant, _| grant.shape = PageShape { inputs: 1024, outputs: 1024, ..grant.shape }),
+        ("a page shorter than its shape", |grant, _| {
+            grant.shape = PageShape { inputs: 1024, outputs: 1024, ..grant.shape }
+        }),
         ("a session page in the place of the commit page", |_, descriptors| descriptors.swap(0, 1)),
-        ("a segment that is not sealed", |_, descriptors| descriptors[3] = rustix::fs::memfd_create(c"open", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap()),
+        ("a segment that is not sealed", |_, descriptors| {
+            descriptors[3] = rustix::fs::memfd_create(c"open", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap()
+        }),
         ("a ring of impossible capacity", |grant, _| grant.outputs[0].capacity = 4097),
         ("a key that nobody can evaluate", |grant, _| grant.routes.nodes[0].keyed = vec![("what".into(), 1, 1)]),
     ];
@@ -699,19 +768,27 @@ fn what_cannot_be_is_refused_at_the_door() {
         let agent = TestAgent::new(vec![spec(1, 0, 1, SMALL)], Vec::new());
         let error = open_with(|control| {
             let (mut grant, descriptors) = agent.workers[0].incarnation.grant(&agent.workers[0].spec, 1);
-            let mut descriptors: Vec<OwnedFd> = descriptors.iter().map(|descriptor| descriptor.try_clone_to_owned().unwrap()).collect();
+            let mut descriptors: Vec<OwnedFd> =
+                descriptors.iter().map(|descriptor| descriptor.try_clone_to_owned().unwrap()).collect();
             change(&mut grant, &mut descriptors);
             let borrowed: Vec<_> = descriptors.iter().map(std::os::fd::AsFd::as_fd).collect();
             control.send(&Message::Grant(Box::new(grant)), &borrowed).unwrap();
         });
-        assert!(!matches!(error, OpenError::TimedOut { .. } | OpenError::Control(argo_streams_shm_protocol::ControlError::Closed)), "{what}: {error}");
+        assert!(
+            !matches!(
+                error,
+                OpenError::TimedOut { .. } | OpenError::Control(argo_streams_shm_protocol::ControlError::Closed)
+            ),
+            "{what}: {error}"
+        );
     }
 }
 
 #[test]
 fn bytes_that_are_no_message_end_the_conversation() {
     for bytes in [&b"x"[..], &[0; 8], &[3, 0, 0, 0, 0, 0, 0, 0], &[0xff; 200]] {
-        let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        let (ours, theirs) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
         rustix::io::write(&ours, bytes).unwrap();
         let error = Stage::open(Control::adopt(theirs), Role::Stage, "test", keys, SECOND).unwrap_err();
         assert!(matches!(error, OpenError::Control(argo_streams_shm_protocol::ControlError::Malformed(_))), "{error}");
@@ -739,11 +816,17 @@ fn a_neighbour_with_a_page_shorter_than_its_shape_is_reported() {
 #[test]
 fn a_full_slot_reads_the_same_through_both_views() {
     let segment = Segment::create(Kind::Commit, shape().len_bytes() as u64, 1, 1).unwrap();
-    let mut page = CommitPage::create(segment.map(Access::Writable).unwrap(), shape(), argo_streams_shm_protocol::Slot::empty(&shape()));
+    let mut page = CommitPage::create(
+        segment.map(Access::Writable).unwrap(),
+        shape(),
+        argo_streams_shm_protocol::Slot::empty(&shape()),
+    );
     let reader = CommitPageReader::new(segment.map(Access::ReadOnly).unwrap(), shape());
     for round in 1..50_u64 {
         page.change_input(usize::try_from(round % 4).unwrap(), |slot| slot.records = round);
-        page.change_output(usize::try_from(round % 3).unwrap(), |slot| slot.watermark_ns = -i64::try_from(round).unwrap());
+        page.change_output(usize::try_from(round % 3).unwrap(), |slot| {
+            slot.watermark_ns = -i64::try_from(round).unwrap()
+        });
         page.add_counter(usize::try_from(round % 2).unwrap(), round);
         if round % 5 == 0 {
             page.change(|slot| {

@@ -5,7 +5,8 @@ use std::os::fd::BorrowedFd;
 use argo_streams_shm_protocol::layout::session;
 use argo_streams_shm_protocol::stage::PROTOCOL_VERSION_MAX;
 use argo_streams_shm_protocol::{
-    Control, ControlError, Event, GrantInput, GrantOutput, Incarnation, Message, PageShape, Peer, ReaderPosition, RouteEdge, RouteNode, Routes, Slot, StageSpec,
+    Control, ControlError, Event, GrantInput, GrantOutput, Incarnation, Message, PageShape, Peer, ReaderPosition,
+    RouteEdge, RouteNode, Routes, Slot, StageSpec,
 };
 
 /// How far a worker is.
@@ -44,7 +45,12 @@ pub(crate) fn shape() -> PageShape {
 
 /// A node whose records go to each of these rings.
 pub(crate) fn node(name: &str, rings: &[u32]) -> RouteNode {
-    RouteNode { name: name.into(), counter: 0, edges: rings.iter().map(|ring| RouteEdge { rings: vec![*ring], owners: Vec::new() }).collect(), keyed: Vec::new() }
+    RouteNode {
+        name: name.into(),
+        counter: 0,
+        edges: rings.iter().map(|ring| RouteEdge { rings: vec![*ring], owners: Vec::new() }).collect(),
+        keyed: Vec::new(),
+    }
 }
 
 pub(crate) fn spec(stage: u64, inputs: u32, outputs: u32, (capacity, large_capacity): (u64, u64)) -> StageSpec {
@@ -56,8 +62,17 @@ pub(crate) fn spec(stage: u64, inputs: u32, outputs: u32, (capacity, large_capac
         shape: shape(),
         state_bytes: 0,
         record_bytes_max: 16 << 20,
-        inputs: (0..inputs).map(|input| GrantInput { ring: stage * 100 + u64::from(input), from: "before".into(), capacity, large_capacity }).collect(),
-        outputs: (0..outputs).map(|output| GrantOutput { ring: stage * 100 + 50 + u64::from(output), capacity, large_capacity, free: 0 }).collect(),
+        inputs: (0..inputs)
+            .map(|input| GrantInput {
+                ring: stage * 100 + u64::from(input),
+                from: "before".into(),
+                capacity,
+                large_capacity,
+            })
+            .collect(),
+        outputs: (0..outputs)
+            .map(|output| GrantOutput { ring: stage * 100 + 50 + u64::from(output), capacity, large_capacity, free: 0 })
+            .collect(),
         routes: Routes { table_epoch: 1, nodes: vec![node("main", &main), node("errors", &[])] },
     }
 }
@@ -65,7 +80,14 @@ pub(crate) fn spec(stage: u64, inputs: u32, outputs: u32, (capacity, large_capac
 impl TestAgent {
     pub(crate) fn new(specs: Vec<StageSpec>, edges: Vec<Edge>) -> Self {
         let make = |spec: StageSpec| Worker {
-            incarnation: Incarnation::create(&spec, 1, Slot::empty(&spec.shape), &vec![ReaderPosition::default(); spec.outputs.len()], None).unwrap(),
+            incarnation: Incarnation::create(
+                &spec,
+                1,
+                Slot::empty(&spec.shape),
+                &vec![ReaderPosition::default(); spec.outputs.len()],
+                None,
+            )
+            .unwrap(),
             spec,
             control: None,
             phase: Phase::Waiting,
@@ -121,13 +143,21 @@ impl TestAgent {
     }
 
     /// Shows `neighbour` to `to` once both are sealed.
-    pub(crate) fn show(&mut self, to: usize, neighbour: usize, peer: impl Fn(&Incarnation) -> (Peer, Vec<BorrowedFd<'_>>)) {
+    pub(crate) fn show(
+        &mut self,
+        to: usize,
+        neighbour: usize,
+        peer: impl Fn(&Incarnation) -> (Peer, Vec<BorrowedFd<'_>>),
+    ) {
         if self.workers[to].phase != Phase::Live || !self.workers[neighbour].is_sealed {
             return;
         }
         let (peer, descriptors) = peer(&self.workers[neighbour].incarnation);
         // A dead receiver is heard of on its own.
-        let sent = self.workers[to].control.as_ref().is_some_and(|control| control.try_send(&Message::Peer(peer), &descriptors).is_ok());
+        let sent = self.workers[to]
+            .control
+            .as_ref()
+            .is_some_and(|control| control.try_send(&Message::Peer(peer), &descriptors).is_ok());
         if sent {
             self.workers[to].incarnation.session().announce_message();
             self.workers[to].incarnation.publish_session();
@@ -155,18 +185,28 @@ impl TestAgent {
         for Edge { from, to } in self.edges.clone() {
             if to.0 == stage {
                 let entry = slot.inputs[to.1 as usize];
-                self.workers[from.0].incarnation.session().set_final_acknowledgement(from.1 as usize, generation, entry.acknowledged, entry.batch);
+                self.workers[from.0].incarnation.session().set_final_acknowledgement(
+                    from.1 as usize,
+                    generation,
+                    entry.acknowledged,
+                    entry.batch,
+                );
                 self.workers[from.0].incarnation.publish_session();
             }
             if from.0 == stage {
                 let (acknowledged, free) = self.workers[to.0].incarnation.page().acknowledgement(to.1 as usize);
                 readers[from.1 as usize] = ReaderPosition { acknowledged, free };
-                self.workers[to.0].incarnation.session().set_final_tail(to.1 as usize, generation, slot.outputs[from.1 as usize].tail);
+                self.workers[to.0].incarnation.session().set_final_tail(
+                    to.1 as usize,
+                    generation,
+                    slot.outputs[from.1 as usize].tail,
+                );
                 self.workers[to.0].incarnation.publish_session();
             }
         }
         let worker = &mut self.workers[stage];
-        worker.incarnation = Incarnation::create(&worker.spec, generation + 1, slot, &readers, Some(&worker.incarnation)).unwrap();
+        worker.incarnation =
+            Incarnation::create(&worker.spec, generation + 1, slot, &readers, Some(&worker.incarnation)).unwrap();
         worker.phase = Phase::Waiting;
         worker.is_sealed = false;
         worker.control = None;

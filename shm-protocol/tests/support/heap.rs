@@ -16,7 +16,10 @@ impl Heap {
     /// Fresh bytes that are not zero, so that what was never written shows.
     pub(crate) fn new(capacity: usize, large_capacity: usize) -> Self {
         assert!(capacity.is_power_of_two() && large_capacity.is_power_of_two());
-        Self { ring: Rc::new(RefCell::new(vec![0xa5; capacity])), large: Rc::new(RefCell::new(vec![0xa5; large_capacity])) }
+        Self {
+            ring: Rc::new(RefCell::new(vec![0xa5; capacity])),
+            large: Rc::new(RefCell::new(vec![0xa5; large_capacity])),
+        }
     }
 
     /// Changes bytes behind everybody's back.
