@@ -56,7 +56,7 @@ pub struct RunArguments {
     /// `end`: Kafka sources stop at the offsets that were the end when the run began.
     #[arg(long, value_name = "WHEN")]
     pub until: Option<Until>,
-    /// How long a drain may take before it is forced; half of it a program that is asked to end.
+    /// How long a drain may take before it is forced. A program has a quarter of it to end after its input did, and after SIGTERM.
     #[arg(long, value_name = "TIME", default_value = "20s", value_parser = duration)]
     pub grace: Duration,
     /// `json`: one object with all numbers at the end on standard output; `log` steps then write to standard error.

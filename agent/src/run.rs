@@ -394,14 +394,14 @@ impl Run {
     fn drain(&mut self) {
         if !std::mem::replace(&mut self.is_draining, true) {
             self.broker.stop_sources();
-            self.drain_deadline_ns = Some(monotonic_ns() + nanoseconds(self.options.grace) * 2);
+            self.drain_deadline_ns = Some(monotonic_ns() + nanoseconds(self.options.grace));
         } else if let Some(deadline_ns) = self.drain_deadline_ns
             && !self.told_programs
-            && monotonic_ns() + nanoseconds(self.options.grace) >= deadline_ns
+            && monotonic_ns() + nanoseconds(self.options.grace) / 2 >= deadline_ns
         {
             // Half of the time is over: programs that have not ended by themselves are asked to.
             self.told_programs = true;
-            self.broker.stop_programs(self.options.grace / 2);
+            self.broker.stop_programs(self.options.grace / 4);
         }
     }
 
@@ -514,7 +514,7 @@ impl Run {
             Buffering::Line => "line",
             Buffering::Block => "block",
         });
-        shim.arg("--grace-ms").arg((self.options.grace.as_millis() / 2).to_string());
+        shim.arg("--grace-ms").arg((self.options.grace.as_millis() / 4).to_string());
         shim.arg("--").args(command);
         shim.envs(pardo.environment().iter().map(|(name, value)| (name, value)));
         // A group of its own: the terminal's Ctrl-C is for the agent, which drains.

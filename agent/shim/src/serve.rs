@@ -97,7 +97,13 @@ pub fn run(options: Options) -> Result<(), ShimError> {
     tracing::debug!(backend = backend.name(), reason, "shim I/O");
     block_on(backend, async move {
         let mut shim = Shim::connect(options, backend)?;
-        shim.serve().await
+        match shim.serve().await {
+            // The agent ended the run, by force or because it is gone itself: nothing that a shim could add to what it says.
+            Err(ShimError::Stage(StageError::Revoked) | ShimError::Control { source: ControlError::Closed, .. }) => {
+                Ok(())
+            }
+            result => result,
+        }
     })?
 }
 
