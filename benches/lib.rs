@@ -1,2 +1,2 @@
-//! Benchmarks of the parts. `cargo bench` runs them; `benches/numbers.py` measures whole pipelines.
+//! Benchmarks of the parts. `cargo bench` runs them; `benches/measure.py` measures whole pipelines.
 #![forbid(unsafe_code)]

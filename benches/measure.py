@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures whole pipelines with the release binary: latency at fixed rates, an idle pipeline, the start, memory, air-time.
 
-    python3 benches/numbers.py            after `make examples`
+    python3 benches/measure.py            after `make examples`
 
 Prints one line a number, with the load and the distance of the two cores (near: they share a cache; far: they do not) in the
 same run. Nothing here is a test: numbers of a busy or far-placed machine differ, and the lines say how it was.
