@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use argo_streams_shm_protocol::layout::session;
+use argo_streams_shm_protocol::layout::{BATCH_ALIGN, session};
 use argo_streams_shm_protocol::stage::PROTOCOL_VERSION_MAX;
 use argo_streams_shm_protocol::{
     Control, ControlError, Event, Hello, Histogram, HistogramView, Incarnation, IncarnationError, Message,
@@ -514,7 +514,9 @@ impl Broker {
         match event {
             Event::Program(event) if is_supervisor => self.program_event(stage, event),
             Event::Yielded { given_up, taken_bytes } if is_supervisor => self.yielded(stage, given_up, taken_bytes),
-            Event::Violation { is_producer, index, text } => self.violation(stage, is_producer, index as usize, &text),
+            Event::Violation { is_producer, index, generation, text } => {
+                self.violation(stage, is_producer, index as usize, generation, &text);
+            }
             Event::Note { text } => {
                 if text.is_empty() {
                     self.look_for_finished();
@@ -581,10 +583,14 @@ impl Broker {
     }
 
     /// A neighbour wrote something impossible: its session ends, nobody else's.
-    fn violation(&mut self, reporter: usize, is_producer: bool, index: usize, text: &str) {
+    fn violation(&mut self, reporter: usize, is_producer: bool, index: usize, generation: u64, text: &str) {
         let Some(plan) = self.physical.stages.get(reporter) else { return };
         let culprit = if is_producer { plan.producers.get(index) } else { plan.consumers.get(index) };
         let Some(culprit) = culprit.map(|end| end.stage) else { return };
+        if self.workers.get(culprit).is_none_or(|worker| worker.incarnation.generation() != generation) {
+            // It is about a dead incarnation: its successor has done nothing.
+            return;
+        }
         self.say(
             culprit,
             Level::Warn,
@@ -669,14 +675,34 @@ impl Broker {
             }
         }
         let mut readers = Vec::with_capacity(plan.consumers.len());
+        let mut hostile = Vec::new();
         for (output, consumer) in plan.consumers.iter().enumerate() {
             let entry = slot.outputs.get(output).copied().unwrap_or_default();
             if let Some(neighbour) = self.workers.get_mut(consumer.stage) {
                 let (acknowledged, free) = neighbour.incarnation.page().acknowledgement(consumer.index);
-                readers.push(ReaderPosition { acknowledged, free });
+                // A reader writes its mirrors itself. What cannot be costs the reader its session, not its producer the recovery.
+                let capacity = plan.spec.outputs.get(output).map_or(0, |output| output.capacity);
+                let is_possible = acknowledged.max(free) <= entry.tail
+                    && free.is_multiple_of(BATCH_ALIGN)
+                    && entry.tail - free <= capacity;
+                if is_possible {
+                    // The two words are read one after the other: `free` may be the newer one.
+                    readers.push(ReaderPosition { acknowledged: acknowledged.max(free), free });
+                } else {
+                    // Its committed slot is what its own successor will go on from.
+                    let slot = neighbour.incarnation.page().read().ok();
+                    let at =
+                        slot.and_then(|slot| slot.inputs.get(consumer.index).map(|input| input.batch)).unwrap_or(0);
+                    readers.push(ReaderPosition { acknowledged: at, free: at });
+                    hostile.push((output, neighbour.incarnation.generation(), acknowledged));
+                }
                 neighbour.incarnation.session().set_final_tail(consumer.index, generation, entry.tail);
                 neighbour.incarnation.publish_session();
             }
+        }
+        for (output, generation, acknowledged) in hostile {
+            let text = format!("acknowledged {acknowledged} of what a dead producer had published");
+            self.violation(stage, false, output, generation, &text);
         }
         let Some(worker) = self.workers.get_mut(stage) else { return };
         let page = worker.incarnation.page();

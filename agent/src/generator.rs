@@ -191,7 +191,7 @@ mod tests {
         assert_ne!(rides(7), rides(8));
         assert_eq!(
             String::from_utf8(rides(1)[0].payload.clone()).unwrap(),
-            r#"{"rideId":0,"licenseId":"TX-00005","startTime":"2026-01-01T00:00:00Z","endTime":"2026-01-01T00:02:00Z","minutes":2}"#
+            r#"{"rideId":2,"licenseId":"TX-00002","startTime":"2026-01-01T00:00:14Z","endTime":"2026-01-01T00:02:14Z","minutes":2}"#
         );
     }
 

@@ -203,6 +203,8 @@ pub enum Event {
         is_producer: bool,
         /// Which of our rings.
         index: u32,
+        /// Which incarnation of the neighbour: a late report must not end its honest successor.
+        generation: u64,
         /// What it wrote.
         text: String,
     },
@@ -582,8 +584,8 @@ fn encode(message: &Message) -> Vec<u8> {
             body.string(text);
             TYPE_PROGRAM_NOT_STARTED
         }
-        Message::Event(Event::Violation { is_producer, index, text }) => {
-            body.u32(u32::from(*is_producer)).u32(*index).string(text);
+        Message::Event(Event::Violation { is_producer, index, generation, text }) => {
+            body.u32(u32::from(*is_producer)).u32(*index).u64(*generation).string(text);
             TYPE_VIOLATION
         }
         Message::Event(Event::Note { text }) => {
@@ -661,6 +663,7 @@ fn decode(bytes: &[u8]) -> Result<Message, ControlError> {
         TYPE_VIOLATION => Message::Event(Event::Violation {
             is_producer: reader.flag()?,
             index: reader.u32()?,
+            generation: reader.u64()?,
             text: reader.string()?,
         }),
         TYPE_NOTE => Message::Event(Event::Note { text: reader.string()? }),
@@ -807,7 +810,7 @@ mod tests {
                 uncertain_records: 4,
             })),
             Message::Event(Event::Program(ProgramEvent::NotStarted { text: "no such file".into() })),
-            Message::Event(Event::Violation { is_producer: false, index: 3, text: "tail".into() }),
+            Message::Event(Event::Violation { is_producer: false, index: 3, generation: 2, text: "tail".into() }),
             Message::Event(Event::Note { text: "hint".into() }),
             Message::Event(Event::Start { shim_is_stage: true }),
             Message::Event(Event::Yield),

@@ -594,7 +594,8 @@ impl Stage {
                 continue;
             };
             let header = consumer.header();
-            if header.position != input.measured_batch {
+            // The end of a stream is no record that somebody waits for.
+            if header.position != input.measured_batch && view.kind != RecordKind::EndOfStream {
                 input.measured_batch = header.position;
                 let waited = monotonic_ns().saturating_sub(header.published_at_ns);
                 HistogramView::new(self.page.words(), self.page.shape().histogram(index))
@@ -1249,11 +1250,12 @@ impl Stage {
         let Some(output) = self.outputs.get_mut(index) else { return };
         let Some((acknowledged, free)) = output.heard() else { return };
         if let Err(violation) = output.producer.take_acknowledgement(acknowledged, free) {
-            // Reported at the next look at the session; until then the neighbour is not believed.
-            output.neighbour = None;
+            // Not believed any more; the agent brings its successor.
+            let generation = output.neighbour.take().map_or(0, |neighbour| neighbour.generation);
             let event = Event::Violation {
                 is_producer: false,
                 index: u32::try_from(index).unwrap_or(0),
+                generation,
                 text: violation.to_string(),
             };
             let _agent_gone = self.control.try_send(&Message::Event(event), &[]);
@@ -1261,12 +1263,14 @@ impl Stage {
     }
 
     fn report(&mut self, is_producer: bool, index: usize, violation: &RingViolation) -> Result<(), StageError> {
-        if let Some(input) = self.inputs.get_mut(index) {
-            // Not believed any more; the agent brings its successor.
-            input.neighbour = None;
-        }
-        let event =
-            Event::Violation { is_producer, index: u32::try_from(index).unwrap_or(0), text: violation.to_string() };
+        // Not believed any more; the agent brings its successor.
+        let neighbour = self.inputs.get_mut(index).and_then(|input| input.neighbour.take());
+        let event = Event::Violation {
+            is_producer,
+            index: u32::try_from(index).unwrap_or(0),
+            generation: neighbour.map_or(0, |neighbour| neighbour.generation),
+            text: violation.to_string(),
+        };
         Ok(self.control.try_send(&Message::Event(event), &[])?)
     }
 
@@ -1318,7 +1322,8 @@ impl Stage {
         if let Err(error) = self.try_attach(peer, descriptors) {
             let text =
                 format!("neighbour of {} {}: {error}", if peer.is_producer { "input" } else { "output" }, peer.index);
-            let event = Event::Violation { is_producer: peer.is_producer, index: peer.index, text };
+            let (is_producer, index, generation) = (peer.is_producer, peer.index, peer.generation);
+            let event = Event::Violation { is_producer, index, generation, text };
             self.control.try_send(&Message::Event(event), &[])?;
         }
         Ok(())
