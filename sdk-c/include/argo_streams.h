@@ -235,8 +235,8 @@ typedef struct ags_record {
     /* Its place in its input: grows from record to record, also over restarts. */
     uint64_t position;
     /*
-     Where it came from: in [0] the shard of the source (low 32 bits) and which output of the source's record it is (high
-     32 bits), in [1] the source's own count. The same again when a record comes again.
+     Where it came from: first the shard of the source (low 32 bits) and which output of the source's record it is (high
+     32 bits), then the source's own count. The same again when a record comes again.
      */
     uint64_t origin[2];
     /* Which input it came from. */

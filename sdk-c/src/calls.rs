@@ -18,8 +18,8 @@ use crate::pointers;
 use crate::session::StageHandle;
 use crate::status::{self, AGS_INVALID, AGS_OK, AGS_PANIC, AGS_TOO_LARGE, AgsStatus, Failure};
 use crate::types::{
-    AGS_BELONGS_TO_NOTHING, AGS_BELONGS_TO_NTH, AGS_BELONGS_TO_OLDEST, AGS_EMIT_EVENT_TIME, AGS_KEY_INHERIT, AGS_KEY_NONE, AGS_KEY_SET, AGS_STAGE_TELL_INPUT_OVER,
-    AgsBytes, AgsClaim, AgsEmit, AgsRecord, AgsStageOptions,
+    AGS_BELONGS_TO_NOTHING, AGS_BELONGS_TO_NTH, AGS_BELONGS_TO_OLDEST, AGS_EMIT_EVENT_TIME, AGS_KEY_INHERIT,
+    AGS_KEY_NONE, AGS_KEY_SET, AGS_STAGE_TELL_INPUT_OVER, AgsBytes, AgsClaim, AgsEmit, AgsRecord, AgsStageOptions,
 };
 
 /// Runs the body of a call: panics become a status, and failures leave their sentence.
@@ -62,15 +62,22 @@ unsafe fn handle<'a>(stage: *const StageHandle) -> Result<&'a StageHandle, Failu
 /// AGS_NO_AGENT: the program was not started by an agent (AGS_SOCKET is not set), or nobody listens there. AGS_STATE: not now;
 /// the sentence says why. AGS_TIMEOUT, AGS_VERSION, AGS_PERMISSION, AGS_AGENT_GONE, AGS_SYSTEM, AGS_INVALID.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn ags_stage_open(options: *const AgsStageOptions, stage_out: *mut *mut StageHandle) -> AgsStatus {
+pub unsafe extern "C" fn ags_stage_open(
+    options: *const AgsStageOptions,
+    stage_out: *mut *mut StageHandle,
+) -> AgsStatus {
     guard(|| {
         let stage_out = pointers::output(stage_out, "stage_out")?;
         let (mut path, mut timeout_ns, mut flags) = (std::ptr::null(), 0, 0);
         if !options.is_null() {
             // SAFETY: the caller's struct of the size that it says; integers and a pointer.
-            let options: AgsStageOptions = unsafe { pointers::versioned(options, size_of::<AgsStageOptions>(), "options") }?;
+            let options: AgsStageOptions =
+                unsafe { pointers::versioned(options, size_of::<AgsStageOptions>(), "options") }?;
             if options.flags & !AGS_STAGE_TELL_INPUT_OVER != 0 {
-                return Err(Failure::new(AGS_INVALID, format!("options.flags is {:#x}, which this library does not know", options.flags)));
+                return Err(Failure::new(
+                    AGS_INVALID,
+                    format!("options.flags is {:#x}, which this library does not know", options.flags),
+                ));
             }
             (path, timeout_ns, flags) = (options.socket_path, options.connect_timeout_ns, options.flags);
         }
@@ -130,7 +137,12 @@ pub unsafe extern "C" fn ags_stage_protocol(stage: *const StageHandle) -> u32 {
 ///
 /// Inputs are numbered from 0; ags_record.input says which one. AGS_NOT_READY: nothing was received from it yet. AGS_INVALID.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn ags_stage_map(stage: *const StageHandle, input: u32, base_out: *mut *const std::ffi::c_void, len_bytes_out: *mut u64) -> AgsStatus {
+pub unsafe extern "C" fn ags_stage_map(
+    stage: *const StageHandle,
+    input: u32,
+    base_out: *mut *const std::ffi::c_void,
+    len_bytes_out: *mut u64,
+) -> AgsStatus {
     guard(|| {
         // SAFETY: NULL or an open stage.
         let stage = unsafe { handle(stage) }?;
@@ -153,7 +165,12 @@ pub unsafe extern "C" fn ags_stage_map(stage: *const StageHandle, input: u32, ba
 /// come and all is done; the end of the stream is published: close. AGS_BATCH_FULL: a million records are not done.
 /// AGS_REVOKED, AGS_AGENT_GONE, AGS_INVALID.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn ags_stage_recv(stage: *mut StageHandle, records_out: *mut AgsRecord, records_max: u32, records_count_out: *mut u32) -> AgsStatus {
+pub unsafe extern "C" fn ags_stage_recv(
+    stage: *mut StageHandle,
+    records_out: *mut AgsRecord,
+    records_max: u32,
+    records_count_out: *mut u32,
+) -> AgsStatus {
     guard(|| {
         // SAFETY: NULL or an open stage.
         let stage = unsafe { handle(stage) }?;
@@ -224,7 +241,12 @@ pub unsafe extern "C" fn ags_stage_emit(stage: *mut StageHandle, output: u32, re
 ///
 /// AGS_TOO_LARGE: for ever. AGS_BATCH_FULL: 64 claims are open. AGS_STATE: no such output. AGS_INVALID.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn ags_stage_claim(stage: *mut StageHandle, output: u32, len_bytes: u64, claim_out: *mut AgsClaim) -> AgsStatus {
+pub unsafe extern "C" fn ags_stage_claim(
+    stage: *mut StageHandle,
+    output: u32,
+    len_bytes: u64,
+    claim_out: *mut AgsClaim,
+) -> AgsStatus {
     guard(|| {
         // SAFETY: NULL or an open stage.
         let stage = unsafe { handle(stage) }?;
@@ -241,7 +263,11 @@ pub unsafe extern "C" fn ags_stage_claim(stage: *mut StageHandle, output: u32, l
 ///
 /// As ags_stage_emit; on failure the claim stays open. AGS_STATE: it is not open.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn ags_stage_claim_commit(stage: *mut StageHandle, claim: *const AgsClaim, record: *const AgsEmit) -> AgsStatus {
+pub unsafe extern "C" fn ags_stage_claim_commit(
+    stage: *mut StageHandle,
+    claim: *const AgsClaim,
+    record: *const AgsEmit,
+) -> AgsStatus {
     guard(|| {
         // SAFETY: NULL or an open stage.
         let stage = unsafe { handle(stage) }?;
@@ -374,11 +400,13 @@ pub unsafe extern "C" fn ags_stage_interrupt(stage: *mut StageHandle) -> AgsStat
 /// A descriptor for the program's own poll loop, -1 for NULL. It belongs to the stage: never read, written or closed by the
 /// program. A turn of the loop:
 ///
+/// ```text
 ///     receive, emit and finish until ags_stage_recv says AGS_AGAIN;
 ///     if (ags_stage_prepare_sleep(stage) == AGS_OK) {
 ///         poll the descriptor for POLLIN beside the program's own, for at most AGS_SLEEP_NS_MAX;
 ///         ags_stage_end_sleep(stage);
 ///     }
+/// ```
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ags_stage_fd(stage: *const StageHandle) -> c_int {
     // SAFETY: NULL or an open stage.
@@ -424,11 +452,15 @@ pub unsafe extern "C" fn ags_attributes_append(
         let name = unsafe { pointers::bytes(name, "name.data") }?;
         // SAFETY: the caller's bytes.
         let value = unsafe { pointers::bytes(value, "value.data") }?;
-        let name_len = u16::try_from(name.len()).map_err(|_| Failure::new(AGS_INVALID, "a name has at most 65535 bytes"))?;
+        let name_len =
+            u16::try_from(name.len()).map_err(|_| Failure::new(AGS_INVALID, "a name has at most 65535 bytes"))?;
         let value_len = u32::try_from(value.len()).map_err(|_| Failure::plain(AGS_TOO_LARGE))?;
         // PROTOCOL.md, "Attributes": u16 length of the name, u32 length of the value, name, value.
         let encoded = [&name_len.to_le_bytes(), value_len.to_le_bytes().as_slice(), name, value].concat();
-        let used_after = used_bytes.checked_add(encoded.len() as u64).filter(|used| *used <= capacity_bytes).ok_or(Failure::plain(AGS_TOO_LARGE))?;
+        let used_after = used_bytes
+            .checked_add(encoded.len() as u64)
+            .filter(|used| *used <= capacity_bytes)
+            .ok_or(Failure::plain(AGS_TOO_LARGE))?;
         let used = usize::try_from(used_bytes).unwrap_or(usize::MAX);
         // SAFETY: used_bytes is within the caller's buffer, by the check above.
         let place = unsafe { buffer.add(used) };
@@ -443,7 +475,11 @@ pub unsafe extern "C" fn ags_attributes_append(
 /// Finds an attribute by its name in an encoded list, such as that of a record. value_out->data is NULL when there is none; else
 /// it points into the list.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn ags_attributes_find(attributes: AgsBytes, name: AgsBytes, value_out: *mut AgsBytes) -> AgsStatus {
+pub unsafe extern "C" fn ags_attributes_find(
+    attributes: AgsBytes,
+    name: AgsBytes,
+    value_out: *mut AgsBytes,
+) -> AgsStatus {
     guard(|| {
         let value_out = pointers::output(value_out, "value_out")?;
         // SAFETY: the caller's bytes.
@@ -451,7 +487,10 @@ pub unsafe extern "C" fn ags_attributes_find(attributes: AgsBytes, name: AgsByte
         // SAFETY: the caller's bytes.
         let name = unsafe { pointers::bytes(name, "name.data") }?;
         let value = attributes_iter(list).find(|(found, _)| *found == name).map(|(_, value)| value);
-        let value = value.map_or(AgsBytes { data: std::ptr::null(), len_bytes: 0 }, |value| AgsBytes { data: value.as_ptr().cast(), len_bytes: value.len() as u64 });
+        let value = value.map_or(AgsBytes { data: std::ptr::null(), len_bytes: 0 }, |value| AgsBytes {
+            data: value.as_ptr().cast(),
+            len_bytes: value.len() as u64,
+        });
         // SAFETY: not NULL, and the caller's to be written.
         unsafe { value_out.write(value) };
         Ok(())
@@ -462,7 +501,9 @@ pub unsafe extern "C" fn ags_attributes_find(attributes: AgsBytes, name: AgsByte
 #[unsafe(no_mangle)]
 pub extern "C" fn ags_version() -> u32 {
     let part = |text: &str| text.parse::<u32>().unwrap_or(0);
-    part(env!("CARGO_PKG_VERSION_MAJOR")) * 1_000_000 + part(env!("CARGO_PKG_VERSION_MINOR")) * 1_000 + part(env!("CARGO_PKG_VERSION_PATCH"))
+    part(env!("CARGO_PKG_VERSION_MAJOR")) * 1_000_000
+        + part(env!("CARGO_PKG_VERSION_MINOR")) * 1_000
+        + part(env!("CARGO_PKG_VERSION_PATCH"))
 }
 
 /// The name of a status, such as "AGS_AGAIN". A static string; "AGS_UNKNOWN" for other numbers.
@@ -498,7 +539,9 @@ const RECORDS_PER_COPY: usize = 64;
 /// # Safety
 /// Key and attributes are the caller's bytes for `'a`.
 unsafe fn emit_of<'a>(record: &AgsEmit) -> Result<Emit<'a>, Failure> {
-    let unknown = |what: &str, number: u32| Failure::new(AGS_INVALID, format!("record.{what} is {number}, which this library does not know"));
+    let unknown = |what: &str, number: u32| {
+        Failure::new(AGS_INVALID, format!("record.{what} is {number}, which this library does not know"))
+    };
     if record.flags & !AGS_EMIT_EVENT_TIME != 0 {
         return Err(unknown("flags", record.flags));
     }

@@ -93,7 +93,10 @@ pub(crate) unsafe fn versioned<T: Copy>(pointer: *const T, least: usize, what: &
         let place = unsafe { pointer.cast::<u8>().add(at) };
         // SAFETY: readable, as above.
         if unsafe { place.read() } != 0 {
-            return Err(Failure::new(AGS_VERSION, format!("{what} asks for something that this library is too old for")));
+            return Err(Failure::new(
+                AGS_VERSION,
+                format!("{what} asks for something that this library is too old for"),
+            ));
         }
     }
     // SAFETY: zero bytes are a T, by the contract above.

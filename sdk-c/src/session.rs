@@ -11,8 +11,8 @@ use argo_streams_shm_protocol::{Control, ControlError, RingMapping, Role};
 
 use crate::keys::path_keys;
 use crate::status::{
-    AGS_AGAIN, AGS_BATCH_FULL, AGS_CLOSED, AGS_INPUT_OVER, AGS_INTERRUPTED, AGS_INVALID, AGS_NO_AGENT, AGS_NOT_READY, AGS_PANIC, AGS_PERMISSION, AGS_STATE,
-    AGS_TIMEOUT, AGS_TOO_LARGE, Failure,
+    AGS_AGAIN, AGS_BATCH_FULL, AGS_CLOSED, AGS_INPUT_OVER, AGS_INTERRUPTED, AGS_INVALID, AGS_NO_AGENT, AGS_NOT_READY,
+    AGS_PANIC, AGS_PERMISSION, AGS_STATE, AGS_TIMEOUT, AGS_TOO_LARGE, Failure,
 };
 use crate::types::{AGS_RECORD_KEYED, AgsRecord};
 
@@ -81,14 +81,19 @@ impl StageHandle {
             (Some(path), _) => path,
             (None, Some(path)) => Path::new(path),
             (None, None) => {
-                return Err(Failure::new(AGS_NO_AGENT, "not started by an agent: AGS_SOCKET is not set. Run it as a step of a pipeline: argo-streams run FILE"));
+                return Err(Failure::new(
+                    AGS_NO_AGENT,
+                    "not started by an agent: AGS_SOCKET is not set. Run it as a step of a pipeline: argo-streams run FILE",
+                ));
             }
         };
         let control = Control::connect(path).map_err(|error| unreachable_agent(path, &error))?;
         let socket = control.descriptor().as_raw_fd();
         let timeout_ns = if timeout_ns == 0 { OPEN_TIMEOUT_NS } else { timeout_ns };
         let stage = Stage::open(control, Role::Stage, LIBRARY, path_keys, timeout_ns)?;
-        let system = |error: std::io::Error| Failure::new(crate::status::AGS_SYSTEM, format!("a second descriptor of the bell: {error}"));
+        let system = |error: std::io::Error| {
+            Failure::new(crate::status::AGS_SYSTEM, format!("a second descriptor of the bell: {error}"))
+        };
         let name: Vec<u8> = stage.grant().name.bytes().filter(|byte| *byte != 0).collect();
         let inputs = stage.grant().inputs.len();
         Ok(Self {
@@ -117,7 +122,9 @@ impl StageHandle {
         match self.inner.try_lock() {
             Ok(inner) => Ok(inner),
             Err(TryLockError::Poisoned(_)) => Err(Failure::plain(AGS_PANIC)),
-            Err(TryLockError::WouldBlock) => Err(Failure::new(AGS_STATE, "two calls on one stage at once: a stage belongs to one thread at a time")),
+            Err(TryLockError::WouldBlock) => {
+                Err(Failure::new(AGS_STATE, "two calls on one stage at once: a stage belongs to one thread at a time"))
+            }
         }
     }
 
@@ -133,8 +140,12 @@ impl StageHandle {
             return Err(Failure::plain(AGS_PANIC));
         }
         let mappings = self.mappings.read().map_err(|_poisoned| Failure::plain(AGS_PANIC))?;
-        let mapping = mappings.get(input as usize).ok_or_else(|| Failure::new(AGS_INVALID, format!("there is no input {input}: this stage has {}", mappings.len())))?;
-        let mapping = mapping.as_ref().ok_or_else(|| Failure::new(AGS_NOT_READY, format!("nothing was received from input {input} yet")))?;
+        let mapping = mappings.get(input as usize).ok_or_else(|| {
+            Failure::new(AGS_INVALID, format!("there is no input {input}: this stage has {}", mappings.len()))
+        })?;
+        let mapping = mapping
+            .as_ref()
+            .ok_or_else(|| Failure::new(AGS_NOT_READY, format!("nothing was received from input {input} yet")))?;
         Ok((mapping.base(), mapping.len_bytes()))
     }
 
@@ -190,7 +201,11 @@ fn unreachable_agent(path: &Path, error: &ControlError) -> Failure {
 }
 
 impl Inner {
-    fn recv(&mut self, records_out: &mut [AgsRecord], mappings: &RwLock<Vec<Option<Arc<RingMapping>>>>) -> Result<usize, Failure> {
+    fn recv(
+        &mut self,
+        records_out: &mut [AgsRecord],
+        mappings: &RwLock<Vec<Option<Arc<RingMapping>>>>,
+    ) -> Result<usize, Failure> {
         self.received.clear();
         let count = self.stage.recv(&mut self.received, records_out.len().min(RECV_RECORDS_MAX))?;
         if count == 0 {
@@ -199,7 +214,9 @@ impl Inner {
         let mut place: Option<(usize, u64, Arc<RingMapping>)> = None;
         for (record, out) in self.received.iter().zip(records_out.iter_mut()) {
             let mapping = match &place {
-                Some((input, generation, mapping)) if (*input, *generation) == (record.input, record.generation) => mapping,
+                Some((input, generation, mapping)) if (*input, *generation) == (record.input, record.generation) => {
+                    mapping
+                }
                 _ => {
                     let found = self.stage.mapping(record.input, record.generation).ok_or(Failure::plain(AGS_STATE))?;
                     let is_news = self.generations.get(record.input).is_some_and(|told| *told != record.generation);
@@ -223,7 +240,10 @@ impl Inner {
         if self.finish_if_ended()? {
             return Ok(Failure::plain(AGS_CLOSED));
         }
-        if self.stage.is_input_over() && (self.stage.undone_len() > 0 || (self.wants_input_over && !self.is_finished && !self.has_told_input_over)) {
+        if self.stage.is_input_over()
+            && (self.stage.undone_len() > 0
+                || (self.wants_input_over && !self.is_finished && !self.has_told_input_over))
+        {
             self.has_told_input_over = true;
             return Ok(Failure::plain(AGS_INPUT_OVER));
         }
@@ -301,11 +321,20 @@ impl Inner {
     /// Room for a payload. It is emitted by `claim_commit`; until then nobody else sees it.
     pub(crate) fn claim(&mut self, output: u32, len_bytes: u64) -> Result<Claimed, Failure> {
         if output > crate::types::AGS_OUTPUT_ERRORS {
-            return Err(Failure::new(AGS_STATE, "there is no output of this number: 0 is the main output, 1 the error output"));
+            return Err(Failure::new(
+                AGS_STATE,
+                "there is no output of this number: 0 is the main output, 1 the error output",
+            ));
         }
         let len = usize::try_from(len_bytes).unwrap_or(usize::MAX);
         if len > RECORD_PAYLOAD_BYTES_MAX || len_bytes > self.stage.grant().record_bytes_max {
-            return Err(Failure::new(AGS_TOO_LARGE, format!("a payload of {len_bytes} bytes is larger than the limit of {}", self.stage.grant().record_bytes_max)));
+            return Err(Failure::new(
+                AGS_TOO_LARGE,
+                format!(
+                    "a payload of {len_bytes} bytes is larger than the limit of {}",
+                    self.stage.grant().record_bytes_max
+                ),
+            ));
         }
         let free = self.claims.iter().position(|claim| !claim.is_open);
         let index = match free {
@@ -314,7 +343,12 @@ impl Inner {
                 self.claims.push(Claim::default());
                 self.claims.len() - 1
             }
-            None => return Err(Failure::new(AGS_BATCH_FULL, format!("{CLAIMS_MAX} claims are open: commit or abort one first"))),
+            None => {
+                return Err(Failure::new(
+                    AGS_BATCH_FULL,
+                    format!("{CLAIMS_MAX} claims are open: commit or abort one first"),
+                ));
+            }
         };
         let claim = self.claims.get_mut(index).ok_or(Failure::plain(AGS_STATE))?;
         if claim.bytes.len() < len.max(1) {
@@ -337,7 +371,8 @@ impl Inner {
         let index = self.open_claim(id)?;
         let Some(claim) = self.claims.get_mut(index) else { return Err(Failure::plain(AGS_STATE)) };
         let len = usize::try_from(len_bytes).unwrap_or(usize::MAX);
-        let payload = claim.bytes.get(..len).ok_or_else(|| Failure::new(AGS_INVALID, "the claim was made longer than it is"))?;
+        let payload =
+            claim.bytes.get(..len).ok_or_else(|| Failure::new(AGS_INVALID, "the claim was made longer than it is"))?;
         self.stage.emit(usize::from(id & 1 == 1), emit, payload)?;
         claim.is_open = false;
         Ok(())

@@ -148,7 +148,8 @@ impl From<OpenError> for Failure {
                 RefusalCode::Malformed => AGS_SYSTEM,
             },
             OpenError::TimedOut { .. } => AGS_TIMEOUT,
-            OpenError::Version { .. } | OpenError::Segment(SegmentError::Version { .. } | SegmentError::Features { .. }) => AGS_VERSION,
+            OpenError::Version { .. }
+            | OpenError::Segment(SegmentError::Version { .. } | SegmentError::Features { .. }) => AGS_VERSION,
             OpenError::Control(ControlError::Closed) => AGS_AGENT_GONE,
             _ => AGS_SYSTEM,
         };
@@ -163,7 +164,10 @@ mod tests {
     #[test]
     fn every_number_stands_once_and_in_its_group() {
         for (index, (number, name, text)) in ALL.iter().enumerate() {
-            assert!(ALL.iter().skip(index + 1).all(|(other, ..)| other != number), "{name:?} has the number of another");
+            assert!(
+                ALL.iter().skip(index + 1).all(|(other, ..)| other != number),
+                "{name:?} has the number of another"
+            );
             assert!(!text.is_empty());
             assert_ne!(class(*number), AGS_CLASS_UNKNOWN);
         }

@@ -10,8 +10,11 @@ pub(crate) fn path() -> PathBuf {
 /// What it should be.
 pub(crate) fn generate() -> String {
     let part = |text: &str| text.parse::<u32>().expect("versions are numbers");
-    let (major, minor, patch) =
-        (part(env!("CARGO_PKG_VERSION_MAJOR")), part(env!("CARGO_PKG_VERSION_MINOR")), part(env!("CARGO_PKG_VERSION_PATCH")));
+    let (major, minor, patch) = (
+        part(env!("CARGO_PKG_VERSION_MAJOR")),
+        part(env!("CARGO_PKG_VERSION_MINOR")),
+        part(env!("CARGO_PKG_VERSION_PATCH")),
+    );
     let number = major * 1_000_000 + minor * 1_000 + patch;
     let versions = format!(
         "\n/* The version of this header. ags_version() is that of the library that runs. */\n#define AGS_VERSION_MAJOR {major}\n\
@@ -29,21 +32,21 @@ pub(crate) fn generate() -> String {
     tidy(&String::from_utf8(bytes).expect("UTF-8"))
 }
 
-/// cbindgen gives a comment of one line three lines, and writes negative constants without brackets.
+/// For readers of C. cbindgen gives a comment of one line three lines, and writes negative constants without brackets.
 fn tidy(text: &str) -> String {
-    let lines: Vec<&str> = text.lines().collect();
+    // The fences of code are for rustdoc.
+    let lines: Vec<&str> = text.lines().filter(|line| !line.trim_start().starts_with("```")).collect();
     let mut out = String::new();
     let mut at = 0;
     while let Some(line) = lines.get(at) {
         at += 1;
         match (lines.get(at), lines.get(at + 1).map(|end| end.trim())) {
             (Some(comment), Some("*/")) if line.trim() == "/*" => {
-                let indent = line.len() - line.trim_start().len();
-                out.push_str(&format!("{:indent$}/* {} */", "", comment.trim()));
+                out.extend([line.trim_end(), " ", comment.trim(), " */"]);
                 at += 2;
             }
             _ => match line.strip_prefix("#define ").and_then(|rest| rest.split_once(" -")) {
-                Some((name, number)) => out.push_str(&format!("#define {name} (-{number})")),
+                Some((name, number)) => out.extend(["#define ", name, " (-", number, ")"]),
                 None => out.push_str(line.trim_end()),
             },
         }
