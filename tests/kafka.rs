@@ -132,7 +132,7 @@ fn killed_combiners_leave_exact_sums_and_no_id_lost_or_doubled() {
     broker.topic("flights", 3);
     broker.topic("miles", 3);
     let flights = flights();
-    let rounds = (kills_wanted / 5).max(8);
+    let rounds = (kills_wanted / 3).max(8);
     let count = broker.write("flights", (0..rounds).flat_map(|_| flights.iter().cloned()));
     let scratch = Scratch::new();
     let combiner = repository().join("examples/work-time/build/combiner");

@@ -2,7 +2,7 @@
 """Checks the end of `make demo`: the table that the logger printed against sums computed here, by another implementation
 of the same deterministic stream (agent/src/generator.rs says how rides are made).
 
-check.py SUMMARY.json WORDS RIDES
+check.py SUMMARY.json TABLE RIDES
 """
 import heapq, json, math, re, sys
 

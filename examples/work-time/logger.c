@@ -4,7 +4,7 @@
  * In:   {"licenseId":"A-1","rides":3,"minutes":40} with the key "A-1"
  * Out:  the same records; a last step's outputs are counted and dropped.
  *
- * At the end it prints the ten keys with the largest sums to standard error. LOG_RECORDS=1 prints each record too. COMBINE_FIELD
+ * At the end it prints the ten keys with the largest sums to standard error, or to the file LOGGER_TABLE. LOG_RECORDS=1 prints each record too. COMBINE_FIELD
  * is the field with the sum (default: minutes).
  *
  * The table is kept in the stage's keyed state, one entry for each key and a list of the keys, so that it is right also when
@@ -142,11 +142,20 @@ static ags_status print_table(ags_stage *stage)
     }
     if (status != AGS_OK)
         return status;
-    fprintf(stderr, "%" PRIu64 " records of %" PRIu64 " keys; the largest sums:\n", records, count);
-    fprintf(stderr, "%-24s %12s %16s\n", "key", "records", field);
+    const char *path = getenv("LOGGER_TABLE");
+    FILE *to = path != NULL ? fopen(path, "w") : stderr;
+    if (to == NULL) {
+        fprintf(stderr, "logger: the file of LOGGER_TABLE, %s, cannot be written; the table goes here\n", path);
+        to = stderr;
+    }
+    fprintf(to, "%" PRIu64 " records of %" PRIu64 " keys; the largest sums:\n", records, count);
+    fprintf(to, "%-24s %12s %16s\n", "key", "records", field);
     for (size_t i = 0; i < shown; i++)
-        fprintf(stderr, "%-24s %12" PRIu64 " %16" PRId64 "\n", top[i].key, top[i].entry.records, top[i].entry.sum);
-    fflush(stderr);
+        fprintf(to, "%-24s %12" PRIu64 " %16" PRId64 "\n", top[i].key, top[i].entry.records, top[i].entry.sum);
+    if (to != stderr)
+        fclose(to);
+    else
+        fflush(stderr);
     return AGS_OK;
 }
 
