@@ -315,7 +315,8 @@ ags_status ags_stage_open(const struct ags_stage_options *options,
 
 /*
  Closes a stage and frees it. What is done is published first, also the end of the stream when all inputs have ended and
- all is done; records that are not done come again, to the program's next process. NULL does nothing. May block for a
+ all is done (with AGS_STAGE_TELL_INPUT_OVER only after AGS_INPUT_OVER was said); records that are not done come again, to
+ the program's next process. NULL does nothing. May block for a
  second while there is no room for the end of the stream.
 
  In the child of a fork it only closes the descriptors; the stage remains its parent's.
@@ -341,8 +342,8 @@ ags_status ags_stage_map(const struct ags_stage *stage,
                          uint64_t *len_bytes_out);
 
 /*
- Receives up to records_max records, in order for each input, into memory of the caller's. Never blocks. Records of one
- input in one call point into one mapping. Each is valid until it is done.
+ Receives up to records_max records (at most 4096 in one call), in order for each input, into memory of the caller's. Never
+ blocks. Records of one input in one call point into one mapping. Each is valid until it is done.
 
  AGS_AGAIN: none now. AGS_INPUT_OVER: none will come any more, and records are not done: finish them (once also when all are,
  if the stage was opened with AGS_STAGE_TELL_INPUT_OVER). AGS_CLOSED: none will

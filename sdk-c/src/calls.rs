@@ -91,7 +91,8 @@ pub unsafe extern "C" fn ags_stage_open(
 }
 
 /// Closes a stage and frees it. What is done is published first, also the end of the stream when all inputs have ended and
-/// all is done; records that are not done come again, to the program's next process. NULL does nothing. May block for a
+/// all is done (with AGS_STAGE_TELL_INPUT_OVER only after AGS_INPUT_OVER was said); records that are not done come again, to
+/// the program's next process. NULL does nothing. May block for a
 /// second while there is no room for the end of the stream.
 ///
 /// In the child of a fork it only closes the descriptors; the stage remains its parent's.
@@ -157,8 +158,8 @@ pub unsafe extern "C" fn ags_stage_map(
     })
 }
 
-/// Receives up to records_max records, in order for each input, into memory of the caller's. Never blocks. Records of one
-/// input in one call point into one mapping. Each is valid until it is done.
+/// Receives up to records_max records (at most 4096 in one call), in order for each input, into memory of the caller's. Never
+/// blocks. Records of one input in one call point into one mapping. Each is valid until it is done.
 ///
 /// AGS_AGAIN: none now. AGS_INPUT_OVER: none will come any more, and records are not done: finish them (once also when all are,
 /// if the stage was opened with AGS_STAGE_TELL_INPUT_OVER). AGS_CLOSED: none will
@@ -179,25 +180,12 @@ pub unsafe extern "C" fn ags_stage_recv(
         if records_max == 0 {
             return Err(Failure::new(AGS_INVALID, "records_max is 0"));
         }
-        // Descriptors are copied to the caller's memory, which may hold anything: no reference to it is made.
-        let mut records = [AgsRecord::default(); RECORDS_PER_COPY];
-        let mut count = 0;
-        while count < records_max {
-            let room = usize::try_from(records_max - count).unwrap_or(usize::MAX).min(RECORDS_PER_COPY);
-            let taken = match stage.recv(records.get_mut(..room).unwrap_or_default()) {
-                Ok(taken) => taken,
-                Err(_later) if count > 0 => break,
-                Err(failure) => return Err(failure),
-            };
-            // SAFETY: `count` is below records_max, the length of the caller's array.
-            let place = unsafe { records_out.add(count as usize) };
-            // SAFETY: `taken` is at most what is left of the array, and the source is private.
-            unsafe { std::ptr::copy_nonoverlapping(records.as_ptr(), place, taken) };
-            count += u32::try_from(taken).unwrap_or(0);
-            if taken < room {
-                break;
-            }
-        }
+        let count = stage.recv(records_max, |number, record| {
+            // SAFETY: fewer than records_max records come, the length of the caller's array.
+            let place = unsafe { records_out.add(number) };
+            // SAFETY: within the caller's array, which may hold anything before.
+            unsafe { place.write(record) };
+        })?;
         // SAFETY: not NULL, and the caller's to be written.
         unsafe { records_count_out.write(count) };
         Ok(())
@@ -530,9 +518,6 @@ pub extern "C" fn ags_status_class(status: AgsStatus) -> i32 {
 pub extern "C" fn ags_last_error() -> *const c_char {
     last_error::pointer()
 }
-
-/// Records that one copy moves to the caller: 8 KiB on the stack.
-const RECORDS_PER_COPY: usize = 64;
 
 /// What C says of a record to be emitted, checked.
 ///

@@ -128,10 +128,10 @@ impl StageHandle {
         }
     }
 
-    /// Receives into `records_out`, which is not empty; how many.
-    pub(crate) fn recv(&self, records_out: &mut [AgsRecord]) -> Result<usize, Failure> {
+    /// Receives up to `records_max` records and hands each to `write` with its number; how many.
+    pub(crate) fn recv(&self, records_max: u32, write: impl FnMut(usize, AgsRecord)) -> Result<u32, Failure> {
         let mut inner = self.lock()?;
-        inner.recv(records_out, &self.mappings)
+        inner.recv(records_max, write, &self.mappings)
     }
 
     /// The mapping that the last records of an input point into.
@@ -177,7 +177,9 @@ impl StageHandle {
         let inner = &mut inner;
         // Nobody hears of a failure any more, and what was not committed comes again.
         inner.stage.abort();
-        if inner.stage.commit().is_err() || !inner.stage.is_ended() {
+        // Who wanted to do something at the end and was not told of it has not done it.
+        let must_come_again = inner.wants_input_over && !inner.has_told_input_over;
+        if inner.stage.commit().is_err() || !inner.stage.is_ended() || inner.is_finished || must_come_again {
             return;
         }
         let mut left_ns = CLOSE_TIMEOUT_NS;
@@ -203,24 +205,27 @@ fn unreachable_agent(path: &Path, error: &ControlError) -> Failure {
 impl Inner {
     fn recv(
         &mut self,
-        records_out: &mut [AgsRecord],
+        records_max: u32,
+        mut write: impl FnMut(usize, AgsRecord),
         mappings: &RwLock<Vec<Option<Arc<RingMapping>>>>,
-    ) -> Result<usize, Failure> {
+    ) -> Result<u32, Failure> {
         self.received.clear();
-        let count = self.stage.recv(&mut self.received, records_out.len().min(RECV_RECORDS_MAX))?;
+        // Once: only between two calls of it an input's mapping may change.
+        let count = self.stage.recv(&mut self.received, (records_max as usize).min(RECV_RECORDS_MAX))?;
         if count == 0 {
             return Err(self.nothing_received()?);
         }
         let mut place: Option<(usize, u64, Arc<RingMapping>)> = None;
-        for (record, out) in self.received.iter().zip(records_out.iter_mut()) {
+        for (number, record) in self.received.iter().enumerate() {
             let mapping = match &place {
                 Some((input, generation, mapping)) if (*input, *generation) == (record.input, record.generation) => {
                     mapping
                 }
                 _ => {
                     let found = self.stage.mapping(record.input, record.generation).ok_or(Failure::plain(AGS_STATE))?;
-                    let is_news = self.generations.get(record.input).is_some_and(|told| *told != record.generation);
-                    if is_news && let Some(told) = self.generations.get_mut(record.input) {
+                    if let Some(told) = self.generations.get_mut(record.input)
+                        && *told != record.generation
+                    {
                         *told = record.generation;
                         let mut mappings = mappings.write().map_err(|_poisoned| Failure::plain(AGS_PANIC))?;
                         if let Some(mapping) = mappings.get_mut(record.input) {
@@ -230,9 +235,9 @@ impl Inner {
                     &place.insert((record.input, record.generation, Arc::clone(found))).2
                 }
             };
-            *out = describe(record, mapping);
+            write(number, describe(record, mapping));
         }
-        Ok(count)
+        Ok(u32::try_from(count).unwrap_or(records_max))
     }
 
     /// What to say when nothing came.

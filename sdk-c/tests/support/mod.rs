@@ -45,12 +45,26 @@ pub(crate) fn compile(compiler: &str, arguments: &[&str]) {
     assert!(output.status.success(), "{compiler} {arguments:?}:\n{}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// Compiles a C program against the static library.
+/// Compiles a C program against the static library, with sanitizers, which see what C does with what it is given.
 pub(crate) fn compile_program(source: &Path, to: &Path) {
     let (source, to) = (source.to_str().unwrap(), to.to_str().unwrap());
     let include = format!("-I{}", crate_directory().join("include").display());
     let library = library("libargo_streams.a");
-    let flags = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Wpedantic", "-Werror", &include, "-o", to, source];
+    let flags = [
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "-std=gnu11",
+        "-O1",
+        "-g",
+        "-Wall",
+        "-Wextra",
+        "-Wpedantic",
+        "-Werror",
+        &include,
+        "-o",
+        to,
+        source,
+    ];
     compile("cc", &[&flags[..], &[library.to_str().unwrap(), "-lpthread", "-ldl", "-lm", "-lgcc_s"]].concat());
 }
 
