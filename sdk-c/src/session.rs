@@ -6,7 +6,9 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, RwLock, TryLockError};
 
 use argo_streams_shm_protocol::limits::{RECORD_PAYLOAD_BYTES_MAX, UNDONE_RECORDS_MAX};
-use argo_streams_shm_protocol::stage::{Emit, Interrupter, Received, Stage, StageError, Waited, payload_offset};
+use argo_streams_shm_protocol::stage::{
+    Emit, Interrupter, KeyChoice, Received, Stage, StageError, Waited, payload_offset,
+};
 use argo_streams_shm_protocol::{Control, ControlError, RingMapping, Role};
 
 use crate::keys::path_keys;
@@ -53,6 +55,12 @@ pub(crate) struct Inner {
     /// Generation of the mapping that the caller was told of last, for each input.
     generations: Vec<u64>,
     value: Vec<u8>,
+    /// Private copies of what a call looks at more than once: C may pass bytes that lie in an input's mapping, which its
+    /// producer could change in between.
+    key: Vec<u8>,
+    payload: Vec<u8>,
+    /// Whether keys are taken from emitted payloads, which looks at them more than once.
+    is_payload_looked_at: bool,
     claims: Vec<Claim>,
     /// The caller wants to hear of the end of its inputs before the stage is finished.
     wants_input_over: bool,
@@ -96,6 +104,7 @@ impl StageHandle {
         };
         let name: Vec<u8> = stage.grant().name.bytes().filter(|byte| *byte != 0).collect();
         let inputs = stage.grant().inputs.len();
+        let is_payload_looked_at = stage.grant().routes.nodes.iter().any(|node| !node.keyed.is_empty());
         Ok(Self {
             interrupter: stage.interrupter().map_err(system)?,
             name: CString::new(name).unwrap_or_default(),
@@ -109,6 +118,9 @@ impl StageHandle {
                 received: Vec::new(),
                 generations: vec![u64::MAX; inputs],
                 value: Vec::new(),
+                key: Vec::new(),
+                payload: Vec::new(),
+                is_payload_looked_at,
                 claims: Vec::new(),
                 wants_input_over,
                 has_told_input_over: false,
@@ -309,7 +321,16 @@ impl Inner {
     }
 
     pub(crate) fn emit(&mut self, output: u32, emit: &Emit<'_>, payload: &[u8]) -> Result<(), Failure> {
-        Ok(self.stage.emit(output as usize, emit, payload)?)
+        let mut emit = *emit;
+        if let KeyChoice::Set(key) = emit.key {
+            copy(key, &mut self.key);
+            emit.key = KeyChoice::Set(&self.key);
+        }
+        if self.is_payload_looked_at && payload.len() <= RECORD_PAYLOAD_BYTES_MAX {
+            copy(payload, &mut self.payload);
+            return Ok(self.stage.emit(output as usize, &emit, &self.payload)?);
+        }
+        Ok(self.stage.emit(output as usize, &emit, payload)?)
     }
 
     pub(crate) fn reject(&mut self, nth: u64, reason: &str) -> Result<(), Failure> {
@@ -393,17 +414,26 @@ impl Inner {
 
     /// The value of a key: where it lies until the next call for state.
     pub(crate) fn get(&mut self, key: &[u8]) -> Result<Option<&[u8]>, Failure> {
+        copy(key, &mut self.key);
         self.value.clear();
-        Ok(self.stage.state_get(key, &mut self.value)?.then_some(self.value.as_slice()))
+        Ok(self.stage.state_get(&self.key, &mut self.value)?.then_some(self.value.as_slice()))
     }
 
     pub(crate) fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), Failure> {
-        Ok(self.stage.state_put(key, value)?)
+        copy(key, &mut self.key);
+        Ok(self.stage.state_put(&self.key, value)?)
     }
 
     pub(crate) fn delete(&mut self, key: &[u8]) -> Result<(), Failure> {
-        Ok(self.stage.state_delete(key)?)
+        copy(key, &mut self.key);
+        Ok(self.stage.state_delete(&self.key)?)
     }
+}
+
+/// One look at bytes that may change.
+fn copy(from: &[u8], to: &mut Vec<u8>) {
+    to.clear();
+    to.extend_from_slice(from);
 }
 
 fn describe(record: &Received, mapping: &RingMapping) -> AgsRecord {
