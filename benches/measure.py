@@ -126,6 +126,14 @@ def air_time(folder):
     run(folder, steps, "--kafka-fill", "flights=%s" % fill, "--until", "end")
     seconds, cpu = time.time() - begin, sum(os.times()[2:4]) - cpu
     print("air-time from the embedded Kafka, filling included: %.0f records/s, %.2f us of CPU a record over all processes (%d records)" % (count / seconds, cpu / count * 1e6, count))
+    plain = ROOT / "target/release/examples/plain_air_time"
+    if not plain.exists():
+        print("the same in one plain program: not built; cargo build --release -p argo-streams-benches --examples")
+        return
+    cpu = sum(os.times()[2:4])
+    seconds = float(subprocess.run([str(plain), str(fill)], capture_output=True, text=True, check=True).stdout.split()[1])
+    cpu = sum(os.times()[2:4]) - cpu
+    print("the same in one plain program: %.0f records/s, %.2f us of CPU a record" % (count / seconds, cpu / count * 1e6))
 
 
 def main():

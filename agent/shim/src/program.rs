@@ -122,6 +122,11 @@ impl Program {
         self.written_bytes += bytes as u64;
     }
 
+    /// Whether it was fed and has not taken a byte: it may still be about to open the library.
+    pub(crate) fn is_untouched(&self) -> bool {
+        self.written_bytes > 0 && self.taken_bytes() == 0
+    }
+
     /// Bytes of standard input that the program has taken out of the pipe, by FIONREAD on our end.
     pub(crate) fn taken_bytes(&self) -> u64 {
         let in_pipe = self
@@ -183,8 +188,8 @@ pub(crate) fn describe(status: ExitStatus) -> (u32, String) {
     match (status.code(), status.signal()) {
         (Some(code), _) => (u32::try_from(code).unwrap_or(1), format!("exited with code {code}")),
         (None, Some(signal)) => {
-            let name =
-                Signal::from_named_raw(signal).map_or_else(|| signal.to_string(), |signal| format!("{signal:?}"));
+            let name = Signal::from_named_raw(signal)
+                .map_or_else(|| signal.to_string(), |signal| format!("{signal:?}").replace("Signal::", "SIG"));
             (128 + u32::try_from(signal).unwrap_or(0), format!("was killed by signal {name}"))
         }
         (None, None) => (1, "ended in an unknown way".to_owned()),

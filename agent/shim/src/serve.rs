@@ -145,6 +145,8 @@ struct Shim {
     surplus: u64,
     oldest_since_ns: u64,
     stopping: Option<Stopping>,
+    /// The input is over and its end is told when the program has begun to read.
+    is_closing: bool,
     over: bool,
 }
 
@@ -188,6 +190,7 @@ impl Shim {
             surplus: 0,
             oldest_since_ns: 0,
             stopping: None,
+            is_closing: false,
             over: false,
         })
     }
@@ -203,8 +206,9 @@ impl Shim {
         loop {
             while let Some((message, _descriptors)) = match self.control.try_receive() {
                 Ok(received) => received,
-                // The agent is gone: so is our reason to be. The program goes with us.
+                // The stage has finished, or the agent is gone: so is our reason to be.
                 Err(ControlError::Closed) => {
+                    self.let_program_end().await?;
                     self.end_program(false).await?;
                     return Ok(());
                 }
@@ -220,6 +224,25 @@ impl Shim {
             }
             self.sleep(&control_ready).await?;
         }
+    }
+
+    /// A program that is a stage by itself has its own last words, and the grace time for them.
+    async fn let_program_end(&mut self) -> Result<(), ShimError> {
+        let deadline_ns = monotonic_ns() + nanoseconds(self.options.grace);
+        while self.stage.is_none() && monotonic_ns() < deadline_ns {
+            while self.read_output().await? {}
+            let Some(program) = &mut self.program else { break };
+            if program.try_status()?.is_some() {
+                break;
+            }
+            let left = Duration::from_nanos(deadline_ns.saturating_sub(monotonic_ns()));
+            tokio::select! {
+                () = program.ended() => {}
+                () = async { match program.stdout() { Some(stdout) => stdout.readable().await, None => std::future::pending().await } } => {}
+                () = tokio::time::sleep(left) => {}
+            }
+        }
+        Ok(())
     }
 
     async fn hear(&mut self, message: Message) -> Result<(), ShimError> {
@@ -251,6 +274,7 @@ impl Shim {
         self.progress = 0;
         self.taken_since_output = 0;
         self.stopping = None;
+        self.is_closing = false;
         self.over = false;
         let output = match (shim_is_stage, self.options.is_block_buffered) {
             (false, _) => OutputKind::Log,
@@ -681,6 +705,13 @@ impl Shim {
         }
         if let Some(program) = &mut self.program {
             if self.fed == self.in_flight.len() && self.feed_begin == self.feed.len() && program.stdin().is_some() {
+                // Once it is closed nobody can tell whether the program has taken anything, and so whether it may still
+                // open the library: it is closed when the first byte is taken.
+                if program.is_untouched() {
+                    self.is_closing = true;
+                    return Ok(false);
+                }
+                self.is_closing = false;
                 program.close_stdin();
                 return Ok(true);
             }
@@ -721,7 +752,7 @@ impl Shim {
                 return Ok(());
             }
         }
-        let is_taking = self.options.acknowledgement == Acknowledgement::Read && self.fed > 0;
+        let is_taking = self.is_closing || (self.options.acknowledgement == Acknowledgement::Read && self.fed > 0);
         let now = monotonic_ns();
         let timer = match (&self.stopping, is_taking) {
             (_, true) => TAKEN_INTERVAL,
