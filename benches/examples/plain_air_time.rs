@@ -3,7 +3,7 @@
 //!
 //! `plain_air_time FILE`: the lines of FILE are filled into the topic first, no faster than they are read.
 #![forbid(unsafe_code)]
-#![allow(clippy::unwrap_used, clippy::print_stdout, clippy::panic, reason = "a measurement")]
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::print_stdout, clippy::panic, reason = "a measurement")]
 
 use std::collections::HashMap;
 use std::io::BufRead;

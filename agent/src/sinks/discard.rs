@@ -19,7 +19,8 @@ pub async fn run(context: Context) -> Result<(), InternalError> {
         } else if internal.stage.is_ended() {
             return Ok(internal.finish(false).await?);
         } else {
-            internal.wait().await?;
+            // It has no I/O of its own, so it waits without a runtime: one poll instead of an event loop's turn.
+            internal.stage.wait(u64::MAX)?;
         }
     }
 }
