@@ -32,6 +32,8 @@ use crate::{router, sinks, sources};
 
 /// How often we look at progress when nothing happens.
 const LOOK_INTERVAL_NS: u64 = 100_000_000;
+/// How often errors that nobody reads are logged while they grow.
+const ERRORS_INTERVAL_NS: u64 = 5_000_000_000;
 /// How often the live view is drawn.
 const DRAW_INTERVAL_NS: u64 = 500_000_000;
 /// How long processes and threads may take to end when all work is done or given up.
@@ -146,6 +148,8 @@ struct Run {
     is_draining: bool,
     drain_deadline_ns: Option<u64>,
     told_programs: bool,
+    unread_errors: Vec<u64>,
+    say_errors_at_ns: u64,
 }
 
 /// Runs a pipeline to its end. Blocks.
@@ -235,6 +239,8 @@ impl Run {
             is_draining: false,
             drain_deadline_ns: None,
             told_programs: false,
+            unread_errors: Vec::new(),
+            say_errors_at_ns: 0,
         };
         run.start_threads(backend, &directory, &kafka)?;
         Ok((run, identity, kafka))
@@ -438,7 +444,30 @@ impl Run {
         if self.is_draining {
             self.drain();
         }
-        let _ = now;
+        if now >= self.say_errors_at_ns {
+            self.say_errors_at_ns = now + ERRORS_INTERVAL_NS;
+            self.say_unread_errors();
+        }
+    }
+
+    /// Errors that no step reads are dropped, so they are said: at most one line a step and interval.
+    fn say_unread_errors(&mut self) {
+        let status = Status::take(&self.plan, &self.broker, &self.latencies);
+        self.unread_errors.resize(self.plan.steps().len(), 0);
+        for (step, said) in self.unread_errors.iter_mut().enumerate() {
+            let numbers = status.step(&self.broker, step);
+            if numbers.errors_unread > *said {
+                let (more, total) = (numbers.errors_unread - *said, numbers.errors_unread);
+                tracing::warn!(
+                    step = numbers.name,
+                    more,
+                    total,
+                    "records on its error output are dropped: no step reads it (`from: [{}.errors]` would)",
+                    numbers.name
+                );
+                *said = total;
+            }
+        }
     }
 
     fn fail(&mut self, failure: RunError) {

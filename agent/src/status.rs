@@ -164,7 +164,12 @@ impl Status {
                 end_to_end.add(&latency);
             }
         }
-        let is_read = !self.plan.readers(step, Output::Errors).is_empty();
+        // Sources and sinks have no error output: each of their errors was said when it happened.
+        let has_output = matches!(
+            self.plan.step(step).map(argo_streams_pipeline::Step::kind),
+            Some(StepKind::ParDo(_) | StepKind::GroupByKey(_))
+        );
+        let is_read = !has_output || !self.plan.readers(step, Output::Errors).is_empty();
         let quantile = |share| end_to_end.quantile_ns(share).map(microseconds);
         StepSummary {
             name,

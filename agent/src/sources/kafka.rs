@@ -98,6 +98,13 @@ pub async fn run(context: Context, options: SourceOptions, hooks: Hooks) -> Resu
                     }
                 }
             }
+            Some(SourceEvent::Revoked { partitions }) => {
+                // Their new owner goes on at what was committed; if they come back, so do we.
+                offsets.retain(|(known, _)| {
+                    !partitions.iter().any(|partition| u64::from(partition.unsigned_abs()) == *known)
+                });
+                tracing::info!(step = context.name, topic, ?partitions, "partitions revoked");
+            }
             Some(SourceEvent::EndOfInput) => break false,
             Some(SourceEvent::Failed(error)) => return Err(InternalError::Refused(error.to_string())),
             Some(event) => say(&context.name, &topic, &event),
@@ -135,7 +142,6 @@ fn commit_offsets(source: &Source, hooks: &Hooks) {
 fn say(step: &str, topic: &str, event: &SourceEvent) {
     match event {
         SourceEvent::Assigned { partitions } => tracing::info!(step, topic, ?partitions, "partitions assigned"),
-        SourceEvent::Revoked { partitions } => tracing::info!(step, topic, ?partitions, "partitions revoked"),
         SourceEvent::Unreachable { since, attempt, error } => {
             tracing::warn!(
                 step,
