@@ -204,9 +204,13 @@ fn a_group_goes_on_where_every_sink_was_done() {
     let _first = scratch.run(&pipeline, &arguments).expect_code(0);
     broker.write("grouped", (20_000..20_100).map(|i| format!("{i}").into_bytes()));
     let _second = scratch.run(&pipeline, &arguments).expect_code(0);
-    let mut ids: Vec<u64> = scratch.text("out").lines().map(|line| line.parse().unwrap()).collect();
+    let text = scratch.text("out");
+    let strange: Vec<_> = text.lines().enumerate().filter(|(_, line)| line.parse::<u64>().is_err()).take(5).collect();
+    assert!(strange.is_empty(), "of {} lines these are no numbers: {strange:?}", text.lines().count());
+    let mut ids: Vec<u64> = text.lines().filter_map(|line| line.parse().ok()).collect();
     ids.sort_unstable();
-    assert_eq!(ids, (0..20_100).collect::<Vec<_>>(), "the second run reads only what the first did not finish");
+    let repeated = ids.windows(2).filter(|pair| pair[0] == pair[1]).count();
+    assert_eq!((ids.len(), repeated), (20_100, 0), "the second run reads only what the first did not finish");
 }
 
 #[test]

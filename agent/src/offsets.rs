@@ -100,7 +100,10 @@ impl OffsetTracker {
                 Advance::Waiting => {}
             }
         }
-        if is_over && self.note.is_none() {
+        // Over, and the last offsets that the source committed to its slot are handed: a note that finished just now may
+        // have been an older one.
+        let is_last = || broker.slot(self.source).is_none_or(|slot| slot.partitions == self.committed);
+        if is_over && self.note.is_none() && is_last() {
             self.handed.settle();
         }
         held_back
