@@ -383,3 +383,25 @@ fn what_cannot_be_filled_or_set_is_refused_with_its_place() {
         scratch.run(&pipeline, &["--kafka-fill", "in=no-such-file"]).expect_code(2).words().contains("no-such-file")
     );
 }
+
+/// A program that ends with thousands of lines in its terminal: each of them is an answer of its own.
+#[test]
+fn the_last_lines_of_a_program_that_ends_are_answers_one_by_one() {
+    let scratch = Scratch::new();
+    let expected: String = (0..20_100).map(|i| format!("{i}\n")).collect();
+    scratch.write("in", &expected);
+    for buffering in ["line", "block"] {
+        let pipeline = scratch.pipeline(&format!(
+            "  - file: {{path: in}}\n  - parDo: cat\n    command: [cat]\n    ack: line\n    buffering: {buffering}\n  - file: {{path: out, truncate: true}}\n"
+        ));
+        for round in 0..10 {
+            let run = scratch.run(&pipeline, &["--output", "json"]).expect_code(0);
+            assert!(
+                scratch.text("out") == expected,
+                "{buffering}, round {round}: {} lines",
+                scratch.text("out").lines().count()
+            );
+            assert_eq!(run.summary()["steps"][1]["restarts"], 0, "{buffering}, round {round}: {}", run.words());
+        }
+    }
+}

@@ -664,7 +664,10 @@ impl Shim {
     /// Emits everything that was read, waiting for room where there is none. `false` when the stage is being stopped by force.
     async fn drain_answers(&mut self) -> Result<bool, ShimError> {
         loop {
-            self.answer()?;
+            // One call answers a bounded number of lines: again until none is left, or there is no room.
+            if self.answer()? {
+                continue;
+            }
             let Some((stage, bell)) = &mut self.stage else { return Ok(true) };
             if self.held.is_none() && !stage.is_blocked() {
                 return Ok(true);
