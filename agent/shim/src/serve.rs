@@ -657,6 +657,10 @@ impl Shim {
         }
         self.forget_input();
         self.over = all_answered;
+        // The agent reads on the commit page whether the input is over: it must be there before the report.
+        if let Some((stage, _)) = &mut self.stage {
+            stage.commit()?;
+        }
         self.send(Event::Program(ProgramEvent::Ended { code, text, uncertain_records }))?;
         Ok(())
     }
