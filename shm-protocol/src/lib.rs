@@ -43,7 +43,7 @@ pub use record::{
     BatchHeader, Origin, RecordError, RecordFields, RecordHead, RecordKind, RecordView, attributes_encode,
     attributes_iter, record_len_bytes,
 };
-pub use ring::{Consumer, EmitError, Producer, ReadPosition, RingViolation, Savepoint, copy_unread};
+pub use ring::{Consumer, EmitError, Producer, ReadPosition, RingViolation, Savepoint, Way, copy_unread};
 pub use segment::{Kind, Segment, SegmentError};
 pub use session::{SessionPage, SessionReader, session_len_bytes};
 pub use state::{KeyedState, StateError, StateSummary};

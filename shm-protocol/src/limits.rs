@@ -26,6 +26,14 @@ pub const COMMIT_RECORDS_MAX: u64 = 64;
 /// ... or after this many bytes of output, whichever comes first.
 pub const COMMIT_BYTES_MAX: u64 = 4096;
 
+/// A batch is assembled in private memory up to this length, then goes on in the ring: well inside of a first-level cache.
+pub const STAGING_BYTES: usize = 16 << 10;
+/// A batch shorter than this is published with ordinary stores also when the ring streams: non-temporal stores of less
+/// cost more than they save (notes/shm.md, 3: a flush of 128 B took 931 instead of 230 ns).
+pub const STREAM_BYTES_MIN: usize = 1 << 10;
+/// A payload from this length on is streamed into the ring from where it is, without being assembled first.
+pub const STREAM_IN_PLACE_BYTES_MIN: usize = 4 << 10;
+
 /// Rings into one stage, on a page of the first shape.
 pub const INPUTS_MAX: u32 = 64;
 /// Rings out of one stage.

@@ -7,7 +7,10 @@
 use std::collections::VecDeque;
 
 use crate::layout::{BATCH_ALIGN, DATA_OFFSET, batch, record};
-use crate::limits::{ATTRIBUTES_BYTES_MAX, KEY_BYTES_MAX, LARGE_RECORD_RING_SHARE, RECORD_PAYLOAD_BYTES_MAX};
+use crate::limits::{
+    ATTRIBUTES_BYTES_MAX, KEY_BYTES_MAX, LARGE_RECORD_RING_SHARE, RECORD_PAYLOAD_BYTES_MAX, STAGING_BYTES,
+    STREAM_BYTES_MIN, STREAM_IN_PLACE_BYTES_MIN,
+};
 use crate::memory::Bytes;
 use crate::record::{
     BatchHeader, Inherited, Origin, RecordError, RecordFields, RecordHead, RecordKind, RecordView, inherited_origin,
@@ -80,6 +83,16 @@ pub enum RingViolation {
     },
 }
 
+/// How a batch gets into the ring.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Way {
+    /// With ordinary stores, at its place in the ring: right where reader and writer share a cache, and for few bytes.
+    #[default]
+    Ordinary,
+    /// Assembled in private memory, and copied into the ring past the caches when it is published: right where they do not.
+    Streamed,
+}
+
 /// How far the open batch reaches.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Mark {
@@ -110,6 +123,15 @@ pub struct Producer<B> {
     large_free: u64,
     large_published: u64,
     claim: Option<Claim>,
+    /// `cursor` may not go beyond it before the reader frees more.
+    room_end: u64,
+    /// The longest payload of a record that lies in the ring, whatever else the record carries.
+    plain_len_max: usize,
+    /// How the next batch goes into the ring.
+    way: Way,
+    /// Whether the open batch is in `staging`, which then begins with the batch.
+    is_staged: bool,
+    staging: Vec<u8>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -166,7 +188,13 @@ impl<B: Bytes> Producer<B> {
         if let Some(wrong) = wrong {
             return Err(wrong.into());
         }
+        let in_ring_max = (bytes.capacity() / LARGE_RECORD_RING_SHARE).min(u64::from(record::LEN_MASK));
         let mut producer = Self {
+            room_end: (free + bytes.capacity()).saturating_sub(SLACK_BYTES),
+            plain_len_max: usize::try_from(in_ring_max).unwrap_or(usize::MAX).min(RECORD_PAYLOAD_BYTES_MAX),
+            way: Way::Ordinary,
+            is_staged: false,
+            staging: Vec::new(),
             bytes,
             published,
             free,
@@ -247,6 +275,7 @@ impl<B: Bytes> Producer<B> {
         }
         self.acknowledged = acknowledged;
         self.free = free;
+        self.room_end = (free + self.bytes.capacity()).saturating_sub(SLACK_BYTES);
         while let Some((ring_end, large_end)) = self.large.front().copied() {
             if ring_end > free {
                 break;
@@ -257,22 +286,124 @@ impl<B: Bytes> Producer<B> {
         Ok(())
     }
 
+    /// How the batches behind the open one go into the ring.
+    pub fn way(&self) -> Way {
+        self.way
+    }
+
+    /// Sets how the batches behind the open one go into the ring; the open one too while it is empty.
+    pub fn set_way(&mut self, way: Way) {
+        self.way = way;
+        if self.cursor.records == 0 {
+            self.choose_place();
+        }
+    }
+
     /// Copies one record behind what is emitted. It is not published before [`Producer::mark_done`] and [`Producer::seal`].
     ///
     /// # Errors
     /// [`EmitError`]; nothing was changed then.
     #[inline]
     pub fn emit(&mut self, fields: &RecordFields<'_>, payload: &[u8]) -> Result<(), EmitError> {
-        self.claim(fields, payload.len())?;
-        if let Some(claim) = &self.claim {
+        // By far the most records are a payload and nothing else that their batch does not say already.
+        let body_len = pad(payload.len());
+        let end = self.cursor.cursor + (record::HEAD_LEN + body_len) as u64;
+        if payload.len() <= self.plain_len_max && end <= self.room_end && self.is_plain(fields) {
+            if self.cursor.records == 0 {
+                self.inherit(fields);
+            }
+            let position = self.cursor.cursor;
+            self.settle_place(end, payload.len());
+            self.put(position, &(payload.len() as u64).to_le_bytes());
+            self.put_payload(position + record::HEAD_LEN as u64, payload);
+            self.cursor.cursor = end;
+            self.cursor.records += 1;
+            self.cursor.data_records += 1;
+            self.cursor.data_bytes += payload.len() as u64;
+            return Ok(());
+        }
+        self.emit_any(fields, payload)
+    }
+
+    /// Whether the record needs no more than the 8 bytes of its head.
+    #[inline]
+    fn is_plain(&self, fields: &RecordFields<'_>) -> bool {
+        fields.kind == RecordKind::Data
+            && fields.key.is_none()
+            && fields.key_hash == 0
+            && fields.attributes.is_empty()
+            && fields.origin.emit_index == 0
+            && (self.cursor.records == 0
+                || (fields.event_time_ns == self.inherited.event_time_ns
+                    && fields.ingest_time_ns == self.inherited.ingest_time_ns
+                    && fields.origin == self.implicit_origin()))
+    }
+
+    #[inline]
+    fn inherit(&mut self, fields: &RecordFields<'_>) {
+        self.inherited = Inherited {
+            event_time_ns: fields.event_time_ns,
+            ingest_time_ns: fields.ingest_time_ns,
+            origin: fields.origin,
+        };
+    }
+
+    fn emit_any(&mut self, fields: &RecordFields<'_>, payload: &[u8]) -> Result<(), EmitError> {
+        self.make_room(fields, payload.len())?;
+        if let Some(claim) = self.claim {
             if claim.large {
                 self.bytes.write_large(claim.payload_position, payload);
             } else {
-                self.bytes.write(claim.payload_position, payload);
+                self.put_payload(claim.payload_position, payload);
             }
         }
         self.commit_claim(payload.len());
         Ok(())
+    }
+
+    /// Before the first byte of a record that ends at `end`: the batch goes to its place in the ring if it outgrows the staging.
+    #[inline]
+    fn settle_place(&mut self, end: u64, payload_len: usize) {
+        if self.is_staged && (end - self.published > STAGING_BYTES as u64 || payload_len >= STREAM_IN_PLACE_BYTES_MIN) {
+            self.unstage();
+        }
+    }
+
+    /// Writes a part of the open batch where that batch is assembled.
+    #[inline]
+    fn put(&mut self, position: u64, from: &[u8]) {
+        if self.is_staged {
+            // Within the staging: `settle_place` came before.
+            let at = usize::try_from(position - self.published).unwrap_or(usize::MAX);
+            if let Some(to) = self.staging.get_mut(at..at + from.len()) {
+                to.copy_from_slice(from);
+            }
+        } else {
+            self.bytes.write(position, from);
+        }
+    }
+
+    #[inline]
+    fn put_payload(&mut self, position: u64, payload: &[u8]) {
+        if self.way == Way::Streamed && payload.len() >= STREAM_IN_PLACE_BYTES_MIN {
+            // Long enough to be streamed by itself: one copy instead of two.
+            self.bytes.stream(position, payload);
+        } else {
+            self.put(position, payload);
+        }
+    }
+
+    /// Moves the open batch from private memory to its place in the ring: it outgrew the former. Nothing of it is published.
+    #[cold]
+    fn unstage(&mut self) {
+        self.is_staged = false;
+        let begin = self.published + BATCH_ALIGN;
+        let (from, to) = (BATCH_ALIGN, self.cursor.cursor - self.published);
+        // Both are within the staging, or `settle_place` would have come here before.
+        let range = usize::try_from(from).unwrap_or(0)..usize::try_from(to).unwrap_or(0);
+        if let Some(batch) = self.staging.get(range) {
+            self.bytes.stream(begin, batch);
+        }
     }
 
     /// Makes room for a payload of at most `payload_len` bytes that the caller writes in place; `true` says that the
@@ -281,6 +412,13 @@ impl<B: Bytes> Producer<B> {
     /// # Errors
     /// [`EmitError`]; nothing was changed then.
     pub fn claim(&mut self, fields: &RecordFields<'_>, payload_len: usize) -> Result<(u64, bool), EmitError> {
+        if self.is_staged {
+            self.unstage();
+        }
+        self.make_room(fields, payload_len)
+    }
+
+    fn make_room(&mut self, fields: &RecordFields<'_>, payload_len: usize) -> Result<(u64, bool), EmitError> {
         let key_len = fields.key.map_or(0, <[u8]>::len);
         for (part, len_bytes, limit_bytes) in [
             ("payload", payload_len, RECORD_PAYLOAD_BYTES_MAX),
@@ -292,11 +430,7 @@ impl<B: Bytes> Producer<B> {
             }
         }
         if self.cursor.records == 0 {
-            self.inherited = Inherited {
-                event_time_ns: fields.event_time_ns,
-                ingest_time_ns: fields.ingest_time_ns,
-                origin: fields.origin,
-            };
+            self.inherit(fields);
         }
         let inherited = Inherited { origin: self.implicit_origin(), ..self.inherited };
         let mut head = RecordHead::new(fields, inherited);
@@ -333,15 +467,16 @@ impl<B: Bytes> Producer<B> {
         }
 
         let position = self.cursor.cursor;
+        self.settle_place(position + need, if large { 0 } else { payload_len });
         let mut at = position + record::HEAD_LEN as u64;
-        self.bytes.write(at, head.fixed());
+        self.put(at, head.fixed());
         at += head.fixed().len() as u64;
         if let Some(key) = fields.key {
-            self.bytes.write(at, key);
+            self.put(at, key);
             at += pad(key_len) as u64;
         }
         if !fields.attributes.is_empty() {
-            self.bytes.write(at, fields.attributes);
+            self.put(at, fields.attributes);
             at += pad(fields.attributes.len()) as u64;
         }
         if large {
@@ -375,14 +510,15 @@ impl<B: Bytes> Producer<B> {
             let mut descriptor = [0; 16];
             descriptor[..8].copy_from_slice(&claim.payload_position.to_le_bytes());
             descriptor[8..].copy_from_slice(&(payload_len as u64).to_le_bytes());
-            self.bytes.write(at, &descriptor);
+            self.put(at, &descriptor);
             claim.body_before_payload + descriptor.len()
         } else {
             claim.body_before_payload + payload_len
         };
         let word = claim.flags_head.head_flags | body_len as u64 | u64::from(claim.flags_head.key_hash) << 32;
-        self.bytes.write(claim.flags_head.position, &word.to_le_bytes());
-        self.cursor.cursor = claim.flags_head.position + (record::HEAD_LEN + pad(body_len)) as u64;
+        let end = claim.flags_head.position + (record::HEAD_LEN + pad(body_len)) as u64;
+        self.put(claim.flags_head.position, &word.to_le_bytes());
+        self.cursor.cursor = end;
         self.cursor.records += 1;
         if claim.flags_head.is_data {
             self.cursor.data_records += 1;
@@ -446,16 +582,23 @@ impl<B: Bytes> Producer<B> {
         };
         let (done, cursor) = (self.done, self.cursor);
         let pending = cursor.cursor - done.cursor;
+        if self.is_staged {
+            self.publish_staged(&header, end, pending);
+        }
         if pending > 0 {
             let to = end + BATCH_ALIGN;
-            // At most a capacity by the check in `claim`, so it fits a usize.
-            self.bytes.shift(done.cursor, to, usize::try_from(pending).unwrap_or(0));
+            if !self.is_staged {
+                // At most a capacity by the check in `claim`, so it fits a usize.
+                self.bytes.shift(done.cursor, to, usize::try_from(pending).unwrap_or(0));
+            }
             let moved = to - done.cursor;
             for (ring_end, _) in self.large.iter_mut().rev().take(cursor.large_count - done.large_count) {
                 *ring_end += moved;
             }
         }
-        self.bytes.write(self.published, &header.encode());
+        if !self.is_staged {
+            self.bytes.write(self.published, &header.encode());
+        }
         self.published = end;
         self.large_published = done.large_cursor;
         self.inherited.origin = inherited_origin(&header, done.records);
@@ -470,7 +613,41 @@ impl<B: Bytes> Producer<B> {
                 large_count: cursor.large_count - done.large_count,
             };
         }
+        if pending == 0 {
+            self.choose_place();
+        }
         Some((end, done.data_records, done.data_bytes))
+    }
+
+    /// Copies the done part of a staged batch into the ring, and moves what is pending to where the next batch begins.
+    fn publish_staged(&mut self, header: &BatchHeader, end: u64, pending: u64) {
+        // All of it is within the staging: `settle_place` and `choose_place` see to that.
+        let index = |position: u64| usize::try_from(position - self.published).unwrap_or(usize::MAX);
+        let (len, done, cursor) = (index(end), index(self.done.cursor), index(self.cursor.cursor));
+        debug_assert_eq!((cursor - done) as u64, pending, "what is pending ends at the cursor");
+        // Behind the last record there may be pending bytes up to the line's end: the reader takes neither for a record.
+        if let (Some(to), encoded) = (self.staging.first_chunk_mut(), header.encode()) {
+            *to = encoded;
+        }
+        if let Some(batch) = self.staging.get(..len) {
+            if len >= STREAM_BYTES_MIN {
+                self.bytes.stream(self.published, batch);
+            } else {
+                self.bytes.write(self.published, batch);
+            }
+        }
+        if done < cursor {
+            self.staging.copy_within(done..cursor, batch::HEADER_LEN);
+        }
+    }
+
+    /// Where the open batch, which is empty, is assembled.
+    fn choose_place(&mut self) {
+        self.is_staged = self.way == Way::Streamed;
+        if self.is_staged && self.staging.is_empty() {
+            // The last line of a batch may reach beyond what was put.
+            self.staging = vec![0; STAGING_BYTES + batch::HEADER_LEN];
+        }
     }
 
     fn open_batch(&mut self, pending: u64, large_cursor: u64) {

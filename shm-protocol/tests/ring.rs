@@ -15,7 +15,7 @@ use std::collections::VecDeque;
 use argo_streams_shm_protocol::layout::batch;
 use argo_streams_shm_protocol::limits::{ATTRIBUTES_BYTES_MAX, KEY_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX};
 use argo_streams_shm_protocol::{
-    Bytes, Consumer, EmitError, Origin, Producer, ReadPosition, RecordFields, RecordKind, RecordView, copy_unread,
+    Bytes, Consumer, EmitError, Origin, Producer, ReadPosition, RecordFields, RecordKind, RecordView, Way, copy_unread,
     record_len_bytes,
 };
 use proptest::prelude::*;
@@ -80,6 +80,7 @@ enum Step {
     Acknowledge(usize),
     ConsumerReborn,
     ProducerReborn,
+    Way(Way),
 }
 
 fn kinds() -> impl Strategy<Value = RecordKind> {
@@ -156,6 +157,7 @@ fn steps(payload_max: usize) -> impl Strategy<Value = Step> {
         5 => (1..12_usize).prop_map(Step::Acknowledge),
         1 => Just(Step::ConsumerReborn),
         1 => Just(Step::ProducerReborn),
+        2 => prop_oneof![Just(Way::Ordinary), Just(Way::Streamed)].prop_map(Step::Way),
     ]
 }
 
@@ -237,6 +239,7 @@ impl World {
             Step::Seal => self.seal(),
             Step::Read(count) => self.read(count),
             Step::Acknowledge(count) => self.acknowledge(count),
+            Step::Way(way) => self.producer.set_way(way),
             Step::ConsumerReborn => {
                 self.consumer = Consumer::new(self.heap.clone(), self.acknowledged, self.producer.published()).unwrap();
                 for (record, _) in std::mem::take(&mut self.undone).into_iter().rev() {
