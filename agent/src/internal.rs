@@ -146,6 +146,7 @@ pub fn from_source(key: Option<&[u8]>, event_time_ns: Option<i64>) -> Emit<'_> {
         key: key.map_or(KeyChoice::None, KeyChoice::Set),
         event_time_ns,
         attributes: b"",
+        finishes: false,
     }
 }
 

@@ -18,7 +18,7 @@ use crate::pointers;
 use crate::session::StageHandle;
 use crate::status::{self, AGS_INVALID, AGS_OK, AGS_PANIC, AGS_TOO_LARGE, AgsStatus, Failure};
 use crate::types::{
-    AGS_BELONGS_TO_NOTHING, AGS_BELONGS_TO_NTH, AGS_BELONGS_TO_OLDEST, AGS_EMIT_EVENT_TIME, AGS_KEY_INHERIT,
+    AGS_BELONGS_TO_NOTHING, AGS_BELONGS_TO_NTH, AGS_BELONGS_TO_OLDEST, AGS_EMIT_EVENT_TIME, AGS_EMIT_FINISHES, AGS_KEY_INHERIT,
     AGS_KEY_NONE, AGS_KEY_SET, AGS_STAGE_TELL_INPUT_OVER, AgsBytes, AgsClaim, AgsEmit, AgsRecord, AgsStageOptions,
 };
 
@@ -527,7 +527,7 @@ unsafe fn emit_of<'a>(record: &AgsEmit) -> Result<Emit<'a>, Failure> {
     let unknown = |what: &str, number: u32| {
         Failure::new(AGS_INVALID, format!("record.{what} is {number}, which this library does not know"))
     };
-    if record.flags & !AGS_EMIT_EVENT_TIME != 0 {
+    if record.flags & !(AGS_EMIT_EVENT_TIME | AGS_EMIT_FINISHES) != 0 {
         return Err(unknown("flags", record.flags));
     }
     let belongs_to = match record.belongs_to {
@@ -546,7 +546,8 @@ unsafe fn emit_of<'a>(record: &AgsEmit) -> Result<Emit<'a>, Failure> {
     // SAFETY: the caller's bytes.
     let attributes = unsafe { pointers::bytes(record.attributes, "record.attributes.data") }?;
     let event_time_ns = (record.flags & AGS_EMIT_EVENT_TIME != 0).then_some(record.event_time_ns);
-    Ok(Emit { belongs_to, key, event_time_ns, attributes })
+    let finishes = record.flags & AGS_EMIT_FINISHES != 0;
+    Ok(Emit { belongs_to, key, event_time_ns, attributes, finishes })
 }
 
 #[cfg(test)]

@@ -51,7 +51,6 @@ const _: () = assert_sync::<StageHandle>();
 #[derive(Debug)]
 pub(crate) struct Inner {
     stage: Stage,
-    received: Vec<Received>,
     /// Generation of the mapping that the caller was told of last, for each input.
     generations: Vec<u64>,
     value: Vec<u8>,
@@ -115,7 +114,6 @@ impl StageHandle {
             mappings: RwLock::new(vec![None; inputs]),
             inner: Mutex::new(Inner {
                 stage,
-                received: Vec::new(),
                 generations: vec![u64::MAX; inputs],
                 value: Vec::new(),
                 key: Vec::new(),
@@ -221,33 +219,31 @@ impl Inner {
         mut write: impl FnMut(usize, AgsRecord),
         mappings: &RwLock<Vec<Option<Arc<RingMapping>>>>,
     ) -> Result<u32, Failure> {
-        self.received.clear();
+        let mut number = 0;
+        let (generations, is_poisoned) = (&mut self.generations, &mut false);
         // Once: only between two calls of it an input's mapping may change.
-        let count = self.stage.recv(&mut self.received, (records_max as usize).min(RECV_RECORDS_MAX))?;
-        if count == 0 {
-            return Err(self.nothing_received()?);
-        }
-        let mut place: Option<(usize, u64, Arc<RingMapping>)> = None;
-        for (number, record) in self.received.iter().enumerate() {
-            let mapping = match &place {
-                Some((input, generation, mapping)) if (*input, *generation) == (record.input, record.generation) => {
-                    mapping
-                }
-                _ => {
-                    let found = self.stage.mapping(record.input, record.generation).ok_or(Failure::plain(AGS_STATE))?;
-                    if let Some(told) = self.generations.get_mut(record.input)
-                        && *told != record.generation
-                    {
-                        *told = record.generation;
-                        let mut mappings = mappings.write().map_err(|_poisoned| Failure::plain(AGS_PANIC))?;
-                        if let Some(mapping) = mappings.get_mut(record.input) {
-                            *mapping = Some(Arc::clone(found));
+        let count = self.stage.recv_with((records_max as usize).min(RECV_RECORDS_MAX), |mapping, record| {
+            if let Some(told) = generations.get_mut(record.input)
+                && *told != record.generation
+            {
+                *told = record.generation;
+                match mappings.write() {
+                    Ok(mut mappings) => {
+                        if let Some(place) = mappings.get_mut(record.input) {
+                            *place = Some(Arc::clone(mapping));
                         }
                     }
-                    &place.insert((record.input, record.generation, Arc::clone(found))).2
+                    Err(_poisoned) => *is_poisoned = true,
                 }
-            };
+            }
             write(number, describe(record, mapping));
+            number += 1;
+        })?;
+        if *is_poisoned {
+            return Err(Failure::plain(AGS_PANIC));
+        }
+        if count == 0 {
+            return Err(self.nothing_received()?);
         }
         Ok(u32::try_from(count).unwrap_or(records_max))
     }

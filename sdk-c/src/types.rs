@@ -50,6 +50,10 @@ pub const AGS_KEY_SET: u32 = 2;
 
 /// ags_emit.flags: ags_emit.event_time_ns counts; without it the event time is that of the record that it belongs to, or now.
 pub const AGS_EMIT_EVENT_TIME: u32 = 1;
+/// ags_emit.flags: this is the last of what belongs to the oldest record, which is done with it, as by ags_stage_done of 1. With
+/// AGS_BELONGS_TO_NOTHING the emitted record is finished by itself: so a source needs one call a record, and commits happen at
+/// once while a reader is starved and in batches under backlog.
+pub const AGS_EMIT_FINISHES: u32 = 2;
 
 /// Bytes that somebody else owns. data may be NULL only when len_bytes is 0.
 #[repr(C)]
@@ -123,7 +127,7 @@ pub struct AgsRecord {
 pub struct AgsEmit {
     /// Size of this struct, set by AGS_EMIT_INIT.
     pub struct_size: u32,
-    /// AGS_EMIT_EVENT_TIME or 0.
+    /// AGS_EMIT_EVENT_TIME and AGS_EMIT_FINISHES.
     pub flags: u32,
     /// Which record it belongs to: AGS_BELONGS_TO_OLDEST, AGS_BELONGS_TO_NTH or AGS_BELONGS_TO_NOTHING. Origin, key and times
     /// come from there, and it is published when that record is done.

@@ -33,6 +33,14 @@ pub trait Bytes {
     fn capacity(&self) -> u64;
     /// Copies bytes out. What a hostile peer writes meanwhile may be half in the copy.
     fn read(&self, position: u64, to: &mut [u8]);
+    /// Copies one little-endian word out.
+    fn read_word(&self, position: u64) -> u64 {
+        let mut bytes = [0; 8];
+        self.read(position, &mut bytes);
+        u64::from_le_bytes(bytes)
+    }
+    /// Tells the processor that `len` bytes from `position` on are read soon.
+    fn prepare_read(&self, _position: u64, _len: u64) {}
     /// Copies bytes in.
     fn write(&self, position: u64, from: &[u8]);
     /// Copies bytes in past the caches where the processor can, and orders them before every later store. For batches that a
@@ -383,6 +391,14 @@ impl<B: Bytes> Bytes for std::sync::Arc<B> {
         (**self).write(position, from);
     }
     #[inline]
+    fn read_word(&self, position: u64) -> u64 {
+        (**self).read_word(position)
+    }
+    #[inline]
+    fn prepare_read(&self, position: u64, len: u64) {
+        (**self).prepare_read(position, len);
+    }
+    #[inline]
     fn stream(&self, position: u64, from: &[u8]) {
         (**self).stream(position, from);
     }
@@ -421,6 +437,20 @@ impl Bytes for RingMapping {
         let to = self.writable_at(self.offset_of(position), from.len());
         // SAFETY: in bounds and writable by `writable_at`; `from` is private memory, so the two cannot overlap.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) }
+    }
+
+    #[inline]
+    fn read_word(&self, position: u64) -> u64 {
+        let from = self.at(self.offset_of(position), 8);
+        // SAFETY: in bounds by `at`; a peer's writes only make the word a mixture.
+        u64::from_le(unsafe { from.cast::<u64>().read_unaligned() })
+    }
+
+    #[inline]
+    fn prepare_read(&self, position: u64, len: u64) {
+        let len = to_usize(len.min(self.capacity));
+        let from = self.at(self.offset_of(position), len);
+        stream::prepare_read(from, len);
     }
 
     #[inline]
@@ -470,7 +500,7 @@ impl Bytes for RingMapping {
 mod stream {
     #[cfg(target_arch = "x86_64")]
     use std::arch::x86_64::{
-        __m128i, __m256i, __m512i, _MM_HINT_ET0, _mm_loadu_si128, _mm_prefetch, _mm_sfence, _mm_stream_si128,
+        __m128i, __m256i, __m512i, _MM_HINT_ET0, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm_sfence, _mm_stream_si128,
         _mm256_loadu_si256, _mm256_stream_si256, _mm512_loadu_si512, _mm512_stream_si512,
     };
 
@@ -530,6 +560,21 @@ mod stream {
         }
         #[cfg(not(target_arch = "x86_64"))]
         let _no_such_hint = at;
+    }
+
+    /// Asks for the lines from `at` on.
+    #[inline]
+    pub(super) fn prepare_read(at: *mut u8, len: usize) {
+        #[cfg(target_arch = "x86_64")]
+        for offset in (0..len).step_by(STEP) {
+            let line = at.wrapping_add(offset).cast::<i8>();
+            // SAFETY: a prefetch of any address has no effect but on time.
+            unsafe {
+                _mm_prefetch::<_MM_HINT_T0>(line);
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _no_such_hint = (at, len);
     }
 
     /// # Safety

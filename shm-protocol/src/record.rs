@@ -344,22 +344,64 @@ impl RecordView {
         position: u64,
         batch_end: u64,
     ) -> Result<Self, RecordError> {
-        let wrong = |part, len_bytes, room| RecordError::Record { position, part, len_bytes, room };
-        let room = batch_end.saturating_sub(position);
-        if room < record::HEAD_LEN as u64 {
-            return Err(wrong("head", record::HEAD_LEN as u64, room));
+        let mut view = Self::default();
+        view.read(bytes, header, index, position, batch_end)?;
+        Ok(view)
+    }
+
+    /// As [`RecordView::parse`], in place. After an error the view is any mixture.
+    #[inline]
+    pub(crate) fn read<B: Bytes>(
+        &mut self,
+        bytes: &B,
+        header: &BatchHeader,
+        index: u32,
+        position: u64,
+        batch_end: u64,
+    ) -> Result<(), RecordError> {
+        let body = position + record::HEAD_LEN as u64;
+        if body > batch_end {
+            let room = batch_end.saturating_sub(position);
+            return Err(RecordError::Record { position, part: "head", len_bytes: record::HEAD_LEN as u64, room });
         }
-        let mut word = [0; 8];
-        bytes.read(position, &mut word);
-        let word = u64::from_le_bytes(word);
+        let word = bytes.read_word(position);
+        let len = word & u64::from(record::LEN_MASK);
+        if len > batch_end - body {
+            return Err(RecordError::Record { position, part: "body", len_bytes: len, room: batch_end - body });
+        }
         #[expect(clippy::cast_possible_truncation, reason = "the two halves of a packed word")]
-        let (len_and_flags, key_hash) = (word as u32, (word >> 32) as u32);
-        let flags = len_and_flags >> record::FLAGS_SHIFT;
-        let body_len = u64::from(len_and_flags & record::LEN_MASK);
-        let room = room - record::HEAD_LEN as u64;
-        if body_len > room {
-            return Err(wrong("body", body_len, room));
-        }
+        let (flags, key_hash) = (word as u32 >> record::FLAGS_SHIFT, (word >> 32) as u32);
+        self.position = position;
+        self.end = (body + len).next_multiple_of(RECORD_ALIGN);
+        self.kind = RecordKind::Data;
+        self.argument = 0;
+        self.event_time_ns = header.event_time_ns;
+        self.ingest_time_ns = header.ingest_time_ns;
+        self.origin = inherited_origin(header, index);
+        self.keyed = false;
+        self.key_hash = key_hash;
+        self.key_position = 0;
+        self.key_len = 0;
+        self.attributes_position = 0;
+        self.attributes_len = 0;
+        self.large = false;
+        self.payload_position = body;
+        self.payload_len = usize::try_from(len).unwrap_or(usize::MAX);
+        // By far the most records say nothing that their batch does not say already.
+        if flags == 0 { Ok(()) } else { self.read_parts(bytes, flags, body, len) }
+    }
+
+    /// The parts that the flags name, behind the head.
+    fn read_parts<B: Bytes>(
+        &mut self,
+        bytes: &B,
+        flags: u32,
+        body: u64,
+        body_len: u64,
+    ) -> Result<(), RecordError> {
+        let view = self;
+        let position = view.position;
+        let wrong = |part, len_bytes, room| RecordError::Record { position, part, len_bytes, room };
         if flags & record::FLAG_RESERVED != 0 {
             return Err(RecordError::Unknown { position, what: "flag", number: u64::from(flags) });
         }
@@ -370,7 +412,7 @@ impl RecordView {
             + usize::from(has(record::FLAG_ORIGIN)) * 2
             + usize::from(has(record::FLAG_KEY_OR_ATTRIBUTES));
         let mut left = body_len;
-        let mut at = position + record::HEAD_LEN as u64;
+        let mut at = body;
         let mut fixed = [0_u8; 56];
         let fixed_len = (words * 8) as u64;
         if fixed_len > left {
@@ -384,16 +426,8 @@ impl RecordView {
         let mut next = fixed.as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word));
         let mut next = || next.next().unwrap_or(0);
 
-        let mut view = Self {
-            position,
-            key_hash,
-            keyed: has(record::FLAG_KEYED),
-            large: has(record::FLAG_LARGE),
-            event_time_ns: header.event_time_ns,
-            ingest_time_ns: header.ingest_time_ns,
-            origin: inherited_origin(header, index),
-            ..Self::default()
-        };
+        view.keyed = has(record::FLAG_KEYED);
+        view.large = has(record::FLAG_LARGE);
         if has(record::FLAG_KIND) {
             view.kind = RecordKind::from_number(next(), position)?;
             view.argument = next();
@@ -448,8 +482,7 @@ impl RecordView {
             view.payload_position = at;
             view.payload_len = usize::try_from(left).unwrap_or(usize::MAX);
         }
-        view.end = (position + record::HEAD_LEN as u64 + body_len).next_multiple_of(RECORD_ALIGN);
-        Ok(view)
+        Ok(())
     }
 }
 

@@ -21,6 +21,9 @@ use crate::record::{
 /// new header (64 + 63 bytes), and for that header's own padding.
 const SLACK_BYTES: u64 = 256;
 
+/// How much of a batch is asked for when it is opened.
+const PREPARE_BYTES: u64 = 4096;
+
 /// No honest ring gets here in centuries; below it, sums of positions and lengths do not overflow.
 const POSITION_MAX: u64 = 1 << 63;
 
@@ -117,7 +120,9 @@ pub struct Producer<B> {
     acknowledged: u64,
     inherited: Inherited,
     cursor: Mark,
-    done: Mark,
+    /// Where that begins which is emitted and not part of a finished record yet; `None` = all of it is finished. It is not a
+    /// second mark that follows the cursor: copying a mark that was just written costs as much as emitting a record.
+    pending: Option<Mark>,
     /// Large records that may still be read: (end in the ring, end in the room for large records).
     large: VecDeque<(u64, u64)>,
     large_free: u64,
@@ -201,7 +206,7 @@ impl<B: Bytes> Producer<B> {
             acknowledged: free,
             inherited: Inherited { event_time_ns: 0, ingest_time_ns: 0, origin: Origin::default() },
             cursor: Mark::default(),
-            done: Mark::default(),
+            pending: None,
             large,
             large_free,
             large_published,
@@ -238,17 +243,22 @@ impl<B: Bytes> Producer<B> {
 
     /// Whether there is something that a commit would publish.
     pub fn has_done(&self) -> bool {
-        self.done.records > 0
+        self.done().records > 0
     }
 
     /// Whether there is something that is not part of a finished record yet.
     pub fn has_pending(&self) -> bool {
-        self.cursor.cursor != self.done.cursor
+        self.done().cursor != self.cursor.cursor
+    }
+
+    /// Records that a commit would publish.
+    pub fn done_records(&self) -> u32 {
+        self.done().records
     }
 
     /// Bytes that a commit would publish.
     pub fn done_bytes(&self) -> u64 {
-        self.done.cursor.saturating_sub(self.published + BATCH_ALIGN)
+        self.done().cursor.saturating_sub(self.published + BATCH_ALIGN)
     }
 
     /// The bytes of the ring.
@@ -305,6 +315,36 @@ impl<B: Bytes> Producer<B> {
     /// [`EmitError`]; nothing was changed then.
     #[inline]
     pub fn emit(&mut self, fields: &RecordFields<'_>, payload: &[u8]) -> Result<(), EmitError> {
+        self.begin_pending();
+        self.emit_one(fields, payload)
+    }
+
+    /// As [`Producer::emit`] and [`Producer::mark_done`] together. Nothing may be pending.
+    ///
+    /// # Errors
+    /// [`EmitError`]; nothing was changed then.
+    #[inline]
+    pub fn emit_done(&mut self, fields: &RecordFields<'_>, payload: &[u8]) -> Result<(), EmitError> {
+        debug_assert!(!self.has_pending(), "what is pending would be done with it");
+        self.pending = None;
+        self.emit_one(fields, payload)
+    }
+
+    #[inline]
+    fn begin_pending(&mut self) {
+        if self.pending.is_none() {
+            self.pending = Some(self.cursor);
+        }
+    }
+
+    /// How far what is done reaches.
+    #[inline]
+    fn done(&self) -> &Mark {
+        self.pending.as_ref().unwrap_or(&self.cursor)
+    }
+
+    #[inline]
+    fn emit_one(&mut self, fields: &RecordFields<'_>, payload: &[u8]) -> Result<(), EmitError> {
         // By far the most records are a payload and nothing else that their batch does not say already.
         let body_len = pad(payload.len());
         let end = self.cursor.cursor + (record::HEAD_LEN + body_len) as u64;
@@ -412,6 +452,7 @@ impl<B: Bytes> Producer<B> {
     /// # Errors
     /// [`EmitError`]; nothing was changed then.
     pub fn claim(&mut self, fields: &RecordFields<'_>, payload_len: usize) -> Result<(u64, bool), EmitError> {
+        self.begin_pending();
         if self.is_staged {
             self.unstage();
         }
@@ -454,9 +495,10 @@ impl<B: Bytes> Producer<B> {
             return Err(EmitError::TooLarge { part: "payload for this ring", len_bytes: payload_len, limit_bytes });
         }
         let large_end = self.cursor.large_cursor + if large { large_len(payload_len) } else { 0 };
-        let pending = self.cursor.cursor - self.done.cursor;
+        let done = *self.done();
+        let pending = self.cursor.cursor - done.cursor;
         if pending + need + SLACK_BYTES + BATCH_ALIGN > capacity
-            || large_end - self.done.large_cursor > self.bytes.large_capacity()
+            || large_end - done.large_cursor > self.bytes.large_capacity()
         {
             return Err(EmitError::BatchFull);
         }
@@ -538,12 +580,13 @@ impl<B: Bytes> Producer<B> {
 
     /// All that was emitted belongs to finished records now.
     pub fn mark_done(&mut self) {
-        self.done = self.cursor;
+        self.pending = None;
     }
 
     /// Drops what was emitted since the last [`Producer::mark_done`].
     pub fn abort(&mut self) {
-        self.restore(Savepoint(self.done));
+        self.restore(Savepoint(*self.done()));
+        self.pending = None;
     }
 
     /// Where the emitted records end now, for [`Producer::restore`].
@@ -564,14 +607,15 @@ impl<B: Bytes> Producer<B> {
     /// returned; what is emitted and not done moves behind it. `None`: there is nothing to publish. Returns the position
     /// and the data records and bytes that become visible.
     pub fn seal(&mut self, now_monotonic_ns: u64) -> Option<(u64, u64, u64)> {
-        if self.done.records == 0 {
+        let (done, cursor) = (*self.done(), self.cursor);
+        if done.records == 0 {
             return None;
         }
-        let end = self.done.cursor.next_multiple_of(BATCH_ALIGN);
+        let end = done.cursor.next_multiple_of(BATCH_ALIGN);
         let header = BatchHeader {
             // At most a ring's capacity, which is at most 1 GiB.
             len_bytes: u32::try_from(end - self.published).unwrap_or(u32::MAX),
-            records: self.done.records,
+            records: done.records,
             position: self.published,
             published_at_ns: now_monotonic_ns,
             event_time_ns: self.inherited.event_time_ns,
@@ -580,7 +624,6 @@ impl<B: Bytes> Producer<B> {
             origin_sequence: self.inherited.origin.sequence,
             reserved: 0,
         };
-        let (done, cursor) = (self.done, self.cursor);
         let pending = cursor.cursor - done.cursor;
         if self.is_staged {
             self.publish_staged(&header, end, pending);
@@ -623,7 +666,7 @@ impl<B: Bytes> Producer<B> {
     fn publish_staged(&mut self, header: &BatchHeader, end: u64, pending: u64) {
         // All of it is within the staging: `settle_place` and `choose_place` see to that.
         let index = |position: u64| usize::try_from(position - self.published).unwrap_or(usize::MAX);
-        let (len, done, cursor) = (index(end), index(self.done.cursor), index(self.cursor.cursor));
+        let (len, done, cursor) = (index(end), index(self.done().cursor), index(self.cursor.cursor));
         debug_assert_eq!((cursor - done) as u64, pending, "what is pending ends at the cursor");
         // Behind the last record there may be pending bytes up to the line's end: the reader takes neither for a record.
         if let (Some(to), encoded) = (self.staging.first_chunk_mut(), header.encode()) {
@@ -652,8 +695,9 @@ impl<B: Bytes> Producer<B> {
 
     fn open_batch(&mut self, pending: u64, large_cursor: u64) {
         let begin = self.published + BATCH_ALIGN;
-        self.done = Mark { cursor: begin, large_cursor, ..Mark::default() };
-        self.cursor = Mark { cursor: begin + pending, ..self.done };
+        let empty = Mark { cursor: begin, large_cursor, ..Mark::default() };
+        self.pending = (pending > 0).then_some(empty);
+        self.cursor = Mark { cursor: begin + pending, ..empty };
     }
 
     fn implicit_origin(&self) -> Origin {
@@ -785,31 +829,42 @@ impl<B: Bytes> Consumer<B> {
     ///
     /// # Errors
     /// [`RingViolation::Record`] when the producer wrote something impossible.
-    #[inline]
     #[expect(clippy::should_implement_trait, reason = "it can fail without being over, which an iterator cannot say")]
     pub fn next(&mut self) -> Result<Option<RecordView>, RingViolation> {
-        loop {
-            if self.position == self.batch_end {
-                if self.position == self.tail {
-                    return Ok(None);
-                }
-                let mut bytes = [0; batch::HEADER_LEN];
-                self.bytes.read(self.position, &mut bytes);
-                self.header = BatchHeader::decode(bytes, self.position, self.tail - self.position)?;
-                self.batch = self.position;
-                self.batch_end = self.position + u64::from(self.header.len_bytes);
-                self.position += BATCH_ALIGN;
-                self.index = 0;
+        let mut view = RecordView::default();
+        Ok(self.next_into(&mut view)?.then_some(view))
+    }
+
+    /// As [`Consumer::next`], into a view of the caller's, which is any mixture after `false` or an error.
+    ///
+    /// # Errors
+    /// As [`Consumer::next`].
+    #[inline]
+    pub fn next_into(&mut self, view: &mut RecordView) -> Result<bool, RingViolation> {
+        while self.index == self.header.records {
+            self.position = self.batch_end;
+            if self.position == self.tail {
+                return Ok(false);
             }
-            if self.index == self.header.records {
-                self.position = self.batch_end;
-                continue;
-            }
-            let view = RecordView::parse(&self.bytes, &self.header, self.index, self.position, self.batch_end)?;
-            self.index += 1;
-            self.position = if self.index == self.header.records { self.batch_end } else { view.end };
-            return Ok(Some(view));
+            self.open_batch()?;
         }
+        view.read(&self.bytes, &self.header, self.index, self.position, self.batch_end)?;
+        self.index += 1;
+        self.position = if self.index == self.header.records { self.batch_end } else { view.end };
+        Ok(true)
+    }
+
+    fn open_batch(&mut self) -> Result<(), RingViolation> {
+        let mut bytes = [0; batch::HEADER_LEN];
+        self.bytes.read(self.position, &mut bytes);
+        let header = BatchHeader::decode(bytes, self.position, self.tail - self.position)?;
+        self.batch = self.position;
+        self.batch_end = self.position + u64::from(header.len_bytes);
+        self.bytes.prepare_read(self.position + BATCH_ALIGN, u64::from(header.len_bytes).min(PREPARE_BYTES));
+        self.header = header;
+        self.position += BATCH_ALIGN;
+        self.index = 0;
+        Ok(())
     }
 }
 

@@ -23,12 +23,12 @@ use crate::histogram::HistogramView;
 use crate::key::{hash_key, key_group};
 use crate::layout::{commit, session, slot};
 use crate::limits::{
-    COMMIT_BYTES_MAX, COMMIT_RECORDS_MAX, ERROR_REASON_BYTES_MAX, KEY_BYTES_MAX, SLEEP_NS_MAX, SPIN_NS_MAX,
+    COMMIT_BYTES_MAX, COMMIT_RECORDS_MAX, ERROR_REASON_BYTES_MAX, KEY_BYTES_MAX, PUBLICATION_GAP_NS, SLEEP_NS_MAX, SPIN_NS_MAX,
     UNDONE_RECORDS_MAX,
 };
 use crate::memory::{Access, Mapping, RingMapping, Words};
 use crate::record::{Origin, RecordFields, RecordKind, RecordView, attributes_encode};
-use crate::ring::{Consumer, EmitError, Producer, ReadPosition, RingViolation, Savepoint};
+use crate::ring::{Consumer, EmitError, Producer, ReadPosition, RingViolation, Savepoint, Way};
 use crate::segment::{Kind, Segment, SegmentError};
 use crate::session::{SessionReader, session_len_bytes};
 use crate::state::{KeyedState, StateError};
@@ -175,10 +175,14 @@ pub struct Emit<'a> {
     pub event_time_ns: Option<i64>,
     /// Its encoded attributes.
     pub attributes: &'a [u8],
+    /// This is the last of what belongs to the oldest record, which is done with it: the same as a [`Stage::done`] of 1 behind
+    /// the emit, without a second call. With [`BelongsTo::Nothing`] the emitted record is finished by itself: that is how a
+    /// source emits, and commits then happen by themselves, at once while a reader is starved and in batches under backlog.
+    pub finishes: bool,
 }
 
 /// A record that was received: where its parts are in the mapping of its input. Valid until it is done.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Received {
     /// Which input.
     pub input: usize,
@@ -186,6 +190,18 @@ pub struct Received {
     pub generation: u64,
     /// The record.
     pub view: RecordView,
+}
+
+/// How records get into the rings.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Publication {
+    /// The ring finds the better of the two ways by measuring itself, and again when the cores were moved.
+    #[default]
+    Adaptive,
+    /// Always with ordinary stores, at their place.
+    Ordinary,
+    /// Under backlog always past the caches.
+    Streamed,
 }
 
 /// How a wait ended.
@@ -252,6 +268,8 @@ struct Input {
     final_tail: u64,
     ended: bool,
     measured_batch: u64,
+    /// Whether it is in [`Stage::changed_inputs`].
+    is_changed: bool,
 }
 
 #[derive(Debug)]
@@ -260,16 +278,20 @@ struct Output {
     neighbour: Option<Neighbour>,
     /// What a dead reader had acknowledged and freed: its mirrors may be behind it for ever.
     final_acknowledgement: (u64, u64),
+    /// Whether it is in [`Stage::pending_outputs`].
     has_pending: bool,
+    /// Whether it is in [`Stage::done_outputs`].
     has_done: bool,
+    /// When records were published last.
+    published_at_ns: u64,
+    /// So many more records may be finished before the reader's position is looked at again.
+    unlooked: u64,
     ended: bool,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Undone {
-    input: u32,
-    generation: u64,
-    view: RecordView,
+    received: Received,
     after: ReadPosition,
     emitted: u32,
 }
@@ -285,12 +307,23 @@ impl Output {
 
 impl Undone {
     fn is_control(&self) -> bool {
-        matches!(self.view.kind, RecordKind::EndOfStream | RecordKind::Padding)
+        matches!(self.received.view.kind, RecordKind::EndOfStream | RecordKind::Padding)
     }
+}
+
+/// When what is done is committed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Commit {
+    /// At once.
+    Now,
+    /// At once if a reader is starved, else when a batch is full.
+    WhenDue,
 }
 
 struct Router {
     nodes: Vec<RouteNode>,
+    /// The ring and the counter of a node that leads to one ring and nowhere else, which most do.
+    direct: Vec<Option<(usize, u32)>>,
     evaluators: Vec<Vec<Box<dyn KeyEvaluator>>>,
     spread: u32,
     savepoints: Vec<(usize, Savepoint)>,
@@ -323,7 +356,15 @@ pub struct Stage {
     undone_user_records: usize,
     undone_since_ns: u64,
     next_input: usize,
+    /// Outputs with records that are not part of a finished one yet, each once.
+    pending_outputs: Vec<usize>,
+    /// Outputs with finished records that the next commit publishes, each once.
+    done_outputs: Vec<usize>,
+    /// Records emitted since the last done, by counter, and which counters these are.
     pending_counts: Vec<u64>,
+    counted: Vec<u32>,
+    /// The time that records of the stage's own carry: read once a commit.
+    own_time_ns: u64,
     /// One more than the number of the latest undone record that something pending belongs to; 0 = none.
     pending_reaches: usize,
     sequence_at_done: u64,
@@ -337,6 +378,8 @@ pub struct Stage {
     end_argument: u64,
     key_scratch: Vec<u8>,
     changed_inputs: Vec<usize>,
+    /// Whether an input has a mapping of a dead producer.
+    has_retired: bool,
 }
 
 impl Stage {
@@ -414,6 +457,8 @@ impl Stage {
                 final_acknowledgement: (0, 0),
                 has_pending: false,
                 has_done: false,
+                published_at_ns: 0,
+                unlooked: 0,
                 ended: entry.has_ended(),
             });
         }
@@ -427,6 +472,7 @@ impl Stage {
             final_tail: 0,
             ended: entry.has_ended(),
             measured_batch: u64::MAX,
+            is_changed: false,
         });
         let inputs: Vec<Input> = inputs.collect();
         let mut evaluators = Vec::with_capacity(grant.routes.nodes.len());
@@ -437,6 +483,7 @@ impl Stage {
             evaluators.push(made.collect::<Result<Vec<_>, _>>()?);
         }
         let router = Router {
+            direct: grant.routes.nodes.iter().map(direct_ring).collect(),
             nodes: grant.routes.nodes.clone(),
             evaluators,
             spread: 0,
@@ -463,6 +510,10 @@ impl Stage {
             undone_user_records: 0,
             undone_since_ns: 0,
             next_input: 0,
+            pending_outputs: Vec::new(),
+            done_outputs: Vec::new(),
+            counted: Vec::new(),
+            own_time_ns: 0,
             pending_reaches: 0,
             sequence_at_done: 0,
             uncommitted_records: 0,
@@ -475,6 +526,7 @@ impl Stage {
             end_argument: 0,
             key_scratch: Vec::new(),
             changed_inputs: Vec::new(),
+            has_retired: false,
         })
     }
 
@@ -496,6 +548,17 @@ impl Stage {
         self.is_dirty = true;
     }
 
+    /// How records get into the output rings; [`Publication::Adaptive`] unless somebody measures.
+    pub fn set_publication(&mut self, publication: Publication) {
+        for output in &mut self.outputs {
+            match publication {
+                Publication::Adaptive => {}
+                Publication::Ordinary => output.producer.set_way(Way::Ordinary),
+                Publication::Streamed => output.producer.set_way(Way::Streamed),
+            }
+        }
+    }
+
     /// Adds to a committed counter with the next commit.
     pub fn add_counter(&mut self, counter: usize, by: u64) {
         self.page.add_counter(counter, by);
@@ -511,8 +574,7 @@ impl Stage {
     /// The n-th record that is not done, from 0.
     #[must_use]
     pub fn undone_record(&self, nth: usize) -> Option<Received> {
-        let entry = self.undone.get(self.undone_place(nth)?)?;
-        Some(Received { input: entry.input as usize, generation: entry.generation, view: entry.view })
+        Some(self.undone.get(self.undone_place(nth)?)?.received)
     }
 
     /// Whether every input has ended and all of it is done: nothing will come any more.
@@ -549,24 +611,38 @@ impl Stage {
     /// # Errors
     /// [`StageError::Revoked`] and a broken control socket.
     pub fn recv(&mut self, records_out: &mut Vec<Received>, records_max: usize) -> Result<usize, StageError> {
+        self.recv_with(records_max, |_, received| records_out.push(*received))
+    }
+
+    /// As [`Stage::recv`], and shows each record with the mapping that it points into instead of storing it. One call shows no
+    /// two mappings of an input.
+    ///
+    /// # Errors
+    /// As [`Stage::recv`].
+    pub fn recv_with(
+        &mut self,
+        records_max: usize,
+        mut show: impl FnMut(&Arc<RingMapping>, &Received),
+    ) -> Result<usize, StageError> {
         self.check_session()?;
         let records_max = records_max.min(UNDONE_RECORDS_MAX.saturating_sub(self.undone.len()));
-        let before = records_out.len();
+        let mut taken = 0;
         let count = self.inputs.len();
         for turn in 0..count {
-            let taken = records_out.len() - before;
             if taken == records_max {
                 break;
             }
-            let input = (self.next_input + turn) % count;
-            if let Err(violation) = self.recv_from(input, records_out, records_max - taken) {
-                self.report(true, input, &violation)?;
+            let next = self.next_input + turn;
+            let input = if next < count { next } else { next - count };
+            match self.recv_from(input, records_max - taken, &mut show) {
+                Ok(more) => taken += more,
+                Err((more, violation)) => {
+                    taken += more;
+                    self.report(true, input, &violation)?;
+                }
             }
         }
-        if count > 0 {
-            self.next_input = (self.next_input + 1) % count;
-        }
-        let taken = records_out.len() - before;
+        self.next_input = if self.next_input + 1 < count { self.next_input + 1 } else { 0 };
         self.drop_leading_control();
         if taken == 0 {
             self.commit()?;
@@ -577,41 +653,45 @@ impl Stage {
     fn recv_from(
         &mut self,
         index: usize,
-        records_out: &mut Vec<Received>,
         records_max: usize,
-    ) -> Result<(), RingViolation> {
-        let Some(input) = self.inputs.get_mut(index) else { return Ok(()) };
-        let (Some(consumer), Some(neighbour)) = (&mut input.consumer, &input.neighbour) else { return Ok(()) };
+        show: &mut impl FnMut(&Arc<RingMapping>, &Received),
+    ) -> Result<usize, (usize, RingViolation)> {
+        let Some(input) = self.inputs.get_mut(index) else { return Ok(0) };
+        let (Some(consumer), Some(neighbour)) = (&mut input.consumer, &input.neighbour) else { return Ok(0) };
         let mut refreshed = false;
         let mut taken = 0;
         while taken < records_max && !input.ended {
-            let Some(view) = consumer.next()? else {
+            // Read right into the queue: a record that is moved costs more than one that is read.
+            self.undone.push_back(Undone::default());
+            let Some(entry) = self.undone.back_mut() else { break };
+            let read = consumer.next_into(&mut entry.received.view);
+            if !matches!(read, Ok(true)) {
+                self.undone.pop_back();
+                read.map_err(|violation| (taken, violation))?;
                 if refreshed {
                     break;
                 }
                 refreshed = true;
-                consumer.take_tail(neighbour.page.tail(neighbour.index).max(input.final_tail))?;
+                let tail = neighbour.page.tail(neighbour.index).max(input.final_tail);
+                consumer.take_tail(tail).map_err(|violation| (taken, violation))?;
                 continue;
-            };
+            }
+            entry.received.input = index;
+            entry.received.generation = neighbour.generation;
+            entry.after = consumer.read_position();
+            let kind = entry.received.view.kind;
             let header = consumer.header();
             // The end of a stream is no record that somebody waits for.
-            if header.position != input.measured_batch && view.kind != RecordKind::EndOfStream {
+            if header.position != input.measured_batch && kind != RecordKind::EndOfStream {
                 input.measured_batch = header.position;
                 let waited = monotonic_ns().saturating_sub(header.published_at_ns);
                 HistogramView::new(self.page.words(), self.page.shape().histogram(index))
                     .record(waited, u64::from(header.records));
             }
-            let entry = Undone {
-                input: u32::try_from(index).unwrap_or(u32::MAX),
-                generation: neighbour.generation,
-                view,
-                after: consumer.read_position(),
-                emitted: 0,
-            };
-            match view.kind {
+            match kind {
                 RecordKind::EndOfStream => {
                     input.ended = true;
-                    self.end_argument = self.end_argument.max(view.argument);
+                    self.end_argument = self.end_argument.max(entry.received.view.argument);
                 }
                 RecordKind::Padding => {}
                 RecordKind::Data
@@ -621,13 +701,12 @@ impl Stage {
                 | RecordKind::Retract
                 | RecordKind::Barrier => {
                     self.undone_user_records += 1;
-                    records_out.push(Received { input: index, generation: neighbour.generation, view });
+                    show(consumer.bytes(), &entry.received);
                     taken += 1;
                 }
             }
-            self.undone.push_back(entry);
         }
-        Ok(())
+        Ok(taken)
     }
 
     /// The mapping that a received record points into.
@@ -680,105 +759,99 @@ impl Stage {
                 limit_bytes,
             }));
         }
-        let mut key_scratch = std::mem::take(&mut self.key_scratch);
-        key_scratch.clear();
-        let emitted = self.emit_with(output, emit, payload, &mut key_scratch);
-        self.key_scratch = key_scratch;
-        emitted
-    }
-
-    fn emit_with(
-        &mut self,
-        output: usize,
-        emit: &Emit<'_>,
-        payload: &[u8],
-        key_scratch: &mut Vec<u8>,
-    ) -> Result<(), StageError> {
         let nth = match emit.belongs_to {
             BelongsTo::Oldest => Some(0),
             BelongsTo::Nth(nth) => Some(nth),
             BelongsTo::Nothing => None,
         };
+        if emit.finishes && (nth.is_some_and(|nth| nth > 0) || (nth.is_none() && self.pending_reaches > 0)) {
+            return Err(StageError::Misuse(
+                "an emit finishes only the oldest record, or itself while nothing is pending for another: done that first",
+            ));
+        }
         let place = match nth {
+            // Nothing but ends of streams stands before a record that is not one, and those are passed over at once.
+            Some(0) if self.undone_user_records > 0 && self.undone.len() == self.undone_user_records => Some(0),
             Some(nth) => Some(
                 self.undone_place(nth)
                     .ok_or(StageError::Misuse("there is no undone record that this output could belong to"))?,
             ),
             None => None,
         };
-        let parent = place.and_then(|place| self.undone.get(place)).copied();
-        let mut fields = match &parent {
+        // The scratch is moved out only for who needs it.
+        let inherits_key = emit.key == KeyChoice::Inherit
+            && place.and_then(|place| self.undone.get(place)).is_some_and(|parent| parent.received.view.keyed);
+        if !inherits_key {
+            return self.emit_with_key(output, emit, nth, place, None, payload);
+        }
+        let mut key = std::mem::take(&mut self.key_scratch);
+        key.clear();
+        if let Some(parent) = place.and_then(|place| self.undone.get(place)) {
+            self.append_key(&parent.received, &mut key);
+        }
+        let emitted = self.emit_with_key(output, emit, nth, place, Some(&key), payload);
+        self.key_scratch = key;
+        emitted
+    }
+
+    #[inline]
+    fn emit_with_key(
+        &mut self,
+        output: usize,
+        emit: &Emit<'_>,
+        nth: Option<usize>,
+        place: Option<usize>,
+        inherited_key: Option<&[u8]>,
+        payload: &[u8],
+    ) -> Result<(), StageError> {
+        let mut fields = RecordFields { attributes: emit.attributes, ..RecordFields::default() };
+        match place.and_then(|place| self.undone.get(place)) {
             Some(parent) => {
-                let view = &parent.view;
-                if emit.key == KeyChoice::Inherit && view.keyed {
-                    let received =
-                        Received { input: parent.input as usize, generation: parent.generation, view: *view };
-                    self.append_key(&received, key_scratch);
-                }
-                RecordFields {
-                    event_time_ns: emit.event_time_ns.unwrap_or(view.event_time_ns),
-                    ingest_time_ns: view.ingest_time_ns,
-                    // The emit index counts on through the steps, so that every output of a source's record has its own.
-                    origin: Origin {
-                        emit_index: view.origin.emit_index.wrapping_mul(31).wrapping_add(parent.emitted),
-                        ..view.origin
-                    },
-                    key_hash: view.key_hash,
-                    ..RecordFields::default()
+                let view = &parent.received.view;
+                fields.event_time_ns = emit.event_time_ns.unwrap_or(view.event_time_ns);
+                fields.ingest_time_ns = view.ingest_time_ns;
+                // The emit index counts on through the steps, so that every output of a source's record has its own.
+                let emit_index = view.origin.emit_index.wrapping_mul(31).wrapping_add(parent.emitted);
+                fields.origin = Origin { shard: view.origin.shard, emit_index, sequence: view.origin.sequence };
+                if inherited_key.is_some() {
+                    (fields.key, fields.key_hash) = (inherited_key, view.key_hash);
                 }
             }
             None => {
-                let now = realtime_ns();
-                let shard = u32::try_from(self.grant.stage & 0xffff_ffff).unwrap_or(0);
-                RecordFields {
-                    event_time_ns: emit.event_time_ns.unwrap_or(now.cast_signed()),
-                    ingest_time_ns: now,
-                    origin: Origin { shard, emit_index: 0, sequence: self.page.slot().next_sequence },
-                    ..RecordFields::default()
+                if self.own_time_ns == 0 {
+                    self.own_time_ns = realtime_ns();
                 }
+                fields.event_time_ns = emit.event_time_ns.unwrap_or(self.own_time_ns.cast_signed());
+                fields.ingest_time_ns = self.own_time_ns;
+                let shard = u32::try_from(self.grant.stage & 0xffff_ffff).unwrap_or(0);
+                fields.origin = Origin { shard, emit_index: 0, sequence: self.page.slot().next_sequence };
             }
-        };
-        fields.attributes = emit.attributes;
-        match emit.key {
-            KeyChoice::Inherit if parent.is_some_and(|parent| parent.view.keyed) => fields.key = Some(key_scratch),
-            KeyChoice::Set(key) => {
-                fields.key = Some(key);
-                fields.key_hash = upper_half(hash_key(key));
-            }
-            KeyChoice::Inherit | KeyChoice::None => fields.key_hash = 0,
         }
-        match self.emit_node(output, &fields, payload) {
-            Ok(()) => {}
-            Err((EmitError::Full, ring)) => {
-                // What is done can be published, which may be just what the reader waits for.
-                self.blocked_on = Some(ring);
-                self.commit()?;
-                self.refresh_output(ring);
-                // The room may be there already: then the same call succeeds now.
-                return match self.emit_node(output, &fields, payload) {
-                    Ok(()) => {
-                        self.blocked_on = None;
-                        self.emitted(place, nth);
-                        Ok(())
-                    }
-                    Err((EmitError::Full, ring)) => {
-                        self.blocked_on = Some(ring);
-                        self.page.add_statistic(commit::STATISTICS_FULL_WAITS, 1);
-                        Err(StageError::Full)
-                    }
-                    Err((EmitError::BatchFull, _)) => Err(StageError::BatchFull),
-                    Err((error @ EmitError::TooLarge { .. }, _)) => Err(StageError::TooLarge(error)),
-                };
+        if let KeyChoice::Set(key) = emit.key {
+            (fields.key, fields.key_hash) = (Some(key), upper_half(hash_key(key)));
+        }
+        let records = usize::from(nth.is_some());
+        if emit.finishes
+            && self.pending_outputs.is_empty()
+            && self.counted.is_empty()
+            && let Some(Some((ring, counter))) = self.router.direct.get(output).copied()
+            && let Some(to) = self.outputs.get_mut(ring)
+            && to.producer.emit_done(&fields, payload).is_ok()
+        {
+            // The one output of a record that is finished with it: it is never pending.
+            self.blocked_on = None;
+            if nth.is_none() {
+                self.page.take_sequence();
             }
-            Err((EmitError::BatchFull, _)) => return Err(StageError::BatchFull),
-            Err((error @ EmitError::TooLarge { .. }, _)) => return Err(StageError::TooLarge(error)),
+            self.page.add_counter(counter as usize, 1);
+            self.is_dirty = true;
+            let is_due = self.careful || self.output_is_done(ring);
+            return self.finish_records(records, is_due);
+        }
+        if let Err((error, ring)) = self.emit_node(output, &fields, payload) {
+            self.emit_again(output, &fields, payload, error, ring)?;
         }
         self.blocked_on = None;
-        self.emitted(place, nth);
-        Ok(())
-    }
-
-    fn emitted(&mut self, place: Option<usize>, nth: Option<usize>) {
         if let Some(entry) = place.and_then(|place| self.undone.get_mut(place)) {
             entry.emitted += 1;
         }
@@ -788,26 +861,99 @@ impl Stage {
                 self.page.take_sequence();
             }
         }
-        for counter in self.router.counted.drain(..) {
-            if let Some(count) = self.pending_counts.get_mut(counter as usize) {
-                *count += 1;
+        if emit.finishes { self.settle(records, Commit::WhenDue) } else { Ok(()) }
+    }
+
+    /// After a refusal: a full ring may have room once what is done is published, which may be just what its reader waits for.
+    #[cold]
+    fn emit_again(
+        &mut self,
+        output: usize,
+        fields: &RecordFields<'_>,
+        payload: &[u8],
+        error: EmitError,
+        ring: usize,
+    ) -> Result<(), StageError> {
+        let refused = |error| match error {
+            EmitError::Full => StageError::Full,
+            EmitError::BatchFull => StageError::BatchFull,
+            EmitError::TooLarge { .. } => StageError::TooLarge(error),
+        };
+        if error != EmitError::Full {
+            return Err(refused(error));
+        }
+        self.blocked_on = Some(ring);
+        self.commit()?;
+        self.refresh_output(ring);
+        match self.emit_node(output, fields, payload) {
+            Ok(()) => Ok(()),
+            Err((error, ring)) => {
+                if error == EmitError::Full {
+                    self.blocked_on = Some(ring);
+                    self.page.add_statistic(commit::STATISTICS_FULL_WAITS, 1);
+                }
+                Err(refused(error))
             }
         }
     }
 
+    #[inline]
     fn emit_node(&mut self, node: usize, fields: &RecordFields<'_>, payload: &[u8]) -> Result<(), (EmitError, usize)> {
+        if let Some(Some((ring, counter))) = self.router.direct.get(node).copied() {
+            let Some(output) = self.outputs.get_mut(ring) else { return Ok(()) };
+            output.producer.emit(fields, payload).map_err(|error| (error, ring))?;
+            if !output.has_pending {
+                output.has_pending = true;
+                self.pending_outputs.push(ring);
+            }
+            self.count(counter);
+            return Ok(());
+        }
+        self.emit_routed(node, fields, payload)
+    }
+
+    fn emit_routed(
+        &mut self,
+        node: usize,
+        fields: &RecordFields<'_>,
+        payload: &[u8],
+    ) -> Result<(), (EmitError, usize)> {
         self.router.savepoints.clear();
         self.router.counted.clear();
         let result = self.router.emit(&mut self.outputs, node, fields, payload);
         if result.is_err() {
-            self.router.counted.clear();
             for (ring, savepoint) in self.router.savepoints.drain(..).rev() {
                 if let Some(output) = self.outputs.get_mut(ring) {
                     output.producer.restore(savepoint);
                 }
             }
+            return result;
         }
-        result
+        for (ring, _) in &self.router.savepoints {
+            if let Some(output) = self.outputs.get_mut(*ring)
+                && !output.has_pending
+            {
+                output.has_pending = true;
+                self.pending_outputs.push(*ring);
+            }
+        }
+        for place in 0..self.router.counted.len() {
+            if let Some(counter) = self.router.counted.get(place).copied() {
+                self.count(counter);
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts one emitted record; it counts for good with its done.
+    #[inline]
+    fn count(&mut self, counter: u32) {
+        if let Some(count) = self.pending_counts.get_mut(counter as usize) {
+            if *count == 0 {
+                self.counted.push(counter);
+            }
+            *count += 1;
+        }
     }
 
     /// Sends the n-th undone record, as it came, to the error output with a reason.
@@ -834,6 +980,10 @@ impl Stage {
     /// # Errors
     /// [`StageError::Misuse`] when fewer records are undone, or something pending belongs to a later record.
     pub fn done(&mut self, records: usize) -> Result<(), StageError> {
+        self.settle(records, if records == 0 { Commit::Now } else { Commit::WhenDue })
+    }
+
+    fn settle(&mut self, records: usize, when: Commit) -> Result<(), StageError> {
         if records > self.undone_user_records {
             return Err(StageError::Misuse("done says more records than were received"));
         }
@@ -843,108 +993,173 @@ impl Stage {
             ));
         }
         self.pending_reaches = 0;
-        for output in &mut self.outputs {
-            if output.has_pending {
-                output.producer.mark_done();
-                output.has_pending = false;
-                output.has_done = true;
+        let mut is_due = when == Commit::Now || self.careful;
+        for place in 0..self.pending_outputs.len() {
+            let Some(index) = self.pending_outputs.get(place).copied() else { break };
+            let Some(output) = self.outputs.get_mut(index) else { break };
+            output.producer.mark_done();
+            output.has_pending = false;
+            is_due |= self.output_is_done(index);
+        }
+        self.is_dirty |= !self.pending_outputs.is_empty();
+        self.pending_outputs.clear();
+        for place in 0..self.counted.len() {
+            let Some(counter) = self.counted.get(place).map(|counter| *counter as usize) else { break };
+            if let Some(count) = self.pending_counts.get_mut(counter) {
+                self.page.add_counter(counter, *count);
+                *count = 0;
                 self.is_dirty = true;
             }
         }
+        self.counted.clear();
+        self.finish_records(records, is_due)
+    }
+
+    /// Something of an output is part of a finished record now. Says whether that should be published at once.
+    #[inline]
+    fn output_is_done(&mut self, index: usize) -> bool {
+        let Some(output) = self.outputs.get_mut(index) else { return false };
+        if !output.has_done {
+            output.has_done = true;
+            self.done_outputs.push(index);
+        }
+        output.producer.done_bytes() >= COMMIT_BYTES_MAX || self.is_publication_due(index)
+    }
+
+    /// The oldest records are finished; what was emitted for them is done already.
+    #[inline]
+    fn finish_records(&mut self, records: usize, is_due: bool) -> Result<(), StageError> {
         if let Some(state) = &mut self.state
             && state.has_pending()
         {
             state.mark_done();
             self.is_dirty = true;
         }
-        for node in 0..self.router.nodes.len() {
-            let Some(counter) = self.router.nodes.get(node).map(|node| node.counter as usize) else { break };
-            if let Some(count) = self.pending_counts.get_mut(counter)
-                && *count > 0
-            {
-                self.page.add_counter(counter, *count);
-                *count = 0;
-                self.is_dirty = true;
-            }
-        }
         self.sequence_at_done = self.page.slot().next_sequence;
-        let mut left = records;
-        while left > 0 {
-            let Some(entry) = self.undone.pop_front() else { break };
-            if !entry.is_control() {
-                left -= 1;
-                self.undone_user_records -= 1;
-            }
-            self.acknowledge(&entry);
+        self.acknowledge_oldest(records);
+        if self.undone.front().is_some_and(Undone::is_control) {
+            self.drop_leading_control();
         }
-        self.drop_leading_control();
-        self.drop_retired();
-        self.uncommitted_records += records as u64;
-        if records == 0 || self.careful || self.is_commit_due() {
+        if self.has_retired {
+            self.drop_retired();
+        }
+        self.uncommitted_records += records.max(1) as u64;
+        // Rings share a commit: with several of them, each gets batches as long as one alone would.
+        let rings = self.done_outputs.len().max(self.changed_inputs.len()).max(1) as u64;
+        if is_due || self.uncommitted_records >= COMMIT_RECORDS_MAX * rings {
             self.commit()?;
             self.careful &= records == 0;
         }
         Ok(())
     }
 
-    /// Ends of streams and padding need nobody to finish them.
-    fn drop_leading_control(&mut self) {
-        while self.undone.front().is_some_and(Undone::is_control) {
-            if let Some(entry) = self.undone.pop_front() {
-                self.acknowledge(&entry);
-            }
+    /// Whether what is done for this output should be published at once: its reader has read all that is published before, and
+    /// the last publication is not so recent that this one would cost both sides more than it brings the record forward.
+    #[inline]
+    fn is_publication_due(&mut self, index: usize) -> bool {
+        let Some(output) = self.outputs.get_mut(index) else { return false };
+        if output.unlooked > 0 {
+            output.unlooked -= 1;
+            return false;
         }
-    }
-
-    fn acknowledge(&mut self, entry: &Undone) {
-        let index = entry.input as usize;
-        let is_data = entry.view.kind == RecordKind::Data;
-        self.page.change_input(index, |slot| {
-            slot.acknowledged = entry.after.acknowledged;
-            slot.batch = entry.after.batch;
-            slot.generation = entry.generation;
-            slot.records += u64::from(is_data);
-            slot.bytes += if is_data { entry.view.payload_len as u64 } else { 0 };
-            if entry.view.kind == RecordKind::EndOfStream {
-                slot.flags |= slot::INPUT_FLAG_ENDED;
-            }
-        });
-        if !self.changed_inputs.contains(&index) {
-            self.changed_inputs.push(index);
+        if !output.producer.is_starved() {
+            self.refresh_output(index);
         }
-        self.is_dirty = true;
-    }
-
-    fn is_commit_due(&mut self) -> bool {
-        if self.uncommitted_records >= COMMIT_RECORDS_MAX {
+        let Some(output) = self.outputs.get_mut(index) else { return false };
+        if !output.producer.is_starved() {
+            return false;
+        }
+        let since_ns = monotonic_ns().saturating_sub(output.published_at_ns);
+        if since_ns >= PUBLICATION_GAP_NS {
             return true;
         }
-        for index in 0..self.outputs.len() {
-            let Some(output) = self.outputs.get(index) else { break };
-            if !output.has_done {
-                continue;
+        // At this pace so many more records come within the gap: the next look is half-way there.
+        let more = u64::from(output.producer.done_records()) * (PUBLICATION_GAP_NS - since_ns) / (2 * since_ns.max(1));
+        output.unlooked = more.min(COMMIT_RECORDS_MAX);
+        false
+    }
+
+    /// Ends of streams and padding need nobody to finish them.
+    fn drop_leading_control(&mut self) {
+        let count = self.undone.iter().take_while(|entry| entry.is_control()).count();
+        if count > 0 {
+            self.acknowledge_entries(count);
+        }
+    }
+
+    /// Acknowledges the oldest records, and the control entries between them.
+    fn acknowledge_oldest(&mut self, records: usize) {
+        if records == 0 {
+            return;
+        }
+        self.undone_user_records -= records;
+        let entries = if self.undone.len() == self.undone_user_records + records {
+            records
+        } else {
+            let mut left = records;
+            let with_last = |entry: &&Undone| {
+                let wanted = left > 0;
+                left -= usize::from(wanted && !entry.is_control());
+                wanted
+            };
+            self.undone.iter().take_while(with_last).count()
+        };
+        self.acknowledge_entries(entries);
+    }
+
+    fn acknowledge_entries(&mut self, entries: usize) {
+        let mut place = 0;
+        while place < entries {
+            // A run of records of one input is one change of that input's entry.
+            let Some(index) = self.undone.get(place).map(|entry| entry.received.input) else { break };
+            let (mut records, mut bytes, mut flags, mut last) = (0, 0, 0, None);
+            for entry in self.undone.range(place..entries) {
+                let Undone { received: Received { input, view, .. }, .. } = entry;
+                if *input != index {
+                    break;
+                }
+                if view.kind == RecordKind::Data {
+                    records += 1;
+                    bytes += view.payload_len as u64;
+                } else if view.kind == RecordKind::EndOfStream {
+                    flags = slot::INPUT_FLAG_ENDED;
+                }
+                last = Some((entry.after, entry.received.generation));
+                place += 1;
             }
-            if output.producer.done_bytes() >= COMMIT_BYTES_MAX || output.producer.is_starved() {
-                return true;
-            }
-            self.refresh_output(index);
-            if self.outputs.get(index).is_some_and(|output| output.producer.is_starved()) {
-                return true;
+            let Some((after, generation)) = last else { break };
+            self.page.change_input(index, |slot| {
+                slot.acknowledged = after.acknowledged;
+                slot.batch = after.batch;
+                slot.generation = generation;
+                slot.records += records;
+                slot.bytes += bytes;
+                slot.flags |= flags;
+            });
+            if let Some(input) = self.inputs.get_mut(index)
+                && !input.is_changed
+            {
+                input.is_changed = true;
+                self.changed_inputs.push(index);
             }
         }
-        false
+        self.undone.drain(..entries.min(self.undone.len()));
+        self.is_dirty = true;
     }
 
     /// Drops what was emitted and put since the last `done`. The records stay received.
     pub fn abort(&mut self) {
-        for output in &mut self.outputs {
-            output.producer.abort();
-            output.has_pending = false;
+        for index in self.pending_outputs.drain(..) {
+            if let Some(output) = self.outputs.get_mut(index) {
+                output.producer.abort();
+                output.has_pending = false;
+            }
         }
         if let Some(state) = &mut self.state {
             state.abort();
         }
         self.pending_counts.fill(0);
+        self.counted.clear();
         self.pending_reaches = 0;
         // Whoever gives the record up does not wait for its room any more.
         self.blocked_on = None;
@@ -961,10 +1176,10 @@ impl Stage {
     pub fn commit(&mut self) -> Result<(), StageError> {
         if self.is_dirty {
             let now = monotonic_ns();
-            for (index, output) in self.outputs.iter_mut().enumerate() {
-                if !output.has_done {
-                    continue;
-                }
+            for index in self.done_outputs.iter().copied() {
+                let Some(output) = self.outputs.get_mut(index) else { break };
+                output.published_at_ns = now;
+                output.unlooked = 0;
                 if let Some((tail, records, bytes)) = output.producer.seal(now) {
                     let large_tail = output.producer.large_published();
                     let generation = self.grant.generation;
@@ -992,6 +1207,7 @@ impl Stage {
             }
             self.is_dirty = false;
             self.uncommitted_records = 0;
+            self.own_time_ns = 0;
             self.wake_neighbours();
             self.undone_since_ns = 0;
             self.show_undone(now);
@@ -1014,16 +1230,16 @@ impl Stage {
         // The mirrors are stored; this fence and the sleeper's make sure that one of the two sees the other.
         self.page.words().fence(Ordering::SeqCst);
         let mut rung = 0;
-        for output in &mut self.outputs {
-            if output.has_done {
-                output.has_done = false;
-                if let Some(neighbour) = &mut output.neighbour {
-                    rung += u64::from(neighbour.wake(commit::ANNOUNCE_INPUT));
-                }
+        for index in self.done_outputs.drain(..) {
+            let Some(output) = self.outputs.get_mut(index) else { continue };
+            output.has_done = false;
+            if let Some(neighbour) = &mut output.neighbour {
+                rung += u64::from(neighbour.wake(commit::ANNOUNCE_INPUT));
             }
         }
         for index in self.changed_inputs.drain(..) {
             if let Some(input) = self.inputs.get_mut(index) {
+                input.is_changed = false;
                 if let (Some(consumer), Some(entry)) = (&mut input.consumer, self.page.slot().inputs.get(index)) {
                     consumer.set_free(entry.batch);
                 }
@@ -1184,7 +1400,10 @@ impl Stage {
             match output.producer.emit(&fields, b"") {
                 Ok(()) => {
                     output.ended = true;
-                    output.has_pending = true;
+                    if !output.has_pending {
+                        output.has_pending = true;
+                        self.pending_outputs.push(index);
+                    }
                 }
                 Err(_full) => {
                     self.blocked_on = Some(index);
@@ -1379,6 +1598,7 @@ impl Stage {
                 consumer.take_tail(tail)?;
                 let old = consumer.replace_bytes(ring);
                 input.retired.push((input.generation, old));
+                self.has_retired = true;
             }
             none => {
                 let at = ReadPosition { acknowledged: slot.acknowledged, batch: slot.batch };
@@ -1399,11 +1619,15 @@ impl Stage {
 
     /// Unmaps the rings of dead producers that no undone record points into any more.
     fn drop_retired(&mut self) {
+        self.has_retired = false;
         for (index, input) in self.inputs.iter_mut().enumerate().filter(|(_, input)| !input.retired.is_empty()) {
             let undone = &self.undone;
             input.retired.retain(|(generation, _)| {
-                undone.iter().any(|entry| entry.input as usize == index && entry.generation == *generation)
+                undone
+                    .iter()
+                    .any(|entry| entry.received.input == index && entry.received.generation == *generation)
             });
+            self.has_retired |= !input.retired.is_empty();
         }
     }
 }
@@ -1434,7 +1658,6 @@ impl Router {
             let Some(output) = outputs.get_mut(ring) else { continue };
             self.savepoints.push((ring, output.producer.savepoint()));
             output.producer.emit(fields, payload).map_err(|error| (error, ring))?;
-            output.has_pending = true;
         }
         for keyed in 0..route.keyed.len() {
             let Some((main, errors)) = self
@@ -1472,6 +1695,17 @@ impl Router {
             }
         }
         Ok(())
+    }
+}
+
+/// The ring and the counter of a node whose records all go into that ring.
+fn direct_ring(node: &RouteNode) -> Option<(usize, u32)> {
+    match (node.edges.as_slice(), node.keyed.as_slice()) {
+        ([edge], []) => match edge.rings.as_slice() {
+            [ring] => Some((*ring as usize, node.counter)),
+            _ => None,
+        },
+        _ => None,
     }
 }
 
