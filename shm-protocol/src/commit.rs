@@ -303,6 +303,7 @@ impl Changed {
         Self { now: (0..count).collect(), before: Vec::with_capacity(count), in_now: vec![true; count] }
     }
 
+    #[inline]
     fn mark(&mut self, index: usize) {
         if let Some(marked) = self.in_now.get_mut(index)
             && !*marked
@@ -429,6 +430,7 @@ impl<W: Words> CommitPage<W> {
     }
 
     /// Adds to a counter in the next commit.
+    #[inline]
     pub fn add_counter(&mut self, counter: usize, by: u64) {
         if let Some(count) = self.slot.counters.get_mut(counter) {
             *count = count.wrapping_add(by);
@@ -452,6 +454,7 @@ impl<W: Words> CommitPage<W> {
     }
 
     /// Takes the next sequence of records that the stage makes by itself.
+    #[inline]
     pub fn take_sequence(&mut self) -> u64 {
         let sequence = self.slot.next_sequence;
         self.slot.next_sequence += 1;

