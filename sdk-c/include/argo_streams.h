@@ -110,6 +110,13 @@
 /* ags_emit.flags: ags_emit.event_time_ns counts; without it the event time is that of the record that it belongs to, or now. */
 #define AGS_EMIT_EVENT_TIME 1
 
+/*
+ ags_emit.flags: this is the last of what belongs to the oldest record, which is done with it, as by ags_stage_done of 1. With
+ AGS_BELONGS_TO_NOTHING the emitted record is finished by itself: so a source needs one call a record, and commits happen at
+ once while a reader is starved and in batches under backlog.
+ */
+#define AGS_EMIT_FINISHES 2
+
 /* Good. */
 #define AGS_OK 0
 
@@ -265,7 +272,7 @@ typedef struct ags_bytes {
 typedef struct ags_emit {
     /* Size of this struct, set by AGS_EMIT_INIT. */
     uint32_t struct_size;
-    /* AGS_EMIT_EVENT_TIME or 0. */
+    /* AGS_EMIT_EVENT_TIME and AGS_EMIT_FINISHES. */
     uint32_t flags;
     /*
      Which record it belongs to: AGS_BELONGS_TO_OLDEST, AGS_BELONGS_TO_NTH or AGS_BELONGS_TO_NOTHING. Origin, key and times

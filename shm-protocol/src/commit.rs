@@ -461,6 +461,12 @@ impl<W: Words> CommitPage<W> {
         sequence
     }
 
+    /// Takes the next sequences of so many such records.
+    #[inline]
+    pub fn take_sequences(&mut self, count: u64) {
+        self.slot.next_sequence = self.slot.next_sequence.wrapping_add(count);
+    }
+
     /// Puts the sequence back, after an abort.
     pub fn restore_sequence(&mut self, sequence: u64) {
         self.slot.next_sequence = sequence;

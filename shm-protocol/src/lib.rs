@@ -27,6 +27,7 @@ mod segment;
 mod session;
 pub mod stage;
 mod state;
+mod undone;
 
 pub use bell::{Bell, wait_readable};
 pub use clock::{monotonic_ns, realtime_ns};

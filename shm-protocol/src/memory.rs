@@ -43,6 +43,11 @@ pub trait Bytes {
     fn prepare_read(&self, _position: u64, _len: u64) {}
     /// Copies bytes in.
     fn write(&self, position: u64, from: &[u8]);
+    /// Copies a record's head in, and behind it its payload.
+    fn write_record(&self, position: u64, head: [u8; 8], payload: &[u8]) {
+        self.write(position, &head);
+        self.write(position + 8, payload);
+    }
     /// Copies bytes in past the caches where the processor can, and orders them before every later store. For batches that a
     /// reader on a far core takes next: its first touch then finds them in memory, and not in the writer's cache.
     fn stream(&self, position: u64, from: &[u8]) {
@@ -403,6 +408,10 @@ impl<B: Bytes> Bytes for std::sync::Arc<B> {
         (**self).stream(position, from);
     }
     #[inline]
+    fn write_record(&self, position: u64, head: [u8; 8], payload: &[u8]) {
+        (**self).write_record(position, head, payload);
+    }
+    #[inline]
     fn prepare_write(&self, position: u64) {
         (**self).prepare_write(position);
     }
@@ -451,6 +460,18 @@ impl Bytes for RingMapping {
         let len = to_usize(len.min(self.capacity));
         let from = self.at(self.offset_of(position), len);
         stream::prepare_read(from, len);
+    }
+
+    #[inline(always)]
+    fn write_record(&self, position: u64, head: [u8; 8], payload: &[u8]) {
+        assert!(payload.len() as u64 + 8 <= self.capacity, "more than the ring holds");
+        let to = self.writable_at(self.offset_of(position), payload.len() + 8);
+        // SAFETY: in bounds and writable by `writable_at`, which was asked for eight bytes and the payload.
+        unsafe { to.cast::<[u8; 8]>().write_unaligned(head) }
+        // SAFETY: as above.
+        let to = unsafe { to.add(8) };
+        // SAFETY: in bounds and writable, as above; `payload` is private memory, so the two cannot overlap.
+        unsafe { std::ptr::copy_nonoverlapping(payload.as_ptr(), to, payload.len()) }
     }
 
     #[inline]

@@ -359,6 +359,49 @@ impl<B: Bytes> Producer<B> {
         true
     }
 
+    /// Where the lane of the open batch ends: so far [`Producer::append_in_lane`] may go without looking at anything else. It
+    /// is behind neither the room that the reader has freed, nor the place where the batch is assembled, nor `batch_bytes_max`.
+    pub fn lane_end(&self, batch_bytes_max: u64) -> u64 {
+        let batch = if self.is_staged { batch_bytes_max.min(STAGING_BYTES as u64) } else { batch_bytes_max };
+        self.room_end.min(self.published + BATCH_ALIGN + batch)
+    }
+
+    /// The times that records of the open batch have if they do not say: event time and ingest time.
+    pub fn inherited_times(&self) -> (i64, u64) {
+        (self.inherited.event_time_ns, self.inherited.ingest_time_ns)
+    }
+
+    /// Appends a record that is done and is nothing but a payload of at most `len_max` bytes, with the times of the open batch,
+    /// which is not empty, and the origin that follows the last record's. `false`: it would reach beyond `lane_end`, or is longer.
+    #[inline(always)]
+    pub fn append_in_lane(&mut self, lane_end: u64, len_max: usize, payload: &[u8]) -> bool {
+        let end = self.cursor.cursor + (record::HEAD_LEN + pad(payload.len())) as u64;
+        if end > lane_end || payload.len() > len_max.min(STREAM_IN_PLACE_BYTES_MIN - 1) {
+            return false;
+        }
+        let position = self.cursor.cursor;
+        let head = (payload.len() as u64).to_le_bytes();
+        if self.is_staged {
+            // Within the staging by the end of the lane.
+            let at = usize::try_from(position - self.published).unwrap_or(usize::MAX);
+            let range = at..at + record::HEAD_LEN + payload.len();
+            let Some((to_head, to_payload)) =
+                self.staging.get_mut(range).and_then(|to| to.split_first_chunk_mut::<{ record::HEAD_LEN }>())
+            else {
+                return false;
+            };
+            *to_head = head;
+            to_payload.copy_from_slice(payload);
+        } else {
+            self.bytes.write_record(position, head, payload);
+        }
+        self.cursor.cursor = end;
+        self.cursor.records += 1;
+        self.cursor.data_records += 1;
+        self.cursor.data_bytes += payload.len() as u64;
+        true
+    }
+
     #[inline(always)]
     fn append_plain(&mut self, end: u64, payload: &[u8]) {
         let position = self.cursor.cursor;
