@@ -18,8 +18,9 @@ use crate::pointers;
 use crate::session::StageHandle;
 use crate::status::{self, AGS_INVALID, AGS_OK, AGS_PANIC, AGS_TOO_LARGE, AgsStatus, Failure};
 use crate::types::{
-    AGS_BELONGS_TO_NOTHING, AGS_BELONGS_TO_NTH, AGS_BELONGS_TO_OLDEST, AGS_EMIT_EVENT_TIME, AGS_EMIT_FINISHES, AGS_KEY_INHERIT,
-    AGS_KEY_NONE, AGS_KEY_SET, AGS_STAGE_TELL_INPUT_OVER, AgsBytes, AgsClaim, AgsEmit, AgsRecord, AgsStageOptions,
+    AGS_BELONGS_TO_NOTHING, AGS_BELONGS_TO_NTH, AGS_BELONGS_TO_OLDEST, AGS_EMIT_EVENT_TIME, AGS_EMIT_FINISHES,
+    AGS_KEY_INHERIT, AGS_KEY_NONE, AGS_KEY_SET, AGS_STAGE_TELL_INPUT_OVER, AgsBytes, AgsClaim, AgsEmit, AgsRecord,
+    AgsStageOptions,
 };
 
 /// Runs the body of a call: panics become a status, and failures leave their sentence.

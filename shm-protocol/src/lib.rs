@@ -21,6 +21,7 @@ mod histogram;
 mod incarnation;
 mod key;
 mod memory;
+mod publication;
 mod record;
 mod ring;
 mod segment;

@@ -77,4 +77,3 @@ pub const ROUTE_NODES_MAX: usize = 1024;
 const _: () = assert!(RING_CAPACITY_BYTES.is_power_of_two() && LARGE_CAPACITY_BYTES.is_power_of_two());
 const _: () =
     assert!(LARGE_CAPACITY_BYTES >= 3 * (RECORD_PAYLOAD_BYTES_MAX + KEY_BYTES_MAX + ATTRIBUTES_BYTES_MAX) as u64);
-

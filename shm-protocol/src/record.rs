@@ -393,13 +393,7 @@ impl RecordView {
 
     /// The parts that the flags name, behind the head.
     #[inline(never)]
-    fn read_parts<B: Bytes>(
-        &mut self,
-        bytes: &B,
-        flags: u32,
-        body: u64,
-        body_len: u64,
-    ) -> Result<(), RecordError> {
+    fn read_parts<B: Bytes>(&mut self, bytes: &B, flags: u32, body: u64, body_len: u64) -> Result<(), RecordError> {
         let view = self;
         let position = view.position;
         let wrong = |part, len_bytes, room| RecordError::Record { position, part, len_bytes, room };

@@ -334,13 +334,7 @@ impl<B: Bytes> Producer<B> {
     /// As [`Producer::emit_done`] for a record that is nothing but a payload and needs no more than the 8 bytes of its head.
     /// `false`: it needs more, or there is no room; nothing was changed then.
     #[inline(always)]
-    pub fn emit_plain_done(
-        &mut self,
-        event_time_ns: i64,
-        ingest_time_ns: u64,
-        origin: Origin,
-        payload: &[u8],
-    ) -> bool {
+    pub fn emit_plain_done(&mut self, event_time_ns: i64, ingest_time_ns: u64, origin: Origin, payload: &[u8]) -> bool {
         let end = self.cursor.cursor + (record::HEAD_LEN + pad(payload.len())) as u64;
         if payload.len() > self.plain_len_max || end > self.room_end || origin.emit_index != 0 {
             return false;

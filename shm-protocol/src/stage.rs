@@ -22,10 +22,11 @@ use crate::histogram::HistogramView;
 use crate::key::{hash_key, key_group};
 use crate::layout::{commit, session, slot};
 use crate::limits::{
-    COMMIT_BYTES_MAX, COMMIT_RECORDS_MAX, ERROR_REASON_BYTES_MAX, KEY_BYTES_MAX, PUBLICATION_GAP_NS, SLEEP_NS_MAX, STREAM_RECORDS_MIN, SPIN_NS_MAX,
-    UNDONE_RECORDS_MAX,
+    COMMIT_BYTES_MAX, COMMIT_RECORDS_MAX, ERROR_REASON_BYTES_MAX, KEY_BYTES_MAX, PUBLICATION_GAP_NS, SLEEP_NS_MAX,
+    SPIN_NS_MAX, STREAM_RECORDS_MIN, UNDONE_RECORDS_MAX,
 };
 use crate::memory::{Access, Mapping, RingMapping, Words};
+use crate::publication::Chooser;
 use crate::record::{Origin, RecordFields, RecordKind, RecordView, attributes_encode};
 use crate::ring::{Consumer, EmitError, Producer, ReadPosition, RingViolation, Savepoint, Way};
 use crate::segment::{Kind, Segment, SegmentError};
@@ -286,6 +287,8 @@ struct Output {
     published_at_ns: u64,
     /// So many more records may be finished before the reader's position is looked at again.
     unlooked: u64,
+    /// How its batches go into the ring.
+    chooser: Chooser,
     ended: bool,
 }
 
@@ -461,6 +464,7 @@ impl Stage {
             let entry = page.slot().outputs.get(index).copied().unwrap_or_default();
             let producer = Producer::new(ring, entry.tail, output.free, entry.large_tail)?;
             outputs.push(Output {
+                chooser: Chooser::new(output.capacity),
                 producer,
                 neighbour: None,
                 final_acknowledgement: (0, 0),
@@ -565,11 +569,12 @@ impl Stage {
     pub fn set_publication(&mut self, publication: Publication) {
         self.leave_lane();
         for output in &mut self.outputs {
-            match publication {
-                Publication::Adaptive => {}
-                Publication::Ordinary => output.producer.set_way(Way::Ordinary),
-                Publication::Streamed => output.producer.set_way(Way::Streamed),
-            }
+            output.chooser.fix(match publication {
+                Publication::Adaptive => None,
+                Publication::Ordinary => Some(Way::Ordinary),
+                Publication::Streamed => Some(Way::Streamed),
+            });
+            output.producer.set_way(output.chooser.way());
         }
     }
 
@@ -1343,13 +1348,17 @@ impl Stage {
             0 => monotonic_ns(),
             now => now,
         };
+        let is_stream = self.uncommitted_records >= STREAM_RECORDS_MIN;
         for index in self.done_outputs.iter().copied() {
             let Some(output) = self.outputs.get_mut(index) else { break };
             output.has_done = false;
+            let before = output.producer.published();
             output.published_at_ns = now;
             output.unlooked = 0;
             if let Some((tail, records, bytes)) = output.producer.seal(now) {
                 let large_tail = output.producer.large_published();
+                output.chooser.published(now, tail - before, is_stream);
+                output.producer.set_way(output.chooser.way());
                 let generation = self.grant.generation;
                 self.page.change_output(index, |slot| {
                     slot.tail = tail;
@@ -1795,9 +1804,7 @@ impl Stage {
         for (index, input) in self.inputs.iter_mut().enumerate().filter(|(_, input)| !input.retired.is_empty()) {
             let undone = &self.undone;
             input.retired.retain(|(generation, _)| {
-                undone
-                    .iter()
-                    .any(|entry| entry.received.input == index && entry.received.generation == *generation)
+                undone.iter().any(|entry| entry.received.input == index && entry.received.generation == *generation)
             });
             self.has_retired |= !input.retired.is_empty();
         }

@@ -1,0 +1,286 @@
+//! Which way a ring publishes its batches, found by measuring the ring itself.
+//!
+//! Where writer and reader share a cache, ordinary stores at a record's place are up to twice as fast as streaming; where
+//! they do not, streaming is up to ten times as fast (notes/shm.md, 1b and 3). No table of processors knows which it is, and
+//! hosts move the cores several times a minute. So the ring compares: a stretch of batches one way, a stretch the other way,
+//! and then it stays with the faster one until something changes.
+//!
+//! What is compared is the time of a byte over a stretch, waiting for the reader included: that is what the user gets. It
+//! counts only while the stage does nothing but fill this ring; a stretch with a pause in it is thrown away.
+//!
+//! A state machine without a clock: times come in.
+
+use crate::ring::Way;
+
+/// A stretch has as many times the bytes of the ring: what is measured is the ring as it is when it has gone
+/// around in that way, not the lines that the other way left behind.
+const STRETCH_RINGS: u64 = 1;
+/// A batch that took this many times the mean of its stretch had a pause in it, of the program or of the processor.
+const PAUSE_FACTOR: u64 = 16;
+/// A pause is at least this long.
+const PAUSE_NS_MIN: u64 = 20_000;
+/// The other way must be better by one part in this many, or it is not worth the change.
+const GAIN_PART: u64 = 16;
+/// When the way in use takes this much longer (in eighths) than when it was chosen, the cores may have moved.
+const CHANGE_EIGHTHS: u64 = 10;
+/// Also without a sign the other way is tried again after so many times of what trying costs: at most 2% of the time goes
+/// into finding out.
+const TRIAL_SHARE: u64 = 50;
+/// ... but not before this many nanoseconds, and not later than [`TRIAL_NS_MAX`].
+const TRIAL_NS_MIN: u64 = 5_000_000;
+/// A ring that moved from far to near shows no sign, because streaming is as fast there: so it looks by itself.
+const TRIAL_NS_MAX: u64 = 250_000_000;
+
+/// The chooser of one ring.
+#[derive(Debug)]
+pub(crate) struct Chooser {
+    is_fixed: bool,
+    stretch_bytes_min: u64,
+    phase: Phase,
+    way: Way,
+    stretch: Stretch,
+    /// Femtoseconds a byte of the way in use, when it was chosen.
+    chosen_cost: u64,
+    /// ... and of the other one.
+    other_cost: u64,
+    next_trial_ns: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// The way in use is measured.
+    Using,
+    /// The other way is filling the ring once; nothing of it counts.
+    Turning,
+    /// The other way is measured.
+    Trying,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Stretch {
+    bytes: u64,
+    time_ns: u64,
+    batches: u64,
+    last_ns: u64,
+}
+
+impl Stretch {
+    fn cost(&self) -> u64 {
+        self.time_ns.saturating_mul(1_000_000) / self.bytes.max(1)
+    }
+}
+
+impl Chooser {
+    /// For a ring of this capacity.
+    pub(crate) fn new(capacity: u64) -> Self {
+        Self {
+            is_fixed: false,
+            stretch_bytes_min: capacity.saturating_mul(STRETCH_RINGS),
+            phase: Phase::Using,
+            way: Way::Ordinary,
+            stretch: Stretch::default(),
+            chosen_cost: 0,
+            other_cost: 0,
+            next_trial_ns: 0,
+        }
+    }
+
+    /// Fixes the way, or (`None`) lets the ring find it again.
+    pub(crate) fn fix(&mut self, way: Option<Way>) {
+        *self = Self {
+            way: way.unwrap_or_default(),
+            is_fixed: way.is_some(),
+            ..Self::new(self.stretch_bytes_min / STRETCH_RINGS)
+        };
+    }
+
+    /// The way to publish the next batch.
+    #[inline]
+    pub(crate) fn way(&self) -> Way {
+        match self.phase {
+            Phase::Using => self.way,
+            Phase::Turning | Phase::Trying => other(self.way),
+        }
+    }
+
+    /// A batch of `bytes` was published at `now_ns`; `is_stream`: behind others without a pause that the stage knows of.
+    #[inline]
+    pub(crate) fn published(&mut self, now_ns: u64, bytes: u64, is_stream: bool) {
+        if self.is_fixed {
+            return;
+        }
+        let since_ns = now_ns.saturating_sub(self.stretch.last_ns);
+        let first = self.stretch.last_ns == 0;
+        self.stretch.last_ns = now_ns;
+        if !is_stream {
+            self.interrupted(now_ns);
+            return;
+        }
+        if first {
+            return;
+        }
+        let mean_ns = self.stretch.time_ns / self.stretch.batches.max(1);
+        if self.stretch.batches > 0 && since_ns > PAUSE_NS_MIN.max(mean_ns * PAUSE_FACTOR) {
+            // A processor that was taken away, or a program that did something else: this batch says nothing.
+            return;
+        }
+        self.stretch.bytes += bytes;
+        self.stretch.time_ns += since_ns;
+        self.stretch.batches += 1;
+        if self.stretch.bytes >= self.stretch_bytes_min {
+            self.stretch_is_over(now_ns);
+        }
+    }
+
+    /// A trickle is published with ordinary stores, and tells nothing.
+    fn interrupted(&mut self, now_ns: u64) {
+        if self.phase != Phase::Using {
+            self.phase = Phase::Using;
+        }
+        self.stretch = Stretch { last_ns: now_ns, ..Stretch::default() };
+    }
+
+    fn stretch_is_over(&mut self, now_ns: u64) {
+        let cost = self.stretch.cost();
+        let took_ns = self.stretch.time_ns;
+        self.stretch = Stretch { last_ns: now_ns, ..Stretch::default() };
+        match self.phase {
+            Phase::Using => {
+                let is_new = self.chosen_cost == 0;
+                let (now, then) = (cost.saturating_mul(8), self.chosen_cost.saturating_mul(8));
+                let has_changed = now / 8 * CHANGE_EIGHTHS < then || now > then / 8 * CHANGE_EIGHTHS;
+                if is_new || has_changed || now_ns >= self.next_trial_ns {
+                    self.chosen_cost = cost;
+                    self.phase = Phase::Turning;
+                } else {
+                    // The figure follows slowly, so that many small steps are seen as well as one large one.
+                    self.chosen_cost = (self.chosen_cost * 7 + cost) / 8;
+                }
+            }
+            Phase::Turning => self.phase = Phase::Trying,
+            Phase::Trying => {
+                self.phase = Phase::Using;
+                if cost + cost / GAIN_PART < self.chosen_cost {
+                    (self.other_cost, self.chosen_cost) = (self.chosen_cost, cost);
+                    self.way = other(self.way);
+                } else {
+                    self.other_cost = cost;
+                }
+                let share = took_ns.saturating_mul(2 * TRIAL_SHARE);
+                let excess = self.other_cost.saturating_sub(self.chosen_cost);
+                // What a trial costs is what it is slower, not what it takes.
+                let wait_ns = share / self.other_cost.max(1) * excess;
+                self.next_trial_ns = now_ns + wait_ns.clamp(TRIAL_NS_MIN, TRIAL_NS_MAX);
+            }
+        }
+    }
+}
+
+fn other(way: Way) -> Way {
+    match way {
+        Way::Ordinary => Way::Streamed,
+        Way::Streamed => Way::Ordinary,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RING: u64 = 256 << 10;
+    const BATCH: u64 = 16 << 10;
+
+    /// A ring whose ways cost so many nanoseconds a batch.
+    struct Cores {
+        ordinary_ns: u64,
+        streamed_ns: u64,
+        now_ns: u64,
+        chooser: Chooser,
+        spent_ns: u64,
+    }
+
+    impl Cores {
+        fn new(ordinary_ns: u64, streamed_ns: u64) -> Self {
+            Self { ordinary_ns, streamed_ns, now_ns: 1, chooser: Chooser::new(RING), spent_ns: 0 }
+        }
+
+        fn batch(&mut self) {
+            let cost = match self.chooser.way() {
+                Way::Ordinary => self.ordinary_ns,
+                Way::Streamed => self.streamed_ns,
+            };
+            self.now_ns += cost;
+            self.spent_ns += cost;
+            self.chooser.published(self.now_ns, BATCH, true);
+        }
+
+        /// Runs for some time; returns what share of the batches that the better way would have made were made.
+        fn run(&mut self, time_ns: u64) -> f64 {
+            let end = self.now_ns + time_ns;
+            let mut batches = 0_u32;
+            while self.now_ns < end {
+                self.batch();
+                batches += 1;
+            }
+            f64::from(batches) * self.ordinary_ns.min(self.streamed_ns) as f64 / time_ns as f64
+        }
+    }
+
+    const FAR: (u64, u64) = (7_200, 1_300);
+    const NEAR: (u64, u64) = (1_900, 3_700);
+
+    #[test]
+    fn finds_the_better_way_and_stays_with_it() {
+        for (ordinary_ns, streamed_ns, better) in
+            [(FAR.0, FAR.1, Way::Streamed), (NEAR.0, NEAR.1, Way::Ordinary), (2_000, 2_000, Way::Ordinary)]
+        {
+            let mut cores = Cores::new(ordinary_ns, streamed_ns);
+            cores.run(10_000_000);
+            assert_eq!(cores.chooser.way, better, "{ordinary_ns} against {streamed_ns}");
+            let share = cores.run(1_000_000_000);
+            assert!(share >= 0.95, "{share} of what {better:?} alone would do");
+        }
+    }
+
+    #[test]
+    fn finds_it_again_after_a_move() {
+        let mut cores = Cores::new(FAR.0, FAR.1);
+        cores.run(50_000_000);
+        for _ in 0..20 {
+            for ((ordinary_ns, streamed_ns), better) in [(NEAR, Way::Ordinary), (FAR, Way::Streamed)] {
+                (cores.ordinary_ns, cores.streamed_ns) = (ordinary_ns, streamed_ns);
+                cores.run(10_000_000);
+                assert_eq!(cores.chooser.way, better, "10 ms after the move");
+                cores.run(333_000_000);
+            }
+        }
+    }
+
+    #[test]
+    fn a_taken_processor_and_a_trickle_change_nothing() {
+        let mut cores = Cores::new(FAR.0, FAR.1);
+        cores.run(50_000_000);
+        for round in 0..2000_u64 {
+            cores.run(300_000);
+            // 10 ms without the processor.
+            cores.now_ns += 10_000_000;
+            assert_eq!(cores.chooser.way, Way::Streamed, "round {round}");
+        }
+        for _ in 0..100_000 {
+            cores.now_ns += 50_000;
+            cores.chooser.published(cores.now_ns, 128, false);
+        }
+        assert_eq!(cores.chooser.way(), Way::Streamed, "the next stream begins as the last one went");
+    }
+
+    #[test]
+    fn a_fixed_way_is_fixed() {
+        let mut cores = Cores::new(FAR.0, FAR.1);
+        cores.chooser.fix(Some(Way::Ordinary));
+        cores.run(50_000_000);
+        assert_eq!(cores.chooser.way(), Way::Ordinary);
+        cores.chooser.fix(None);
+        cores.run(50_000_000);
+        assert_eq!(cores.chooser.way(), Way::Streamed);
+    }
+}
