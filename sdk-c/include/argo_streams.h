@@ -53,7 +53,7 @@
 
 
 /* How long a program may sleep on ags_stage_fd before it looks again by itself. */
-#define AGS_SLEEP_NS_MAX 250000000
+#define AGS_SLEEP_NS_MAX 1000000000
 
 /*
  ags_stage_options.flags: ags_stage_recv says AGS_INPUT_OVER once before the stage is finished, also when all records are

@@ -5,7 +5,7 @@ use std::ffi::{c_char, c_void};
 /// A time-out that never comes.
 pub const AGS_FOREVER: u64 = u64::MAX;
 /// How long a program may sleep on ags_stage_fd before it looks again by itself.
-pub const AGS_SLEEP_NS_MAX: u64 = 250_000_000;
+pub const AGS_SLEEP_NS_MAX: u64 = 1_000_000_000;
 const _: () = assert!(AGS_SLEEP_NS_MAX == argo_streams_shm_protocol::limits::SLEEP_NS_MAX);
 
 /// ags_stage_options.flags: ags_stage_recv says AGS_INPUT_OVER once before the stage is finished, also when all records are

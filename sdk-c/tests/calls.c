@@ -129,7 +129,7 @@ static void with_a_stage(ags_stage *stage)
     emit.attributes = wrong;
     EXPECT(ags_stage_emit(stage, 0, &emit) == AGS_INVALID);
     emit.attributes.len_bytes = 0;
-    emit.flags = 2;
+    emit.flags = 4;
     EXPECT(ags_stage_emit(stage, 0, &emit) == AGS_INVALID);
     emit.flags = 0;
     emit.payload.len_bytes = (16u << 20) + 1;
