@@ -119,6 +119,7 @@ impl Physical {
                         worker: u32::try_from(worker).unwrap_or(0),
                         shape: PageShape::default(),
                         state_bytes: if keeps_state { STATE_BYTES_MAX } else { 0 },
+                        is_kept: false,
                         record_bytes_max: RECORD_PAYLOAD_BYTES_MAX as u64,
                         inputs: Vec::new(),
                         outputs: Vec::new(),

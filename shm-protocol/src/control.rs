@@ -339,23 +339,7 @@ impl Control {
         descriptors: &[BorrowedFd<'_>],
         flags: SendFlags,
     ) -> Result<(), ControlError> {
-        let bytes = encode(message);
-        if bytes.len() > CONTROL_MESSAGE_BYTES_MAX || descriptors.len() > CONTROL_DESCRIPTORS_MAX {
-            return Err(ControlError::TooLong(bytes.len()));
-        }
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(CONTROL_DESCRIPTORS_MAX))];
-        let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        if !descriptors.is_empty() {
-            ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
-        }
-        loop {
-            match sendmsg(&self.socket, &[IoSlice::new(&bytes)], &mut ancillary, flags) {
-                Ok(_) => return Ok(()),
-                Err(rustix::io::Errno::INTR) => {}
-                Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => return Err(ControlError::Closed),
-                Err(error) => return Err(io::Error::from(error).into()),
-            }
-        }
+        send_packet(self.socket.as_fd(), &encode(message), descriptors, flags)
     }
 
     /// Takes the next message; `None` when there is none yet. Never blocks.
@@ -378,34 +362,66 @@ impl Control {
     }
 
     fn receive_with(&self, flags: RecvFlags) -> Result<(Message, Descriptors), ControlError> {
-        let mut bytes = vec![0_u8; CONTROL_MESSAGE_BYTES_MAX];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(CONTROL_DESCRIPTORS_MAX))];
-        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-        let received = loop {
-            match recvmsg(
-                &self.socket,
-                &mut [IoSliceMut::new(&mut bytes)],
-                &mut ancillary,
-                flags | RecvFlags::CMSG_CLOEXEC,
-            ) {
-                Ok(received) => break received,
-                Err(rustix::io::Errno::INTR) => {}
-                Err(rustix::io::Errno::CONNRESET) => return Err(ControlError::Closed),
-                Err(error) => return Err(io::Error::from(error).into()),
-            }
-        };
-        let mut descriptors = Vec::new();
-        for message in ancillary.drain() {
-            if let RecvAncillaryMessage::ScmRights(rights) = message {
-                descriptors.extend(rights);
-            }
-        }
-        if received.bytes == 0 {
-            return Err(ControlError::Closed);
-        }
-        let message = decode(bytes.get(..received.bytes).unwrap_or_default())?;
-        Ok((message, descriptors))
+        let (bytes, descriptors) = receive_packet(self.socket.as_fd(), flags)?;
+        Ok((decode(&bytes)?, descriptors))
     }
+}
+
+/// Sends one packet with descriptors on a SOCK_SEQPACKET socket. Blocks as `flags` say.
+///
+/// # Errors
+/// [`ControlError`].
+pub fn send_packet(
+    socket: BorrowedFd<'_>,
+    bytes: &[u8],
+    descriptors: &[BorrowedFd<'_>],
+    flags: SendFlags,
+) -> Result<(), ControlError> {
+    if bytes.len() > CONTROL_MESSAGE_BYTES_MAX || descriptors.len() > CONTROL_DESCRIPTORS_MAX {
+        return Err(ControlError::TooLong(bytes.len()));
+    }
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(CONTROL_DESCRIPTORS_MAX))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() {
+        ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
+    }
+    loop {
+        match sendmsg(socket, &[IoSlice::new(bytes)], &mut ancillary, flags) {
+            Ok(_) => return Ok(()),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => return Err(ControlError::Closed),
+            Err(error) => return Err(io::Error::from(error).into()),
+        }
+    }
+}
+
+/// Receives one packet with its descriptors, close-on-exec. Blocks as `flags` say.
+///
+/// # Errors
+/// [`ControlError`].
+pub fn receive_packet(socket: BorrowedFd<'_>, flags: RecvFlags) -> Result<(Vec<u8>, Descriptors), ControlError> {
+    let mut bytes = vec![0_u8; CONTROL_MESSAGE_BYTES_MAX];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(CONTROL_DESCRIPTORS_MAX))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let received = loop {
+        match recvmsg(socket, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, flags | RecvFlags::CMSG_CLOEXEC) {
+            Ok(received) => break received,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(rustix::io::Errno::CONNRESET) => return Err(ControlError::Closed),
+            Err(error) => return Err(io::Error::from(error).into()),
+        }
+    };
+    let mut descriptors = Vec::new();
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            descriptors.extend(rights);
+        }
+    }
+    if received.bytes == 0 {
+        return Err(ControlError::Closed);
+    }
+    bytes.truncate(received.bytes);
+    Ok((bytes, descriptors))
 }
 
 const TYPE_HELLO: u16 = 1;

@@ -4,7 +4,7 @@
 //! and a forked child of the dead process may still hold the old mapping. Generation g+1 goes on with the epoch and the
 //! positions of g; unread bytes are copied to the same positions, so a reader simply switches at its head.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::bell::Bell;
 use crate::commit::{CommitError, CommitPage, CommitPageReader, PageShape, Slot, StageState};
@@ -28,6 +28,8 @@ pub struct StageSpec {
     pub shape: PageShape,
     /// Length of its state segment; 0 = none.
     pub state_bytes: u64,
+    /// Whether a later agent may take the stage over while it runs: its session page then stays writable for the agent's user.
+    pub is_kept: bool,
     /// The largest payload that it may emit.
     pub record_bytes_max: u64,
     /// Its inputs.
@@ -64,6 +66,21 @@ pub struct ReaderPosition {
     pub free: u64,
 }
 
+/// The descriptors of an incarnation that outlived its agent.
+#[derive(Debug)]
+pub struct KeptDescriptors {
+    /// The commit page.
+    pub commit: OwnedFd,
+    /// The session page.
+    pub session: OwnedFd,
+    /// The bell.
+    pub bell: OwnedFd,
+    /// Keyed state.
+    pub state: Option<OwnedFd>,
+    /// The data segments, in order.
+    pub outputs: Vec<OwnedFd>,
+}
+
 /// The agent's side of one incarnation.
 #[derive(Debug)]
 pub struct Incarnation {
@@ -72,6 +89,8 @@ pub struct Incarnation {
     commit: Segment,
     reader: CommitPageReader<Mapping>,
     session_segment: Segment,
+    /// What the stage is given of it.
+    session_descriptor: OwnedFd,
     session: SessionPage<Mapping>,
     bell: Bell,
     outputs: Vec<Segment>,
@@ -116,8 +135,13 @@ impl Incarnation {
         CommitPage::create(commit.map(Access::Writable)?, shape, slot);
         let session_segment = Segment::create(Kind::Session, session_len_bytes(&shape) as u64, owner, generation)?;
         let session = SessionPage::new(session_segment.map(Access::Writable)?, shape);
-        // Written by the agent only, and the agent has its mapping: no further one for writing, ever.
-        session_segment.seal()?;
+        let session_descriptor = if spec.is_kept {
+            session_segment.read_only()?
+        } else {
+            // Written by the agent only, and the agent has its mapping: no further one for writing, ever.
+            session_segment.seal()?;
+            session_segment.descriptor().try_clone_to_owned()?
+        };
         let state = match before.and_then(|before| before.state.as_ref()) {
             Some(state) => Some(state.duplicate()?),
             // Its successor must be able to write it: no FUTURE_WRITE.
@@ -131,12 +155,74 @@ impl Incarnation {
             commit,
             reader,
             session_segment,
+            session_descriptor,
             session,
             bell: Bell::new()?,
             outputs,
             state,
             free,
         })
+    }
+
+    /// Takes an incarnation over from a dead agent: the descriptors are those that [`Incarnation::kept`] named. Which of them
+    /// are what they should be, the caller has looked up in its journal.
+    ///
+    /// # Errors
+    /// [`IncarnationError`] when one is missing or is no such segment.
+    pub fn adopt(spec: &StageSpec, generation: u64, kept: KeptDescriptors) -> Result<Self, IncarnationError> {
+        let shape = spec.shape;
+        let commit = Segment::adopt(kept.commit, Kind::Commit)?;
+        let session_segment = Segment::adopt(kept.session, Kind::Session)?;
+        for (segment, expected) in [(&commit, shape.len_bytes()), (&session_segment, session_len_bytes(&shape))] {
+            let (found, expected) = (segment.len_bytes(), expected as u64);
+            if found < expected {
+                return Err(SegmentError::TooShort { found, expected }.into());
+            }
+        }
+        let session = SessionPage::resume(session_segment.map(Access::Writable)?, shape);
+        let reader = CommitPageReader::new(commit.map(Access::ReadOnly)?, shape);
+        let mut outputs = Vec::with_capacity(kept.outputs.len());
+        for output in kept.outputs {
+            outputs.push(Segment::adopt(output, Kind::Data)?);
+        }
+        let state = kept.state.map(|state| Segment::adopt(state, Kind::State)).transpose()?;
+        let session_descriptor = session_segment.read_only()?;
+        Ok(Self {
+            generation,
+            shape,
+            reader,
+            // Only a grant says it, and this one was granted long ago.
+            free: vec![0; outputs.len()],
+            commit,
+            session_segment,
+            session_descriptor,
+            session,
+            bell: Bell::adopt(kept.bell),
+            outputs,
+            state,
+        })
+    }
+
+    /// What somebody has to keep so that a later agent can take this incarnation over: names and descriptors.
+    #[must_use]
+    pub fn kept(&self) -> Vec<(String, BorrowedFd<'_>)> {
+        let mut kept = vec![
+            ("commit".to_owned(), self.commit.descriptor()),
+            ("session".to_owned(), self.session_segment.descriptor()),
+            ("bell".to_owned(), self.bell.descriptor()),
+        ];
+        kept.extend(self.state.iter().map(|state| ("state".to_owned(), state.descriptor())));
+        let outputs = self.outputs.iter().enumerate();
+        kept.extend(outputs.map(|(index, output)| (format!("output-{index}"), output.descriptor())));
+        kept
+    }
+
+    /// Whether the stage has mapped its segments, so that nobody else can write them.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn is_sealed(&self) -> Result<bool, IncarnationError> {
+        Ok(self.commit.is_sealed()?)
     }
 
     /// Which incarnation this is.
@@ -165,7 +251,7 @@ impl Incarnation {
     /// The grant, and the descriptors that go with it.
     #[must_use]
     pub fn grant(&self, spec: &StageSpec, protocol_version: u16) -> (Grant, Vec<BorrowedFd<'_>>) {
-        let mut descriptors = vec![self.commit.descriptor(), self.session_segment.descriptor(), self.bell.descriptor()];
+        let mut descriptors = vec![self.commit.descriptor(), self.session_descriptor.as_fd(), self.bell.descriptor()];
         descriptors.extend(self.state.as_ref().map(Segment::descriptor));
         descriptors.extend(self.outputs.iter().map(Segment::descriptor));
         let outputs =

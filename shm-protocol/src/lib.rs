@@ -35,10 +35,10 @@ pub use clock::{monotonic_ns, realtime_ns};
 pub use commit::{CommitError, CommitPage, CommitPageReader, InputSlot, OutputSlot, PageShape, Slot, StageState};
 pub use control::{
     Control, ControlError, Descriptors, Event, Grant, GrantInput, GrantOutput, Hello, Message, Peer, ProgramEvent,
-    RefusalCode, Role, RouteEdge, RouteNode, Routes,
+    RefusalCode, Role, RouteEdge, RouteNode, Routes, receive_packet, send_packet,
 };
 pub use histogram::{BUCKETS, Histogram, HistogramView, bucket_of, bucket_upper_ns};
-pub use incarnation::{Incarnation, IncarnationError, ReaderPosition, StageSpec};
+pub use incarnation::{Incarnation, IncarnationError, KeptDescriptors, ReaderPosition, StageSpec};
 pub use key::{KEY_GROUPS, hash_key, key_group};
 pub use memory::{Access, Bytes, Mapping, RingMapping, Words};
 pub use record::{

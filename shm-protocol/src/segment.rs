@@ -198,6 +198,45 @@ impl Segment {
         Ok(())
     }
 
+    /// A descriptor of the segment through which it can be mapped for reading only. For a segment that cannot be sealed
+    /// because a successor of its owner must write it: who has another user id than the owner cannot open it again for
+    /// writing (mode 0600).
+    ///
+    /// # Errors
+    /// What the kernel says; it needs /proc.
+    pub fn read_only(&self) -> Result<OwnedFd, SegmentError> {
+        let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&self.descriptor));
+        let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC;
+        Ok(rustix::fs::open(path, flags, Mode::empty()).map_err(io::Error::from)?)
+    }
+
+    /// Device and inode: what a journal knows a segment by.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn identity(&self) -> Result<(u64, u64), SegmentError> {
+        let found = fstat(&self.descriptor).map_err(io::Error::from)?;
+        Ok((found.st_dev, found.st_ino))
+    }
+
+    /// Whose segment it is and of which incarnation: the stage and the generation in its header. Its owner can write them, so
+    /// they are compared with what a journal says and not believed.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn owner(&self) -> Result<(u64, u64), SegmentError> {
+        Ok((self.read_word(header::OWNER)?, self.read_word(header::GENERATION)?))
+    }
+
+    /// Whether nobody can map it for writing any more.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn is_sealed(&self) -> Result<bool, SegmentError> {
+        let seals = fcntl_get_seals(&self.descriptor).map_err(io::Error::from)?;
+        Ok(seals.contains(SealFlags::FUTURE_WRITE))
+    }
+
     /// Maps the whole segment as words.
     ///
     /// # Errors

@@ -280,9 +280,16 @@ pub struct KafkaSink {
     pub(crate) topic: String,
     pub(crate) bootstrap_servers: Option<String>,
     pub(crate) properties: Vec<(String, String)>,
+    pub(crate) transactions: bool,
 }
 
 impl KafkaSink {
+    /// Whether records are written in transactions: each once also when the agent dies, and seen by readers of committed
+    /// records when their transaction is.
+    pub fn transactions(&self) -> bool {
+        self.transactions
+    }
+
     /// The topic's name.
     pub fn topic(&self) -> &str {
         &self.topic

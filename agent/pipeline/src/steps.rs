@@ -37,7 +37,7 @@ const PARDO_SIBLINGS: [(&str, &str); 6] = [
 const LATER: [&str; 12] =
     ["window", "combine", "filter", "map", "mqtt", "udp", "tcp", "http", "scale", "resources", "onError", "framing"];
 
-const KAFKA: [&str; 5] = ["topic", "bootstrapServers", "startAt", "group", "properties"];
+const KAFKA: [&str; 6] = ["topic", "bootstrapServers", "startAt", "group", "transactions", "properties"];
 const FILE: [&str; 2] = ["path", "truncate"];
 const GENERATE: [&str; 6] = ["generator", "count", "recordsPerSecond", "seed", "keys", "sizeBytes"];
 
@@ -327,6 +327,10 @@ impl<'a> Reader<'a, '_> {
         let bootstrap_servers = self.bootstrap_servers(&fields);
         let start_at = fields.value("startAt").map_or(Some(StartAt::default()), |node| self.start_at(node));
         let group = self.optional_form(&fields, "group", "a consumer group's name", forms::group);
+        if let Some(key) = fields.key("transactions") {
+            let expected = "it on a sink only: a source reads committed records only, which `properties: {isolation.level: ...}` changes";
+            self.report.node(key, &join(&self.path, "transactions"), "\"transactions\" on a source", expected);
+        }
         let properties = self.properties(&fields);
         Some(KafkaSource {
             topic: topic?,
@@ -344,7 +348,16 @@ impl<'a> Reader<'a, '_> {
         let topic = self.topic(&fields);
         let bootstrap_servers = self.bootstrap_servers(&fields);
         let properties = self.properties(&fields);
-        Some(KafkaSink { topic: topic?, bootstrap_servers: bootstrap_servers?, properties: properties? })
+        let transactions = match fields.value("transactions") {
+            Some(node) => boolean(node, &join(&self.path, "transactions"), self.report),
+            None => Some(false),
+        };
+        Some(KafkaSink {
+            topic: topic?,
+            bootstrap_servers: bootstrap_servers?,
+            properties: properties?,
+            transactions: transactions?,
+        })
     }
 
     fn for_sources_only(&mut self, fields: &Fields<'a>, name: &str, reason: &str) {

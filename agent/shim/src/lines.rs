@@ -40,6 +40,12 @@ impl LineSplitter {
         self.buffer = buffer;
     }
 
+    /// Bytes that came and belong to no line that was given out yet.
+    #[must_use]
+    pub fn pending_bytes(&self) -> u64 {
+        (self.buffer.len() - self.begin) as u64 + self.dropped
+    }
+
     /// The next line, if there is a whole one.
     pub fn next_line(&mut self) -> Option<Line> {
         let rest = self.buffer.get(self.searched..).unwrap_or_default();
@@ -115,8 +121,9 @@ mod tests {
     fn a_line_beyond_the_limit_is_counted_and_not_kept() {
         let mut splitter = LineSplitter::default();
         let chunk = vec![b'x'; 1 << 20];
-        for _ in 0..20 {
+        for round in 1..=20 {
             assert_eq!(feed(&mut splitter, &chunk), []);
+            assert_eq!(splitter.pending_bytes(), round << 20);
         }
         assert!(splitter.buffer.len() <= LINE_BYTES_MAX);
         assert_eq!(feed(&mut splitter, b"\nnext\n"), [Line::TooLong { len_bytes: 20 << 20 }, whole("next")]);

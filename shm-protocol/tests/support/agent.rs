@@ -61,6 +61,7 @@ pub(crate) fn spec(stage: u64, inputs: u32, outputs: u32, (capacity, large_capac
         worker: 0,
         shape: shape(),
         state_bytes: 0,
+        is_kept: false,
         record_bytes_max: 16 << 20,
         inputs: (0..inputs)
             .map(|input| GrantInput {
