@@ -58,6 +58,8 @@ pub struct Context {
     pub directory: PathBuf,
     /// Where words go.
     pub screen: Arc<Screen>,
+    /// The run's own name, the same for every agent that takes it over.
+    pub run: Arc<str>,
     /// From entering the pipeline to leaving it; written by sinks.
     pub latency: Arc<Mutex<Histogram>>,
 }

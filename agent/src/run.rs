@@ -15,7 +15,7 @@ use std::time::Duration;
 use argo_streams_pipeline::{
     Acknowledgement, Buffering, KeyExpression, ParDo, Plan, Sink, Source, StepKind, Transport as Declared,
 };
-use argo_streams_shm_protocol::{Histogram, monotonic_ns};
+use argo_streams_shm_protocol::{Histogram, hash_key, monotonic_ns};
 use argo_streams_stage::{Backend, block_on, choose_backend};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open, pidfd_send_signal};
@@ -361,6 +361,11 @@ impl Run {
     }
 
     fn start_threads(&mut self, backend: Backend, directory: &Path, kafka: &KafkaSetup) -> Result<(), RunError> {
+        let run_id: Arc<str> = match self.broker.state() {
+            Some(state) => state.run_id().into(),
+            None => format!("{:x}-{:x}", std::process::id(), monotonic_ns()).into(),
+        };
+        let file = std::fs::canonicalize(&self.options.file).unwrap_or_else(|_| self.options.file.clone());
         for index in 0..self.broker.physical().stages.len() {
             let Some(stage) = self.broker.physical().stages.get(index) else { break };
             let Some(step) = self.plan.step(stage.step) else { continue };
@@ -378,6 +383,7 @@ impl Run {
                 backend,
                 directory: directory.to_path_buf(),
                 screen: Arc::clone(&self.screen),
+                run: Arc::clone(&run_id),
                 latency,
             };
             let job: Job = match kind {
@@ -403,6 +409,13 @@ impl Run {
                 StepKind::Sink(Sink::Log) => Box::new(move || flatten(block_on(backend, sinks::log::run(context)))),
                 StepKind::Sink(Sink::Discard) => {
                     Box::new(move || flatten(block_on(backend, sinks::discard::run(context))))
+                }
+                StepKind::Sink(Sink::Kafka(sink)) if sink.transactions() => {
+                    // The same for every life of this pipeline, and another one for a copy of its file elsewhere.
+                    let place = hash_key(file.to_string_lossy().as_bytes());
+                    let id = format!("{}.{name}.{place:016x}", self.plan.name());
+                    let options = kafka.transactions(&sink, id);
+                    Box::new(move || flatten(block_on(backend, sinks::transactions::run(context, options))))
                 }
                 StepKind::Sink(Sink::Kafka(sink)) => {
                     let options = kafka.sink(&sink);

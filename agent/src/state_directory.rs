@@ -9,7 +9,7 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use argo_streams_shm_protocol::hash_key;
+use argo_streams_shm_protocol::{hash_key, realtime_ns};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
@@ -49,9 +49,20 @@ pub enum StateError {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 enum Line {
     /// The first one: whose run it is.
-    Run { pipeline: String, plan: String },
+    Run { pipeline: String, plan: String, id: String },
     /// A segment.
     Granted { stage: u64, generation: u64, name: String, device: u64, inode: u64 },
+}
+
+impl Line {
+    fn same_plan(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Run { pipeline, plan, .. }, Self::Run { pipeline: other_pipeline, plan: other_plan, .. }) => {
+                (pipeline, plan) == (other_pipeline, other_plan)
+            }
+            _ => false,
+        }
+    }
 }
 
 /// A state directory in use.
@@ -109,7 +120,9 @@ impl StateDirectory {
             return Err(refused("another agent uses it: stop that one first, or name another directory".to_owned()));
         }
         let journal = open("journal").map_err(system("cannot open its journal"))?;
-        let run = Line::Run { pipeline: pipeline.to_owned(), plan: format!("{:016x}", hash_key(plan_text.as_bytes())) };
+        let id = format!("{:x}-{:x}", std::process::id(), realtime_ns());
+        let run =
+            Line::Run { pipeline: pipeline.to_owned(), plan: format!("{:016x}", hash_key(plan_text.as_bytes())), id };
         let (keeper, kept) = match Keeper::find(&directory)? {
             Some(found) => found,
             None => (Keeper::start(&directory)?, BTreeMap::new()),
@@ -122,6 +135,15 @@ impl StateDirectory {
             this.read_journal()?;
         }
         Ok((this, kept))
+    }
+
+    /// The run's own name, the same for all of its agents and no other run.
+    #[must_use]
+    pub fn run_id(&self) -> &str {
+        match &self.run {
+            Line::Run { id, .. } => id,
+            Line::Granted { .. } => "",
+        }
     }
 
     /// Where it is.
@@ -152,7 +174,9 @@ impl StateDirectory {
             let parsed = line.ok().and_then(|line| serde_json::from_str::<Line>(&line).ok());
             match (number, parsed) {
                 (0, Some(run @ Line::Run { .. })) => {
-                    if run != self.run {
+                    if run.same_plan(&self.run) {
+                        self.run = run;
+                    } else {
                         return Err(refused(format!(
                             "it holds the running programs of {run:?}, and this is {:?}: run the same file to take them over, or {again}",
                             self.run
@@ -255,7 +279,8 @@ mod tests {
 
     #[test]
     fn only_what_the_journal_lists_is_believed() {
-        let run = text(&Line::Run { pipeline: "p".into(), plan: format!("{:016x}", hash_key(b"plan")) });
+        let run =
+            text(&Line::Run { pipeline: "p".into(), plan: format!("{:016x}", hash_key(b"plan")), id: "1".into() });
         let granted = text(&Line::Granted { stage: 1, generation: 2, name: "commit".into(), device: 3, inode: 4 });
         let (folder, served) = with_keeper(&format!("{run}\n{granted}\n{{\"granted\":{{\"sta"));
         let (mut state, kept) = StateDirectory::take(folder.path(), "p", "plan").unwrap();
