@@ -177,7 +177,7 @@ impl Worker {
 #[derive(Debug, thiserror::Error)]
 pub enum AdoptError {
     /// The keeper does not have it.
-    #[error("the keeper has no {what} of step {step}: remove the state directory to begin afresh")]
+    #[error("the keeper has no {what} of step {step}: its programs are ended, and the next run begins afresh")]
     Missing {
         /// The step.
         step: String,
@@ -186,7 +186,7 @@ pub enum AdoptError {
     },
     /// The journal does not list it.
     #[error(
-        "the keeper handed out a segment that no agent of this run has granted ({name} of step {step}, generation {generation}, device {device}, inode {inode}): it is not believed; remove the state directory to begin afresh"
+        "the keeper handed out a segment that no agent of this run has granted ({name} of step {step}, generation {generation}, device {device}, inode {inode}): nothing of it is believed, its programs are ended, and the next run begins afresh"
     )]
     Forged {
         /// The step.
@@ -259,14 +259,42 @@ impl Broker {
     /// are recovered as any dead stage is.
     ///
     /// # Errors
-    /// What is not in the journal, or is no such segment: nothing is taken over then.
+    /// What is not in the journal, or is no such segment: nothing is taken over then, and the keeper is told to let go.
     pub fn adopt(
         physical: Physical,
         transports: &[Transport],
         sockets: &[Option<PathBuf>],
-        state: StateDirectory,
+        mut state: StateDirectory,
         kept: &mut BTreeMap<String, Kept>,
     ) -> Result<Self, AdoptError> {
+        let workers = match Self::adopt_workers(&physical, transports, sockets, &state, kept) {
+            Ok(workers) => workers,
+            Err(error) => {
+                state.keeper.goodbye();
+                return Err(error);
+            }
+        };
+        let mut this = Self {
+            physical,
+            workers,
+            clients: HashMap::new(),
+            next_client: 0,
+            actions: Vec::new(),
+            is_stopping: false,
+            state: Some(state),
+        };
+        this.adopt_clients(kept);
+        this.rejoin();
+        Ok(this)
+    }
+
+    fn adopt_workers(
+        physical: &Physical,
+        transports: &[Transport],
+        sockets: &[Option<PathBuf>],
+        state: &StateDirectory,
+        kept: &mut BTreeMap<String, Kept>,
+    ) -> Result<Vec<Worker>, AdoptError> {
         let mut workers = Vec::with_capacity(physical.stages.len());
         for (index, plan) in physical.stages.iter().enumerate() {
             let transport = transports.get(index).copied().unwrap_or(Transport::Internal);
@@ -276,7 +304,7 @@ impl Broker {
                 step: plan.spec.name.clone(),
                 what: "what was known of it",
             })?;
-            let incarnation = adopt_incarnation(index, plan, said.generation, &state, kept)?;
+            let incarnation = adopt_incarnation(index, plan, said.generation, state, kept)?;
             let is_sealed = incarnation.is_sealed()?;
             let mut worker = Worker::new(transport, socket, incarnation, plan.spec.inputs.len());
             worker.is_sealed = is_sealed;
@@ -302,18 +330,7 @@ impl Broker {
             worker.kept = said;
             workers.push(worker);
         }
-        let mut this = Self {
-            physical,
-            workers,
-            clients: HashMap::new(),
-            next_client: 0,
-            actions: Vec::new(),
-            is_stopping: false,
-            state: Some(state),
-        };
-        this.adopt_clients(kept);
-        this.rejoin();
-        Ok(this)
+        Ok(workers)
     }
 
     fn adopt_clients(&mut self, kept: &mut BTreeMap<String, Kept>) {
