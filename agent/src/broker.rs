@@ -8,8 +8,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use argo_streams_shm_protocol::layout::{BATCH_ALIGN, session};
+use argo_streams_shm_protocol::layout::{BATCH_ALIGN, commit, session};
 use argo_streams_shm_protocol::stage::PROTOCOL_VERSION_MAX;
+use argo_streams_shm_protocol::version::FEATURE_STATE_EXTENTS;
 use argo_streams_shm_protocol::{
     Control, ControlError, Event, Hello, Histogram, HistogramView, Incarnation, IncarnationError, Message,
     ProgramEvent, ReaderPosition, RefusalCode, Role, Slot, StageState,
@@ -84,6 +85,9 @@ pub enum Level {
 struct Client {
     control: Control,
     role: Option<Role>,
+    /// Feature bits that its library knows, and the library's name.
+    features: u64,
+    library: String,
 }
 
 /// What a worker is doing.
@@ -121,6 +125,8 @@ struct Worker {
     shim_must_start: bool,
     uncertain_records: u64,
     latencies: Vec<Histogram>,
+    /// Puts that found the state full, in the incarnations before.
+    state_full: u64,
 }
 
 /// The broker of one pipeline.
@@ -167,6 +173,7 @@ impl Broker {
                 shim_must_start: false,
                 uncertain_records: 0,
                 latencies: vec![Histogram::default(); stage.spec.inputs.len()],
+                state_full: 0,
             });
         }
         Ok(Self { physical, workers, clients: HashMap::new(), next_client: 0, actions: Vec::new(), is_stopping: false })
@@ -195,7 +202,10 @@ impl Broker {
         let own = rustix::process::geteuid().as_raw();
         match control.credentials() {
             Ok((user, _)) if user == own || user == 0 => {
-                self.clients.insert(self.next_client, (stage, Client { control, role: None }));
+                self.clients.insert(
+                    self.next_client,
+                    (stage, Client { control, role: None, features: 0, library: String::new() }),
+                );
                 self.next_client += 1;
             }
             Ok((user, process)) => {
@@ -364,8 +374,11 @@ impl Broker {
             phase: worker.phase,
             restarts: worker.restarts,
             uncertain_records: worker.uncertain_records,
-            undone: page.statistic(argo_streams_shm_protocol::layout::commit::STATISTICS_UNDONE),
-            undone_since_ns: page.statistic(argo_streams_shm_protocol::layout::commit::STATISTICS_UNDONE_SINCE),
+            undone: page.statistic(commit::STATISTICS_UNDONE),
+            undone_since_ns: page.statistic(commit::STATISTICS_UNDONE_SINCE),
+            state_keys: page.statistic(commit::STATISTICS_STATE_KEYS),
+            state_bytes: page.statistic(commit::STATISTICS_STATE_BYTES),
+            state_full: worker.state_full + page.statistic(commit::STATISTICS_STATE_FULL),
             has_opened_itself: worker.has_opened_itself,
         })
     }
@@ -389,6 +402,8 @@ impl Broker {
         }
         if let Some((_, entry)) = self.clients.get_mut(&client) {
             entry.role = Some(hello.role);
+            entry.features = hello.features;
+            entry.library.clone_from(&hello.library);
         }
         let Some(worker) = self.workers.get_mut(stage) else { return };
         match (hello.role, worker.transport) {
@@ -427,7 +442,15 @@ impl Broker {
     fn grant(&mut self, client: usize, stage: usize, role: Role) {
         let (Some(worker), Some(plan)) = (self.workers.get_mut(stage), self.physical.stages.get(stage)) else { return };
         let Some((_, entry)) = self.clients.get(&client) else { return };
-        let (grant, descriptors) = worker.incarnation.grant(&plan.spec, PROTOCOL_VERSION_MAX);
+        if !worker.incarnation.can_be_granted_to(entry.features) {
+            let text = format!(
+                "the keyed state of this stage has grown to {} extents, which {} does not know: use a library of this agent's version",
+                worker.incarnation.state_extents(),
+                entry.library
+            );
+            return self.refuse_client(client, RefusalCode::Version, &text);
+        }
+        let (grant, descriptors) = worker.incarnation.grant(&plan.spec, PROTOCOL_VERSION_MAX, entry.features);
         match entry.control.try_send(&Message::Grant(Box::new(grant)), &descriptors) {
             Ok(()) => {
                 worker.phase = Phase::Granted;
@@ -517,6 +540,7 @@ impl Broker {
             Event::Violation { is_producer, index, generation, text } => {
                 self.violation(stage, is_producer, index as usize, generation, &text);
             }
+            Event::StateWanted { extents } => self.grow_state(client, stage, extents),
             Event::Note { text } => {
                 if text.is_empty() {
                     self.look_for_finished();
@@ -525,6 +549,39 @@ impl Broker {
                 }
             }
             other => self.say(stage, Level::Warn, format!("ignored an event that this client cannot send: {other:?}")),
+        }
+    }
+
+    /// A stage asks for the next extent of its keyed state. It gets one within its limit, or hears why not.
+    fn grow_state(&mut self, client: usize, stage: usize, extents: u32) {
+        let (Some(worker), Some(plan)) = (self.workers.get_mut(stage), self.physical.stages.get(stage)) else { return };
+        let Some((_, entry)) = self.clients.get(&client) else { return };
+        if worker.stage_client != Some(client) || entry.features & FEATURE_STATE_EXTENTS == 0 {
+            return self.say(stage, Level::Warn, "ignored a request for state of a client that has none".to_owned());
+        }
+        let made = match worker.incarnation.state_extents() {
+            // Also how an agent that was asked twice, by whoever writes nonsense, gives one.
+            there if there != extents as usize => Err(format!("there are {there} extents, not {extents}")),
+            _ => worker.incarnation.grow_state(&plan.spec).map_err(|error| error.to_string()),
+        };
+        let sent = match &made {
+            Ok((extent, descriptor)) => {
+                let message = Message::StateExtent { extent: *extent, refusal: None };
+                entry.control.try_send(&message, &[*descriptor])
+            }
+            Err(reason) => {
+                let message = Message::StateExtent { extent: extents, refusal: Some(reason.clone()) };
+                entry.control.try_send(&message, &[])
+            }
+        };
+        let refusal = made.err();
+        // A stage that does not read its socket stays without; its successor has the extent.
+        if sent.is_ok() {
+            worker.incarnation.session().announce_message();
+            worker.incarnation.publish_session();
+        }
+        if let Some(reason) = refusal {
+            self.say(stage, Level::Warn, format!("its keyed state could not grow: {reason}"));
         }
     }
 
@@ -709,6 +766,7 @@ impl Broker {
         for (input, latency) in worker.latencies.iter_mut().enumerate() {
             HistogramView::new(page.words(), page.shape().histogram(input)).add_to(latency);
         }
+        worker.state_full += page.statistic(commit::STATISTICS_STATE_FULL);
         let progress = progress_of(&slot);
         slot.attempts = if progress == worker.progress_at_start { slot.attempts + 1 } else { 0 };
         match Incarnation::create(&plan.spec, generation + 1, slot, &readers, Some(&worker.incarnation)) {
@@ -821,6 +879,13 @@ pub struct StageSnapshot {
     pub undone: u64,
     /// Since when, monotonic.
     pub undone_since_ns: u64,
+    /// Keys with a value in its keyed state, and the bytes of their blocks: as its process says, so 0 from the death of one
+    /// to the first commit of the next.
+    pub state_keys: u64,
+    /// The bytes.
+    pub state_bytes: u64,
+    /// Puts and deletes that found its state full, all incarnations.
+    pub state_full: u64,
     /// Whether the program opened the library.
     pub has_opened_itself: bool,
 }
