@@ -49,6 +49,10 @@ pub const STATE_BYTES_MAX: u64 = 64 << 30;
 pub const STATE_EXTENT_BYTES: u64 = 64 << 20;
 /// Extents of one stage. All their descriptors go with one grant, beside those of 64 outputs; more state has larger extents.
 pub const STATE_EXTENTS_MAX: u32 = 64;
+/// Of a state at its limit this share is kept for deletes, which need a block until they are committed ...
+pub const STATE_DELETES_SHARE: u64 = 64;
+/// ... and at most this much: more tombstones than that are not in one commit.
+pub const STATE_DELETES_BYTES_MAX: u64 = 1 << 20;
 /// Keys that one batch of an iteration shows at most, so that the C library's own list stays small.
 pub const STATE_BATCH_ENTRIES_MAX: usize = 4096;
 /// An iteration's batch ends with the entry that makes it this long.

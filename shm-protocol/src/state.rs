@@ -28,7 +28,8 @@ use self::space::{NoRoom, Space, UNIT};
 use crate::key::{KEY_GROUPS, hash_key, key_group};
 use crate::layout::state;
 use crate::limits::{
-    KEY_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX, STATE_BYTES_MAX, STATE_BYTES_MIN, STATE_EXTENT_BYTES, STATE_EXTENTS_MAX,
+    KEY_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX, STATE_BYTES_MAX, STATE_BYTES_MIN, STATE_DELETES_BYTES_MAX,
+    STATE_DELETES_SHARE, STATE_EXTENT_BYTES, STATE_EXTENTS_MAX,
 };
 use crate::memory::{Mapping, Words};
 
@@ -621,6 +622,9 @@ impl<M: ExtentBytes> KeyedState<M> {
                 self.write_value(block, key.len(), value);
             }
             _ => {
+                if value.is_some() && self.is_for_deletes(need_bytes) {
+                    return Err(self.no_room(NoRoom::Full, need_bytes));
+                }
                 let units = u32::try_from(need_bytes.div_ceil(UNIT)).unwrap_or(u32::MAX);
                 let new = self.space.allocate(units).map_err(|no_room| self.no_room(no_room, need_bytes))?;
                 self.space.store(new, state::HASH, hash, Ordering::Relaxed);
@@ -638,6 +642,17 @@ impl<M: ExtentBytes> KeyedState<M> {
         }
         self.count(found_live, value.is_some());
         Ok(())
+    }
+
+    /// Whether a put would take of the last room, which is kept for tombstones: a state that is full must let keys go.
+    #[inline]
+    fn is_for_deletes(&self, need_bytes: usize) -> bool {
+        let shape = self.space.shape();
+        if (self.space.extents() as u64) < shape.extents_max() {
+            return false;
+        }
+        let left_bytes = (self.space.free_bytes() + self.space.untouched_bytes()) as u64;
+        left_bytes < need_bytes as u64 + (shape.limit_bytes / STATE_DELETES_SHARE).min(STATE_DELETES_BYTES_MAX)
     }
 
     #[cold]

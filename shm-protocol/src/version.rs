@@ -1,6 +1,6 @@
 //! The versions of the shared-memory protocol, newest first; one sentence each.
 //!
-//! 1.1 (layout 9284a507716ee714): keyed state is a list of extents that grows while its stage runs (feature bit 0), with its numbers on the commit page; who does not know the bit is granted the first extent alone, and refused once there are more.
+//! 1.1 (layout 9284a507716ee714): keyed state is a list of extents that grows while its stage runs (feature 1), with its numbers on the commit page; who does not know the bit is granted the first extent alone, and refused once there are more.
 //! 1.0 (layout 767c1263c1bc1e0b): segments, batches, rings, commit pages with mirrors, session pages, keyed state and the control socket as PROTOCOL.md says.
 
 /// Incompatible changes of the layout.

@@ -209,6 +209,7 @@ mod tests {
 
     use super::*;
 
+    #[expect(clippy::cast_possible_truncation, reason = "random bits")]
     /// Against a sorted map, with many equal parts and homes at both ends.
     #[test]
     fn finds_what_is_there_in_order() {

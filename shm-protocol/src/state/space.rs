@@ -174,11 +174,7 @@ impl<M: ExtentBytes> Space<M> {
         // The free blocks just before the one that is looked at: freed in one piece.
         let mut run: Option<u32> = None;
         let Some(units) = self.extents.get(extent).map(|extent| extent.units) else { return Ok(()) };
-        loop {
-            let Some(at) = self.extents.get(extent).map(|extent| extent.used) else { break };
-            if at == units {
-                break;
-            }
+        while let Some(at) = self.extents.get(extent).map(|extent| extent.used).filter(|at| *at < units) {
             let block = base + at;
             let len_bytes = self.load(block, state::BLOCK_LEN);
             if len_bytes == 0 {
