@@ -8,8 +8,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use argo_streams_shm_protocol::layout::{BATCH_ALIGN, session};
+use argo_streams_shm_protocol::layout::{BATCH_ALIGN, commit, session};
 use argo_streams_shm_protocol::stage::PROTOCOL_VERSION_MAX;
+use argo_streams_shm_protocol::version::FEATURE_STATE_EXTENTS;
 use argo_streams_shm_protocol::{
     Control, ControlError, Event, Hello, Histogram, HistogramView, Incarnation, IncarnationError, KeptDescriptors,
     Message, ProgramEvent, ReaderPosition, RefusalCode, Role, Slot, StageState,
@@ -87,6 +88,9 @@ pub enum Level {
 struct Client {
     control: Control,
     role: Option<Role>,
+    /// Feature bits that its library knows, and the library's name.
+    features: u64,
+    library: String,
 }
 
 /// What a worker is doing.
@@ -107,6 +111,7 @@ pub enum Phase {
 #[serde(rename_all = "camelCase")]
 struct KeptWorker {
     generation: u64,
+    state_extents: usize,
     is_finished: bool,
     stage_client: Option<usize>,
     shim_is_stage: bool,
@@ -145,6 +150,8 @@ struct Worker {
     latencies: Vec<Histogram>,
     /// What the keeper has of it.
     kept: KeptWorker,
+    /// Puts that found the state full, in the incarnations before.
+    state_full: u64,
 }
 
 impl Worker {
@@ -169,6 +176,7 @@ impl Worker {
             uncertain_records: 0,
             latencies: vec![Histogram::default(); inputs],
             kept: KeptWorker::default(),
+            state_full: 0,
         }
     }
 }
@@ -304,7 +312,7 @@ impl Broker {
                 step: plan.spec.name.clone(),
                 what: "what was known of it",
             })?;
-            let incarnation = adopt_incarnation(index, plan, said.generation, state, kept)?;
+            let incarnation = adopt_incarnation(index, plan, (said.generation, said.state_extents), state, kept)?;
             let is_sealed = incarnation.is_sealed()?;
             let mut worker = Worker::new(transport, socket, incarnation, plan.spec.inputs.len());
             worker.is_sealed = is_sealed;
@@ -338,15 +346,17 @@ impl Broker {
         for name in names {
             let Some(Kept { bytes, descriptors }) = kept.remove(&name) else { continue };
             let id = name.strip_prefix("client/").and_then(|id| id.parse::<usize>().ok());
-            let said: Option<(usize, Option<u8>)> = serde_json::from_slice(&bytes).ok();
-            let (Some(id), Some((stage, role)), Some(socket)) = (id, said, descriptors.into_iter().next()) else {
+            let said: Option<(usize, Option<u8>, u64, String)> = serde_json::from_slice(&bytes).ok();
+            let (Some(id), Some((stage, role, features, library)), Some(socket)) =
+                (id, said, descriptors.into_iter().next())
+            else {
                 continue;
             };
             self.next_client = self.next_client.max(id + 1);
             let role = role.and_then(|role| {
                 [Role::Supervisor, Role::ShimStage, Role::Stage].into_iter().find(|known| *known as u8 == role)
             });
-            self.clients.insert(id, (stage, Client { control: Control::adopt(socket), role }));
+            self.clients.insert(id, (stage, Client { control: Control::adopt(socket), role, features, library }));
             let Some(worker) = self.workers.get_mut(stage) else { continue };
             if worker.kept.supervisor == Some(id) {
                 worker.supervisor = Some(id);
@@ -412,6 +422,9 @@ impl Broker {
         let generation = worker.incarnation.generation();
         for (name, descriptor) in worker.incarnation.kept() {
             let identity = rustix::fs::fstat(descriptor).map(|found| (found.st_dev, found.st_ino)).unwrap_or_default();
+            if state.is_listed(plan.spec.stage, generation, &name, identity) {
+                continue;
+            }
             if let Err(error) = state.list(plan.spec.stage, generation, &name, identity) {
                 tracing::warn!(%error, "the journal cannot be written: a later agent will not take this incarnation over");
             }
@@ -432,6 +445,7 @@ impl Broker {
         let (Some(state), Some(worker)) = (&mut self.state, self.workers.get_mut(stage)) else { return };
         let now = KeptWorker {
             generation: worker.incarnation.generation(),
+            state_extents: worker.incarnation.state_extents(),
             is_finished: worker.phase == Phase::Finished,
             stage_client: worker.stage_client.filter(|_| worker.transport != Transport::Internal),
             shim_is_stage: worker.stage_role == Some(Role::ShimStage),
@@ -462,7 +476,8 @@ impl Broker {
         if self.workers.get(*stage).is_none_or(|worker| worker.transport == Transport::Internal) {
             return;
         }
-        let bytes = serde_json::to_vec(&(*stage, client.role.map(|role| role as u8))).unwrap_or_default();
+        let said = (*stage, client.role.map(|role| role as u8), client.features, client.library.as_str());
+        let bytes = serde_json::to_vec(&said).unwrap_or_default();
         state.keeper.put(&client_entry(id), &bytes, &[client.control.descriptor()]);
     }
 
@@ -506,7 +521,8 @@ impl Broker {
         let own = rustix::process::geteuid().as_raw();
         match control.credentials() {
             Ok((user, _)) if user == own || user == 0 => {
-                self.clients.insert(self.next_client, (stage, Client { control, role: None }));
+                let client = Client { control, role: None, features: 0, library: String::new() };
+                self.clients.insert(self.next_client, (stage, client));
                 self.keep_client(self.next_client);
                 self.next_client += 1;
             }
@@ -686,8 +702,11 @@ impl Broker {
             phase: worker.phase,
             restarts: worker.restarts,
             uncertain_records: worker.uncertain_records,
-            undone: page.statistic(argo_streams_shm_protocol::layout::commit::STATISTICS_UNDONE),
-            undone_since_ns: page.statistic(argo_streams_shm_protocol::layout::commit::STATISTICS_UNDONE_SINCE),
+            undone: page.statistic(commit::STATISTICS_UNDONE),
+            undone_since_ns: page.statistic(commit::STATISTICS_UNDONE_SINCE),
+            state_keys: page.statistic(commit::STATISTICS_STATE_KEYS),
+            state_bytes: page.statistic(commit::STATISTICS_STATE_BYTES),
+            state_full: worker.state_full + page.statistic(commit::STATISTICS_STATE_FULL),
             has_opened_itself: worker.has_opened_itself,
         })
     }
@@ -711,6 +730,8 @@ impl Broker {
         }
         if let Some((_, entry)) = self.clients.get_mut(&client) {
             entry.role = Some(hello.role);
+            entry.features = hello.features;
+            entry.library.clone_from(&hello.library);
         }
         self.keep_client(client);
         let Some(worker) = self.workers.get_mut(stage) else { return };
@@ -761,7 +782,7 @@ impl Broker {
         self.keep_worker(stage);
         let (Some(worker), Some(plan)) = (self.workers.get(stage), self.physical.stages.get(stage)) else { return };
         let Some((_, entry)) = self.clients.get(&client) else { return };
-        let (grant, descriptors) = worker.incarnation.grant(&plan.spec, PROTOCOL_VERSION_MAX);
+        let (grant, descriptors) = worker.incarnation.grant(&plan.spec, PROTOCOL_VERSION_MAX, entry.features);
         if let Err(error) = entry.control.try_send(&Message::Grant(Box::new(grant)), &descriptors) {
             self.say(stage, Level::Warn, format!("the grant could not be sent: {error}"));
             self.client_gone(client);
@@ -843,6 +864,7 @@ impl Broker {
             Event::Violation { is_producer, index, generation, text } => {
                 self.violation(stage, is_producer, index as usize, generation, &text);
             }
+            Event::StateWanted { extents } => self.grow_state(client, stage, extents),
             Event::Note { text } => {
                 if text.is_empty() {
                     self.look_for_finished();
@@ -851,6 +873,44 @@ impl Broker {
                 }
             }
             other => self.say(stage, Level::Warn, format!("ignored an event that this client cannot send: {other:?}")),
+        }
+    }
+
+    /// A stage asks for the next extent of its keyed state. It gets one within its limit, or hears why not.
+    fn grow_state(&mut self, client: usize, stage: usize, extents: u32) {
+        let (Some(worker), Some(plan)) = (self.workers.get_mut(stage), self.physical.stages.get(stage)) else { return };
+        let Some((_, entry)) = self.clients.get(&client) else { return };
+        if worker.stage_client != Some(client) || entry.features & FEATURE_STATE_EXTENTS == 0 {
+            return self.say(stage, Level::Warn, "ignored a request for state of a client that has none".to_owned());
+        }
+        let made = match worker.incarnation.state_extents() {
+            // Also how an agent that was asked twice, by whoever writes nonsense, gives one.
+            there if there != extents as usize => Err(format!("there are {there} extents, not {extents}")),
+            _ => worker.incarnation.grow_state(&plan.spec).map(|(extent, _)| extent).map_err(|error| error.to_string()),
+        };
+        // Kept before it leaves: a later agent must have all that the stage may have written.
+        self.keep_incarnation(stage);
+        let Some(worker) = self.workers.get_mut(stage) else { return };
+        let Some((_, entry)) = self.clients.get(&client) else { return };
+        let sent = match &made {
+            Ok(extent) => {
+                let message = Message::StateExtent { extent: *extent, refusal: None };
+                let descriptors: Vec<_> = worker.incarnation.state_extent(*extent).into_iter().collect();
+                entry.control.try_send(&message, &descriptors)
+            }
+            Err(reason) => {
+                let message = Message::StateExtent { extent: extents, refusal: Some(reason.clone()) };
+                entry.control.try_send(&message, &[])
+            }
+        };
+        let refusal = made.err();
+        // A stage that does not read its socket stays without; its successor has the extent.
+        if sent.is_ok() {
+            worker.incarnation.session().announce_message();
+            worker.incarnation.publish_session();
+        }
+        if let Some(reason) = refusal {
+            self.say(stage, Level::Warn, format!("its keyed state could not grow: {reason}"));
         }
     }
 
@@ -1037,6 +1097,7 @@ impl Broker {
         for (input, latency) in worker.latencies.iter_mut().enumerate() {
             HistogramView::new(page.words(), page.shape().histogram(input)).add_to(latency);
         }
+        worker.state_full += page.statistic(commit::STATISTICS_STATE_FULL);
         let progress = progress_of(&slot);
         slot.attempts = if progress == worker.progress_at_start { slot.attempts + 1 } else { 0 };
         match Incarnation::create(&plan.spec, generation + 1, slot, &readers, Some(&worker.incarnation)) {
@@ -1150,6 +1211,13 @@ pub struct StageSnapshot {
     pub undone: u64,
     /// Since when, monotonic.
     pub undone_since_ns: u64,
+    /// Keys with a value in its keyed state, and the bytes of their blocks: as its process says, so 0 from the death of one
+    /// to the first commit of the next.
+    pub state_keys: u64,
+    /// The bytes.
+    pub state_bytes: u64,
+    /// Puts and deletes that found its state full, all incarnations.
+    pub state_full: u64,
     /// Whether the program opened the library.
     pub has_opened_itself: bool,
 }
@@ -1170,8 +1238,8 @@ fn client_entry(client: usize) -> String {
 fn adopt_incarnation(
     index: usize,
     plan: &crate::physical::StagePlan,
-    generation: u64,
-    state: &StateDirectory,
+    (generation, state_extents): (u64, usize),
+    journal: &StateDirectory,
     kept: &mut BTreeMap<String, Kept>,
 ) -> Result<Incarnation, AdoptError> {
     let step = || plan.spec.name.clone();
@@ -1181,7 +1249,7 @@ fn adopt_incarnation(
             .and_then(|entry| entry.descriptors.into_iter().next())
             .ok_or(AdoptError::Missing { step: step(), what })?;
         let identity = rustix::fs::fstat(&descriptor).map(|found| (found.st_dev, found.st_ino)).unwrap_or_default();
-        if !state.is_listed(plan.spec.stage, generation, &name, identity) {
+        if !journal.is_listed(plan.spec.stage, generation, &name, identity) {
             let (device, inode) = identity;
             return Err(AdoptError::Forged { step: step(), name, generation, device, inode });
         }
@@ -1191,11 +1259,15 @@ fn adopt_incarnation(
     for output in 0..plan.spec.outputs.len() {
         outputs.push(take(format!("output-{output}"), "data segment")?);
     }
+    let mut state = Vec::with_capacity(state_extents);
+    for extent in 0..state_extents {
+        state.push(take(format!("state-{extent}"), "keyed state")?);
+    }
     let descriptors = KeptDescriptors {
         commit: take("commit".to_owned(), "commit page")?,
         session: take("session".to_owned(), "session page")?,
         bell: take("bell".to_owned(), "bell")?,
-        state: (plan.spec.state_bytes > 0).then(|| take("state".to_owned(), "keyed state")).transpose()?,
+        state,
         outputs,
     };
     Ok(Incarnation::adopt(&plan.spec, generation, descriptors)?)

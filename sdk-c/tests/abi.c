@@ -60,6 +60,18 @@ AT(ags_claim, data, 0);
 AT(ags_claim, len_bytes, 8);
 AT(ags_claim, id, 16);
 
+FIXED(sizeof(ags_cursor) == 24);
+AT(ags_cursor, struct_size, 0);
+AT(ags_cursor, flags, 4);
+AT(ags_cursor, group, 8);
+AT(ags_cursor, skip, 12);
+AT(ags_cursor, next_hash, 16);
+FIXED(AGS_CURSOR_GROUP == 1 && AGS_CURSOR_OVER == 2);
+
+FIXED(sizeof(ags_entry) == 32);
+AT(ags_entry, key, 0);
+AT(ags_entry, value, 16);
+
 FIXED(AGS_OK == 0);
 FIXED(AGS_AGAIN == -1);
 FIXED(AGS_TIMEOUT == -2);

@@ -48,4 +48,4 @@ pub use record::{
 pub use ring::{Consumer, EmitError, Producer, ReadPosition, RingViolation, Savepoint, Way, copy_unread};
 pub use segment::{Kind, Segment, SegmentError};
 pub use session::{SessionPage, SessionReader, session_len_bytes};
-pub use state::{KeyedState, StateError, StateSummary};
+pub use state::{ExtentBytes, KeyedState, StateCursor, StateError, StateShape, StateSummary};

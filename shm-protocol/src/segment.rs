@@ -11,7 +11,8 @@ use crate::layout::{DATA_OFFSET, header};
 use crate::limits::{RING_CAPACITY_BYTES_MAX, RING_CAPACITY_BYTES_MIN};
 use crate::memory::{Access, Mapping, RingMapping};
 use crate::version::{
-    FEATURES_COMPATIBLE, FEATURES_INCOMPATIBLE, FEATURES_READ_ONLY_COMPATIBLE, LAYOUT_MAJOR, LAYOUT_MINOR,
+    FEATURE_STATE_EXTENTS, FEATURES_COMPATIBLE, FEATURES_INCOMPATIBLE, FEATURES_READ_ONLY_COMPATIBLE, LAYOUT_MAJOR,
+    LAYOUT_MINOR,
 };
 
 /// What a segment holds.
@@ -118,7 +119,7 @@ impl Segment {
             (header::MAGIC, header::MAGIC_VALUE),
             (header::KIND_AND_VERSION, u64::from(kind as u32) | version),
             (header::HEADER_LEN, header::LEN as u64),
-            (header::FEATURES_INCOMPATIBLE, FEATURES_INCOMPATIBLE),
+            (header::FEATURES_INCOMPATIBLE, 0),
             (header::FEATURES_READ_ONLY_COMPATIBLE, FEATURES_READ_ONLY_COMPATIBLE),
             (header::FEATURES_COMPATIBLE, FEATURES_COMPATIBLE),
             (header::SEGMENT_LEN, len_bytes),
@@ -147,6 +148,22 @@ impl Segment {
             (header::RING_CAPACITY, capacity),
             (header::LARGE_CAPACITY, large_capacity),
         ])?;
+        Ok(segment)
+    }
+
+    /// Makes an extent of keyed state. It is sparse: unused room costs no memory.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn create_state(owner: u64, generation: u64, extent: u32, len_bytes: u64) -> Result<Self, SegmentError> {
+        let segment = Self::create(Kind::State, len_bytes, owner, generation)?;
+        if extent > 0 {
+            // Who knows only states of one segment must not take this for a whole one.
+            segment.write_words(&[
+                (header::RING, u64::from(extent)),
+                (header::FEATURES_INCOMPATIBLE, FEATURE_STATE_EXTENTS),
+            ])?;
+        }
         Ok(segment)
     }
 
