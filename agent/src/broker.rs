@@ -9,8 +9,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use argo_streams_shm_protocol::layout::{BATCH_ALIGN, commit, session};
+use argo_streams_shm_protocol::limits::{RECORD_PAYLOAD_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX_BEFORE};
 use argo_streams_shm_protocol::stage::PROTOCOL_VERSION_MAX;
-use argo_streams_shm_protocol::version::FEATURE_STATE_EXTENTS;
+use argo_streams_shm_protocol::version::{FEATURE_LARGE_RECORDS, FEATURE_STATE_EXTENTS};
 use argo_streams_shm_protocol::{
     Control, ControlError, Event, Hello, Histogram, HistogramView, Incarnation, IncarnationError, KeptDescriptors,
     Message, ProgramEvent, ReaderPosition, RefusalCode, Role, Slot, StageState,
@@ -148,6 +149,8 @@ struct Worker {
     shim_must_start: bool,
     uncertain_records: u64,
     latencies: Vec<Histogram>,
+    /// The largest payload that it was granted to emit.
+    record_bytes_granted: u64,
     /// What the keeper has of it.
     kept: KeptWorker,
     /// Puts that found the state full, in the incarnations before.
@@ -175,6 +178,7 @@ impl Worker {
             shim_must_start: false,
             uncertain_records: 0,
             latencies: vec![Histogram::default(); inputs],
+            record_bytes_granted: 0,
             kept: KeptWorker::default(),
             state_full: 0,
         }
@@ -773,6 +777,9 @@ impl Broker {
     }
 
     fn grant(&mut self, client: usize, stage: usize, role: Role) {
+        if let Err(text) = self.can_be_granted(client, stage) {
+            return self.refuse_client(client, RefusalCode::Version, &text);
+        }
         let Some(worker) = self.workers.get_mut(stage) else { return };
         worker.phase = Phase::Granted;
         worker.stage_client = Some(client);
@@ -780,13 +787,60 @@ impl Broker {
         worker.has_opened_itself |= role == Role::Stage && worker.transport != Transport::Internal;
         // Before a descriptor leaves: a later agent must know that somebody may be mapping them.
         self.keep_worker(stage);
+        let record_bytes_max = self.record_bytes_max(stage);
         let (Some(worker), Some(plan)) = (self.workers.get(stage), self.physical.stages.get(stage)) else { return };
         let Some((_, entry)) = self.clients.get(&client) else { return };
-        let (grant, descriptors) = worker.incarnation.grant(&plan.spec, PROTOCOL_VERSION_MAX, entry.features);
+        let (mut grant, descriptors) = worker.incarnation.grant(&plan.spec, PROTOCOL_VERSION_MAX, entry.features);
+        grant.record_bytes_max = grant.record_bytes_max.min(record_bytes_max);
+        let granted = grant.record_bytes_max;
         if let Err(error) = entry.control.try_send(&Message::Grant(Box::new(grant)), &descriptors) {
             self.say(stage, Level::Warn, format!("the grant could not be sent: {error}"));
-            self.client_gone(client);
+            return self.client_gone(client);
         }
+        if let Some(worker) = self.workers.get_mut(stage) {
+            worker.record_bytes_granted = granted;
+        }
+    }
+
+    /// The largest payload that every reader of a stage takes, as far as they are there.
+    fn record_bytes_max(&self, stage: usize) -> u64 {
+        let Some(plan) = self.physical.stages.get(stage) else { return 0 };
+        let knows_large = |reader: usize| {
+            let client = self.workers.get(reader).and_then(|worker| worker.stage_client);
+            let client = client.and_then(|client| self.clients.get(&client));
+            client.is_none_or(|(_, client)| client.features & FEATURE_LARGE_RECORDS != 0)
+        };
+        let all = plan.consumers.iter().all(|consumer| knows_large(consumer.stage));
+        (if all { RECORD_PAYLOAD_BYTES_MAX } else { RECORD_PAYLOAD_BYTES_MAX_BEFORE }) as u64
+    }
+
+    /// Whether a client knows all that the stage has come to: its state may have grown, and its producers may have been granted
+    /// payloads, beyond what its library knows.
+    fn can_be_granted(&self, client: usize, stage: usize) -> Result<(), String> {
+        let (Some(worker), Some(plan), Some((_, entry))) =
+            (self.workers.get(stage), self.physical.stages.get(stage), self.clients.get(&client))
+        else {
+            return Ok(());
+        };
+        if !worker.incarnation.can_be_granted_to(entry.features) {
+            return Err(format!(
+                "the keyed state of this stage has grown to {} extents, which {} does not know: use a library of this agent's version",
+                worker.incarnation.state_extents(),
+                entry.library
+            ));
+        }
+        let is_large = |producer: &crate::physical::RingEnd| {
+            self.workers.get(producer.stage).is_some_and(|worker| {
+                worker.phase != Phase::Waiting && worker.record_bytes_granted > RECORD_PAYLOAD_BYTES_MAX_BEFORE as u64
+            })
+        };
+        if entry.features & FEATURE_LARGE_RECORDS == 0 && plan.producers.iter().any(is_large) {
+            return Err(format!(
+                "the step before this one may send payloads of more than 16 MiB, which {} does not know: use a library of this agent's version",
+                entry.library
+            ));
+        }
+        Ok(())
     }
 
     fn mapped(&mut self, client: usize, stage: usize) {

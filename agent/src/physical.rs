@@ -5,7 +5,8 @@
 
 use argo_streams_pipeline::{KeyExpression, Output, Plan, StepKind};
 use argo_streams_shm_protocol::limits::{
-    INPUTS_MAX, LARGE_CAPACITY_BYTES, OUTPUTS_MAX, RECORD_PAYLOAD_BYTES_MAX, RING_CAPACITY_BYTES,
+    INPUTS_MAX, LARGE_CAPACITY_BYTES, OUTPUTS_MAX, RECORD_PAYLOAD_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX_BEFORE,
+    RING_CAPACITY_BYTES,
 };
 use argo_streams_shm_protocol::{
     GrantInput, GrantOutput, KEY_GROUPS, PageShape, RouteEdge, RouteNode, Routes, StageSpec, StateShape,
@@ -123,7 +124,12 @@ impl Physical {
                         shape: PageShape::default(),
                         state,
                         is_kept: false,
-                        record_bytes_max: RECORD_PAYLOAD_BYTES_MAX as u64,
+                        // A line or a message of a source is bounded by what is gathered in memory.
+                        record_bytes_max: if matches!(step.kind(), StepKind::ParDo(_)) {
+                            RECORD_PAYLOAD_BYTES_MAX as u64
+                        } else {
+                            RECORD_PAYLOAD_BYTES_MAX_BEFORE as u64
+                        },
                         inputs: Vec::new(),
                         outputs: Vec::new(),
                         routes: Routes { table_epoch: 1, nodes: Vec::new() },

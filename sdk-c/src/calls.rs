@@ -225,10 +225,11 @@ pub unsafe extern "C" fn ags_stage_emit(stage: *mut StageHandle, output: u32, re
     })
 }
 
-/// Claims room for a payload of len_bytes, to be written in place. ags_stage_claim_commit emits it, ags_stage_claim_abort gives
+/// Claims room for a payload of len_bytes, to be written in place. A payload of more than a quarter of a ring (64 KiB) is written
+/// where its reader reads it, and moves without a copy, if the output leads to one reader; at most one such at a time. ags_stage_claim_commit emits it, ags_stage_claim_abort gives
 /// it back; so do ags_stage_abort and ags_stage_close. Claims do not stand in the way of other records. Never blocks.
 ///
-/// AGS_TOO_LARGE: for ever. AGS_BATCH_FULL: 64 claims are open. AGS_STATE: no such output. AGS_INVALID.
+/// AGS_TOO_LARGE: for ever. AGS_AGAIN: the readers hold too many large payloads: wait. AGS_BATCH_FULL: 64 claims are open. AGS_STATE: no such output. AGS_INVALID.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ags_stage_claim(
     stage: *mut StageHandle,

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, RwLock, TryLockError};
 
 use argo_streams_shm_protocol::limits::{RECORD_PAYLOAD_BYTES_MAX, UNDONE_RECORDS_MAX};
 use argo_streams_shm_protocol::stage::{
-    Emit, Interrupter, KeyChoice, Received, Stage, StageError, Waited, payload_offset,
+    Emit, InPlace, Interrupter, KeyChoice, Received, Stage, StageError, Waited, payload_offset,
 };
 use argo_streams_shm_protocol::{Control, ControlError, RingMapping, Role, StateCursor};
 
@@ -73,6 +73,8 @@ pub(crate) struct Inner {
 #[derive(Debug, Default)]
 struct Claim {
     bytes: Vec<u8>,
+    /// It is written in the ring itself, and `bytes` is not used.
+    in_place: Option<InPlace>,
     is_open: bool,
 }
 
@@ -342,6 +344,9 @@ impl Inner {
         self.stage.abort();
         for claim in &mut self.claims {
             claim.is_open = false;
+            if let Some(place) = claim.in_place.take() {
+                self.stage.release(&place);
+            }
         }
     }
 
@@ -378,6 +383,12 @@ impl Inner {
             }
         };
         let claim = self.claims.get_mut(index).ok_or(Failure::plain(AGS_STATE))?;
+        claim.in_place = self.stage.reserve(output as usize, len)?;
+        if let Some((mapping, offset)) = claim.in_place.as_ref().and_then(|place| self.stage.reserved_place(place)) {
+            claim.is_open = true;
+            let data = mapping.base().wrapping_add(offset).cast_mut();
+            return Ok(Claimed { data, id: (index as u64 + 1) << 1 | u64::from(output) });
+        }
         if claim.bytes.len() < len.max(1) {
             claim.bytes.resize(len.max(1), 0);
         }
@@ -398,6 +409,15 @@ impl Inner {
         let index = self.open_claim(id)?;
         let Some(claim) = self.claims.get_mut(index) else { return Err(Failure::plain(AGS_STATE)) };
         let len = usize::try_from(len_bytes).unwrap_or(usize::MAX);
+        if let Some(place) = claim.in_place {
+            if len > place.len() {
+                return Err(Failure::new(AGS_INVALID, "the claim was made longer than it is"));
+            }
+            self.stage.emit_reserved(usize::from(id & 1 == 1), emit, &place, len)?;
+            claim.in_place = None;
+            claim.is_open = false;
+            return Ok(());
+        }
         let payload =
             claim.bytes.get(..len).ok_or_else(|| Failure::new(AGS_INVALID, "the claim was made longer than it is"))?;
         self.stage.emit(usize::from(id & 1 == 1), emit, payload)?;
@@ -409,6 +429,9 @@ impl Inner {
         let index = self.open_claim(id)?;
         if let Some(claim) = self.claims.get_mut(index) {
             claim.is_open = false;
+            if let Some(place) = claim.in_place.take() {
+                self.stage.release(&place);
+            }
         }
         Ok(())
     }

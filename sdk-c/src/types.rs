@@ -142,7 +142,7 @@ pub struct AgsEmit {
     pub key: AgsBytes,
     /// Encoded attributes (ags_attributes_append), at most 64 KiB.
     pub attributes: AgsBytes,
-    /// The payload, at most 16 MiB. ags_stage_claim_commit does not look at it.
+    /// The payload, at most 64 MiB. ags_stage_claim_commit does not look at it.
     pub payload: AgsBytes,
 }
 

@@ -186,7 +186,7 @@ static void with_a_stage(ags_stage *stage)
     emit.flags = 4;
     EXPECT(ags_stage_emit(stage, 0, &emit) == AGS_INVALID);
     emit.flags = 0;
-    emit.payload.len_bytes = (16u << 20) + 1;
+    emit.payload.len_bytes = (64u << 20) + 1;
     EXPECT(ags_stage_emit(stage, 0, &emit) == AGS_TOO_LARGE);
     emit.payload = bytes;
     EXPECT(ags_stage_emit(stage, 0, &emit) == AGS_OK);

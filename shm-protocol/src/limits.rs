@@ -1,7 +1,11 @@
 //! Every bound of the protocol, each with the reason for its number.
 
-/// The largest payload of one record: what a line of a ParDo may be, 16 MiB.
-pub const RECORD_PAYLOAD_BYTES_MAX: usize = 16 << 20;
+/// The largest payload of one record: a picture, a model, a chunk of a log. It goes by descriptor and is not copied by a hop.
+pub const RECORD_PAYLOAD_BYTES_MAX: usize = 64 << 20;
+/// What readers took that did not know [`crate::version::FEATURE_LARGE_RECORDS`].
+pub const RECORD_PAYLOAD_BYTES_MAX_BEFORE: usize = 16 << 20;
+/// The largest value of keyed state: it is copied, and a commit waits for it.
+pub const STATE_VALUE_BYTES_MAX: usize = 16 << 20;
 /// The largest key: keys are for routing, and travel with every record.
 pub const KEY_BYTES_MAX: usize = 64 << 10;
 /// The largest attribute list of a record: trace context and user headers.
@@ -17,7 +21,8 @@ pub const RING_CAPACITY_BYTES_MIN: u64 = 4096;
 /// The largest ring.
 pub const RING_CAPACITY_BYTES_MAX: u64 = 1 << 30;
 /// Room for large records beside a ring: sparse, so it costs nothing until a record needs it; holds three of the largest.
-pub const LARGE_CAPACITY_BYTES: u64 = 64 << 20;
+/// While one at a time is on its way, the same pages are used again and again.
+pub const LARGE_CAPACITY_BYTES: u64 = 256 << 20;
 /// A record with a longer body than this share of the ring goes by descriptor.
 pub const LARGE_RECORD_RING_SHARE: u64 = 4;
 
@@ -101,4 +106,4 @@ const _: () =
     assert!(LARGE_CAPACITY_BYTES >= 3 * (RECORD_PAYLOAD_BYTES_MAX + KEY_BYTES_MAX + ATTRIBUTES_BYTES_MAX) as u64);
 const _: () = assert!(3 + OUTPUTS_MAX as usize + STATE_EXTENTS_MAX as usize <= CONTROL_DESCRIPTORS_MAX);
 const _: () = assert!(STATE_BYTES_MAX / STATE_EXTENTS_MAX as u64 / 64 * STATE_EXTENTS_MAX as u64 <= 1 << 30);
-const _: () = assert!(STATE_EXTENT_BYTES >= 2 * (RECORD_PAYLOAD_BYTES_MAX + KEY_BYTES_MAX) as u64);
+const _: () = assert!(STATE_EXTENT_BYTES >= 2 * (STATE_VALUE_BYTES_MAX + KEY_BYTES_MAX) as u64);

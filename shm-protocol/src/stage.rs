@@ -26,7 +26,7 @@ use crate::limits::{
     SPIN_NS_MAX, STATE_ASK_AGAIN_NS, STATE_BATCH_BYTES, STATE_BATCH_ENTRIES_MAX, STREAM_RECORDS_MIN,
     UNDONE_RECORDS_MAX,
 };
-use crate::memory::{Access, Mapping, RingMapping, Words};
+use crate::memory::{Access, Bytes, Mapping, RingMapping, Words};
 use crate::publication::Chooser;
 use crate::record::{Origin, RecordFields, RecordKind, RecordView, attributes_encode};
 use crate::ring::{Consumer, EmitError, Producer, ReadPosition, RingViolation, Savepoint, Way};
@@ -197,6 +197,23 @@ pub struct Received {
     pub view: RecordView,
 }
 
+/// Room for a large payload that is written in place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InPlace {
+    ring: usize,
+    position: u64,
+    len: usize,
+}
+
+impl InPlace {
+    /// How much room it is.
+    #[must_use]
+    #[expect(clippy::len_without_is_empty, reason = "no room is never reserved")]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+}
+
 /// How records get into the rings.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Publication {
@@ -297,6 +314,19 @@ struct Output {
 }
 
 impl Output {
+    /// Emits what was written in place. Behind another large record it is copied: those lie in the order of their records.
+    #[cold]
+    fn emit_in_place(&mut self, fields: &RecordFields<'_>, place: &InPlace) -> Result<(), EmitError> {
+        if self.producer.emit_reserved(fields, place.len)? {
+            return Ok(());
+        }
+        let mut payload = vec![0; place.len];
+        self.producer.bytes().read_large(place.position, &mut payload);
+        self.producer.emit(fields, &payload)?;
+        self.producer.release_large();
+        Ok(())
+    }
+
     /// The reader's positions: its mirrors, or where it died if that is further.
     fn heard(&self) -> Option<(u64, u64)> {
         let neighbour = self.neighbour.as_ref()?;
@@ -392,6 +422,8 @@ pub struct Stage {
     sleeps: u64,
     spin_ns: u64,
     lane: Lane,
+    /// The payload that is being emitted lies in its ring already.
+    in_place: Option<InPlace>,
     end_argument: u64,
     key_scratch: Vec<u8>,
     changed_inputs: Vec<usize>,
@@ -551,6 +583,7 @@ impl Stage {
             sleeps: 0,
             spin_ns: 0,
             lane: Lane::default(),
+            in_place: None,
             end_argument: 0,
             key_scratch: Vec::new(),
             changed_inputs: Vec::new(),
@@ -825,6 +858,7 @@ impl Stage {
         }
         if emit.finishes
             && emit.attributes.is_empty()
+            && self.in_place.is_none()
             && let Some(index) = self.emit_plain(output, emit, nth.is_none(), payload)
         {
             let is_due = self.careful || self.output_is_done(index);
@@ -982,6 +1016,7 @@ impl Stage {
         if emit.finishes
             && self.pending_outputs.is_empty()
             && self.counted.is_empty()
+            && self.in_place.is_none()
             && let Some(Some((ring, counter))) = self.router.direct.get(output).copied()
             && let Some(to) = self.outputs.get_mut(ring)
             && to.producer.emit_done(&fields, payload).is_ok()
@@ -1049,7 +1084,11 @@ impl Stage {
     fn emit_node(&mut self, node: usize, fields: &RecordFields<'_>, payload: &[u8]) -> Result<(), (EmitError, usize)> {
         if let Some(Some((ring, counter))) = self.router.direct.get(node).copied() {
             let Some(output) = self.outputs.get_mut(ring) else { return Ok(()) };
-            output.producer.emit(fields, payload).map_err(|error| (error, ring))?;
+            let emitted = match &self.in_place {
+                None => output.producer.emit(fields, payload),
+                Some(place) => output.emit_in_place(fields, place),
+            };
+            emitted.map_err(|error| (error, ring))?;
             if !output.has_pending {
                 output.has_pending = true;
                 self.pending_outputs.push(ring);
@@ -1101,6 +1140,73 @@ impl Stage {
                 self.counted.push(counter);
             }
             *count += 1;
+        }
+    }
+
+    /// Keeps room for a payload in the ring itself, so that emitting it copies nothing. `None`: copy it. That is so for what is
+    /// not large, for an output that leads to several rings or takes a key from the payload, and while another one is kept.
+    ///
+    /// # Errors
+    /// [`StageError::TooLarge`]; [`StageError::Full`]: wait, and try again.
+    pub fn reserve(&mut self, output: usize, len: usize) -> Result<Option<InPlace>, StageError> {
+        if len as u64 > self.grant.record_bytes_max {
+            let limit_bytes = usize::try_from(self.grant.record_bytes_max).unwrap_or(usize::MAX);
+            return Err(StageError::TooLarge(EmitError::TooLarge { part: "payload", len_bytes: len, limit_bytes }));
+        }
+        let Some(Some((ring, _))) = self.router.direct.get(output).copied() else { return Ok(None) };
+        let Some(to) = self.outputs.get_mut(ring) else { return Ok(None) };
+        let mut reserved = to.producer.reserve_large(len);
+        if reserved == Err(EmitError::Full) {
+            self.commit()?;
+            self.refresh_output(ring);
+            let Some(to) = self.outputs.get_mut(ring) else { return Ok(None) };
+            reserved = to.producer.reserve_large(len);
+        }
+        match reserved {
+            Ok(position) => {
+                self.blocked_on = None;
+                Ok(position.map(|position| InPlace { ring, position, len }))
+            }
+            Err(EmitError::TooLarge { .. }) => Ok(None),
+            Err(EmitError::Full | EmitError::BatchFull) => {
+                self.blocked_on = Some(ring);
+                Err(StageError::Full)
+            }
+        }
+    }
+
+    /// The mapping and the offset in it where a reserved payload is to be written; its room is contiguous. Nobody else reads
+    /// it before it is emitted and committed.
+    #[must_use]
+    pub fn reserved_place(&self, place: &InPlace) -> Option<(&RingMapping, usize)> {
+        let mapping = self.outputs.get(place.ring)?.producer.bytes();
+        Some((mapping, mapping.offset_of_large(place.position)))
+    }
+
+    /// Emits the first `len` bytes of what was written in place, with everything else as [`Stage::emit`] does.
+    ///
+    /// # Errors
+    /// As [`Stage::emit`]; the room stays reserved then.
+    pub fn emit_reserved(
+        &mut self,
+        output: usize,
+        emit: &Emit<'_>,
+        place: &InPlace,
+        len: usize,
+    ) -> Result<(), StageError> {
+        if len > place.len {
+            return Err(StageError::Misuse("more was written than was reserved"));
+        }
+        self.in_place = Some(InPlace { len, ..*place });
+        let emitted = self.emit_outside_lane(output, emit, &[]);
+        self.in_place = None;
+        emitted
+    }
+
+    /// Gives reserved room back.
+    pub fn release(&mut self, place: &InPlace) {
+        if let Some(output) = self.outputs.get_mut(place.ring) {
+            output.producer.release_large();
         }
     }
 

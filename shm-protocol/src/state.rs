@@ -28,8 +28,8 @@ use self::space::{NoRoom, Space, UNIT};
 use crate::key::{KEY_GROUPS, hash_key, key_group};
 use crate::layout::state;
 use crate::limits::{
-    KEY_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX, STATE_BYTES_MAX, STATE_BYTES_MIN, STATE_DELETES_BYTES_MAX,
-    STATE_DELETES_SHARE, STATE_EXTENT_BYTES, STATE_EXTENTS_MAX,
+    KEY_BYTES_MAX, STATE_BYTES_MAX, STATE_BYTES_MIN, STATE_DELETES_BYTES_MAX, STATE_DELETES_SHARE, STATE_EXTENT_BYTES,
+    STATE_EXTENTS_MAX, STATE_VALUE_BYTES_MAX,
 };
 use crate::memory::{Mapping, Words};
 
@@ -809,8 +809,7 @@ fn check_block<M: ExtentBytes>(space: &Space<M>, block: u32, len_bytes: usize) -
 
 #[inline]
 fn check_lengths(key_len: usize, value_len: usize) -> Result<(), StateError> {
-    for (part, len_bytes, limit_bytes) in
-        [("key", key_len, KEY_BYTES_MAX), ("value", value_len, RECORD_PAYLOAD_BYTES_MAX)]
+    for (part, len_bytes, limit_bytes) in [("key", key_len, KEY_BYTES_MAX), ("value", value_len, STATE_VALUE_BYTES_MAX)]
     {
         if len_bytes > limit_bytes {
             return Err(StateError::TooLarge { part, len_bytes, limit_bytes });

@@ -32,7 +32,7 @@ use agent::{Edge, Phase, TestAgent, node, shape, spec};
 
 const SECOND: u64 = 1_000_000_000;
 const SMALL: (u64, u64) = (4096, 4096);
-const ROOMY: (u64, u64) = (1 << 20, 64 << 20);
+const ROOMY: (u64, u64) = (1 << 20, 256 << 20);
 const OWN: Emit<'static> = Emit {
     belongs_to: BelongsTo::Nothing,
     key: KeyChoice::None,

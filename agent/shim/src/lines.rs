@@ -1,7 +1,8 @@
 //! Cuts a program's output into lines.
 
-/// The longest line: the largest payload of a record.
-pub const LINE_BYTES_MAX: usize = argo_streams_shm_protocol::limits::RECORD_PAYLOAD_BYTES_MAX;
+/// The longest line. Records may be larger; a line is gathered in memory until its newline comes.
+pub const LINE_BYTES_MAX: usize = 16 << 20;
+const _: () = assert!(LINE_BYTES_MAX <= argo_streams_shm_protocol::limits::RECORD_PAYLOAD_BYTES_MAX);
 
 /// One line of output.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -64,7 +64,7 @@ pub(crate) fn spec(stage: u64, inputs: u32, outputs: u32, (capacity, large_capac
         shape: shape(),
         state: StateShape::default(),
         is_kept: false,
-        record_bytes_max: 16 << 20,
+        record_bytes_max: 64 << 20,
         inputs: (0..inputs)
             .map(|input| GrantInput {
                 ring: stage * 100 + u64::from(input),
