@@ -6,7 +6,8 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use argo_streams_agent::cli::{Cli, Command};
+use argo_streams_agent::bench::bench_ring;
+use argo_streams_agent::cli::{BenchCommand, Cli, Command};
 use argo_streams_agent::run::{Options, RunError, run, write_summary};
 use argo_streams_agent::screen::{Screen, ScreenWriter};
 use argo_streams_pipeline::{Plan, limits::FILE_BYTES_MAX};
@@ -40,6 +41,17 @@ fn main() -> ExitCode {
             }
             code
         }
+        Command::Bench(BenchCommand::Ring(arguments)) => match bench_ring(&arguments) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err((code, text)) => {
+                say(&format!("bench ring: {text}"));
+                ExitCode::from(code)
+            }
+        },
+        Command::BenchRole => match argo_streams_bench::run_role() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_told_to_the_benchmark) => ExitCode::from(FAILED),
+        },
         Command::Shim(arguments) => {
             tracing_subscriber::fmt()
                 .with_env_filter(filter())

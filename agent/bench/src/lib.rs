@@ -1,0 +1,43 @@
+//! `argo-streams bench ring`: how fast two processes of this node hand records to each other, over our rings and over what
+//! one would use otherwise.
+//!
+//! Two processes, pinned to a core each, do the same work for every transport: the producer copies a record in, the consumer
+//! checks its number and touches every cache line. Each run is tagged with how far apart the two cores were, measured in the
+//! same run, and thrown away when that changed or when a process lost its core.
+//!
+//! Reading order: `case` says what is measured; `record`, `channel` and `drive` are the work; `role` is one of the two
+//! processes; `pair` runs the two; `shm`, `bytes_between`, `textbook`, `rpc` and `peers` are the transports; `survey` and
+//! `goals` decide what is run; `report`, `table` and `html` show it.
+#![forbid(unsafe_code)]
+
+mod case;
+mod record;
+mod channel;
+mod drive;
+
+mod link;
+mod scratch;
+mod processor;
+mod role;
+mod pair;
+
+mod bytes_between;
+mod textbook;
+mod shm;
+mod rpc;
+#[cfg(feature = "peers")]
+mod peers;
+
+mod machine;
+mod report;
+mod survey;
+mod table;
+
+pub use case::{Case, Mode, Transport, Waiting};
+pub use channel::Fault;
+pub use machine::Machine;
+pub use pair::{Launch, PairError, Placement};
+pub use report::{Latency, Omission, Report, Row, Spread};
+pub use role::{RoleError, run as run_role};
+pub use survey::{Progress, RUNS_MAX, Survey, SurveyError, TIME_MS_MAX};
+pub use table::table;
