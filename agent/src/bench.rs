@@ -3,12 +3,15 @@
 use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 
-use argo_streams_bench::{Launch, Progress, SurveyError, table};
+use argo_streams_bench::{Launch, Progress, SurveyError, goal_table, goals, table};
 
 use crate::cli::{BenchRingArguments, OutputFormat};
 
 /// Exit code and text of a benchmark that came to nothing.
 type Failure = (u8, String);
+
+/// Unless the user says otherwise.
+const GOAL_RUNS: usize = 7;
 
 const FAILED: u8 = 1;
 const BAD_USAGE: u8 = 2;
@@ -20,6 +23,14 @@ const BAD_USAGE: u8 = 2;
 pub fn bench_ring(arguments: &BenchRingArguments) -> Result<(), Failure> {
     let program = std::env::current_exe().map_err(|error| (FAILED, format!("where this program is: {error}")))?;
     let launch = Launch { program, arguments: vec![OsString::from("bench-role")] };
+    if arguments.goals {
+        let report = goals(&launch, arguments.cores, arguments.runs.unwrap_or(GOAL_RUNS), progress())
+            .map_err(|error| (FAILED, error.to_string()))?;
+        return match arguments.output {
+            OutputFormat::Text => print(&goal_table(&report)),
+            OutputFormat::Json => print_json(&report),
+        };
+    }
     let report = arguments.survey().run(&launch, progress()).map_err(|error| match error {
         SurveyError::Limit { .. } | SurveyError::Nothing(_) => (BAD_USAGE, error.to_string()),
         SurveyError::Pair(error) => (FAILED, error.to_string()),

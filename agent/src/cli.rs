@@ -38,8 +38,15 @@ pub enum Command {
     Shim(ShimArguments),
     /// One of the two processes between which `bench ring` sends records (started by it).
     #[command(hide = true)]
-    BenchRole,
+    BenchRole {
+        /// Be Aeron's media driver in this folder instead.
+        #[arg(long)]
+        media_driver: Option<PathBuf>,
+    },
 }
+
+/// Runs of each case of `bench ring` unless the user says otherwise.
+const SURVEY_RUNS: usize = 5;
 
 /// What to measure.
 #[derive(Debug, Subcommand)]
@@ -82,9 +89,9 @@ pub struct BenchRingArguments {
     /// when the transport is behind. Default: as fast as they go.
     #[arg(long, value_name = "RECORDS", value_parser = rate)]
     pub rate: Option<u64>,
-    /// Runs of each case that count; results are their medians. At least 5 for `--goals`.
-    #[arg(long, value_name = "K", default_value_t = 5)]
-    pub runs: usize,
+    /// Runs of each case that count; results are their medians. Default: 5; for `--goals` 7, and at least 5.
+    #[arg(long, value_name = "K")]
+    pub runs: Option<usize>,
     /// How long the producer of a run goes on.
     #[arg(long, value_name = "TIME", default_value = "80ms", value_parser = duration)]
     pub time: Duration,
@@ -120,7 +127,7 @@ impl BenchRingArguments {
                 BenchWaiting::Block => Waiting::Block,
             }),
             rate_per_s: self.rate,
-            runs: self.runs,
+            runs: self.runs.unwrap_or(SURVEY_RUNS),
             time_ms: u64::try_from(self.time.as_millis()).unwrap_or(u64::MAX),
             cores: self.cores,
         }

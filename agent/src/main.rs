@@ -48,7 +48,7 @@ fn main() -> ExitCode {
                 ExitCode::from(code)
             }
         },
-        Command::BenchRole => match argo_streams_bench::run_role() {
+        Command::BenchRole { media_driver } => match argo_streams_bench::run_role(media_driver.as_deref()) {
             Ok(()) => ExitCode::SUCCESS,
             Err(_told_to_the_benchmark) => ExitCode::from(FAILED),
         },

@@ -199,6 +199,8 @@ pub struct Case {
     pub time_ms: u64,
     /// For [`Transport::Shm`].
     pub ring: RingUse,
+    /// The producer is going to be killed: the consumer takes what comes until nothing comes any more.
+    pub is_fatal: bool,
 }
 
 impl Case {
@@ -214,6 +216,7 @@ impl Case {
             rate_per_s: None,
             time_ms: 80,
             ring: RingUse::default(),
+            is_fatal: false,
         }
     }
 

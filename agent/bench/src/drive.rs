@@ -9,6 +9,8 @@ use crate::record::{Order, Record, Tally, blank, latencies, stamp, stamp_end};
 
 /// A spinning role gives up when nothing moved for this long: it may hold its core against everybody else.
 const PATIENCE_NS: u64 = 1_000_000_000;
+/// After this long without a record, what a killed producer had committed has come: the agent needs about a millisecond.
+const SILENCE_NS: u64 = 250_000_000;
 /// The first part of a run fills caches and pages, and lets the ring find its way.
 const WARM_UP_SHARE: u64 = 4;
 /// Between two looks of an unpaced producer at the clock.
@@ -57,17 +59,22 @@ pub(crate) fn consume(channel: &mut impl Channel, case: &Case, order: Order, lan
         return answer(channel, case);
     }
     let mut tally = tally(case, order, lanes);
-    let mut patience = Patience::new(PATIENCE_NS);
+    let mut patience = Patience::new(if case.is_fatal { SILENCE_NS } else { PATIENCE_NS });
     loop {
         if channel.receive(&mut tally)? > 0 {
             patience.renew();
             if tally.looked()? {
                 break;
             }
-        } else if case.waiting == Waiting::Block {
-            patience.check("the consumer")?;
-        } else {
-            patience.spend("the consumer")?;
+            continue;
+        }
+        let waited = match case.waiting {
+            Waiting::Block => patience.check("the consumer"),
+            Waiting::Spin => patience.spend("the consumer"),
+        };
+        match waited {
+            Err(Fault::Stalled { .. }) if case.is_fatal => break,
+            waited => waited?,
         }
     }
     Ok(Found {
@@ -155,8 +162,7 @@ fn ping(channel: &mut impl Channel, case: &Case) -> Result<Found, Fault> {
     let mut latencies = latencies();
     let mut means = Vec::new();
     let begin = monotonic_ns();
-    let (warm_ns, end_ns) =
-        (begin + case.time_ms * 1_000_000 / WARM_UP_SHARE, begin + case.time_ms * 1_000_000);
+    let (warm_ns, end_ns) = (begin + case.time_ms * 1_000_000 / WARM_UP_SHARE, begin + case.time_ms * 1_000_000);
     let (mut number, mut counted) = (0, 0);
     let mut warm_at = begin;
     let mut now = begin;

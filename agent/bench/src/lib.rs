@@ -11,23 +11,24 @@
 #![forbid(unsafe_code)]
 
 mod case;
-mod record;
 mod channel;
 mod drive;
+mod record;
 
 mod link;
-mod scratch;
+mod pair;
 mod processor;
 mod role;
-mod pair;
+mod scratch;
 
 mod bytes_between;
-mod textbook;
-mod shm;
-mod rpc;
 #[cfg(feature = "peers")]
 mod peers;
+mod rpc;
+mod shm;
+mod textbook;
 
+mod goals;
 mod machine;
 mod report;
 mod survey;
@@ -35,9 +36,10 @@ mod table;
 
 pub use case::{Case, Mode, Transport, Waiting};
 pub use channel::Fault;
+pub use goals::{Direction, GoalReport, Judged, goals};
 pub use machine::Machine;
-pub use pair::{Launch, PairError, Placement};
+pub use pair::{Kill, Launch, PairError, Placement};
 pub use report::{Latency, Omission, Report, Row, Spread};
 pub use role::{RoleError, run as run_role};
 pub use survey::{Progress, RUNS_MAX, Survey, SurveyError, TIME_MS_MAX};
-pub use table::table;
+pub use table::{goal_table, table};

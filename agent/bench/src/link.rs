@@ -24,15 +24,9 @@ const DESCRIPTORS_MAX: usize = 8;
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Order {
     /// Who you are; with the scratch page.
-    Begin {
-        end: End,
-        core: usize,
-    },
+    Begin { end: End, core: usize },
     /// Make your end of a connection; with what it is made of. `name` is new for each connection.
-    Prepare {
-        case: Case,
-        name: String,
-    },
+    Prepare { case: Case, name: String },
     /// Both ends are made: measure.
     Go,
 }

@@ -44,12 +44,7 @@ impl Machine {
             .and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse().ok())
             .unwrap_or(0);
         Self {
-            processor: format!(
-                "{} (family {}, model {})",
-                field("model name"),
-                field("cpu family"),
-                field("model")
-            ),
+            processor: format!("{} (family {}, model {})", field("model name"), field("cpu family"), field("model")),
             cores: cores().map_or(0, |cores| cores.len()),
             kernel: uname.release().to_string_lossy().into_owned(),
             architecture: std::env::consts::ARCH,

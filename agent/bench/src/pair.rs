@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
-use argo_streams_shm_protocol::{Segment, SegmentError};
+use argo_streams_shm_protocol::{Segment, SegmentError, monotonic_ns};
 use serde::{Deserialize, Serialize};
 
 use crate::bytes_between::descriptors_between;
@@ -24,8 +24,10 @@ pub const PROCESSOR_SHARE_MIN: f64 = 0.97;
 const PREPARE_NS: u64 = 10_000_000_000;
 /// Beyond the time of the run itself: draining it, and the meetings around it.
 const RUN_SLACK_NS: u64 = 10_000_000_000;
+/// How long a producer would go on that nobody kills.
+const KILLED_TIME_MS: u64 = 5_000;
 /// Between two bursts: others need the two cores too.
-const REST_NS: i64 = 25_000_000;
+const REST_NS: u64 = 25_000_000;
 
 /// How the program starts itself as a role.
 #[derive(Clone, Debug)]
@@ -175,6 +177,17 @@ impl Run {
     }
 }
 
+/// One killed producer.
+#[derive(Clone, Copy, Debug)]
+pub struct Kill {
+    /// From the signal until the agent saw the end of the control socket, in ns.
+    pub seen_after_ns: u64,
+    /// Records that the dead producer had committed.
+    pub committed: u64,
+    /// Records that the consumer got, each whole and in order.
+    pub received: u64,
+}
+
 #[derive(Debug)]
 struct RoleProcess {
     child: Child,
@@ -302,7 +315,7 @@ impl Pair {
         if result.is_err() {
             self.roles = None;
         }
-        rest();
+        sleep_ns(REST_NS);
         result
     }
 
@@ -335,6 +348,45 @@ impl Pair {
             Wired::Nothing => Seen::default(),
         };
         Ok(judge(case, &produced, consumed, &seen))
+    }
+
+    /// Kills the producer of a ring with SIGKILL `after_ns` into its run. Blocks for half a second; the next run starts the roles anew.
+    ///
+    /// # Errors
+    /// [`PairError`].
+    pub fn kill(&mut self, case: &Case, after_ns: u64) -> Result<Kill, PairError> {
+        let case = Case { is_fatal: true, waiting: Waiting::Block, time_ms: KILLED_TIME_MS, ..*case };
+        let killed = self.try_kill(&case, after_ns);
+        self.roles = None;
+        killed
+    }
+
+    fn try_kill(&mut self, case: &Case, after_ns: u64) -> Result<Kill, PairError> {
+        let (wired, for_producer, for_consumer) = self.wire(case)?;
+        let Wired::Agent(agent) = wired else { return Err(PairError::Case("only the producer of a ring is killed")) };
+        self.roles()?;
+        let Some([producer, consumer]) = &mut self.roles else { return Err(PairError::Case("no processes")) };
+        for (role, descriptors) in [(&*consumer, for_consumer), (&*producer, for_producer)] {
+            let descriptors: Vec<_> = descriptors.iter().map(OwnedFd::as_fd).collect();
+            role.order(&Order::Prepare { case: *case, name: "kill".into() }, &descriptors)?;
+            role.await_ready()?;
+        }
+        consumer.order(&Order::Go, &[])?;
+        producer.order(&Order::Go, &[])?;
+        sleep_ns(after_ns);
+        let killed_ns = monotonic_ns();
+        producer.child.kill().map_err(|error| PairError::System { attempted: "killing the producer", error })?;
+        let outcome = consumer.await_outcome(RUN_SLACK_NS)?;
+        let seen = agent.finish()?;
+        let [ended_ns, _] = seen.ended_ns;
+        if ended_ns == 0 {
+            return Err(PairError::Case("the end of the killed producer was not seen"));
+        }
+        Ok(Kill {
+            seen_after_ns: ended_ns.saturating_sub(killed_ns),
+            committed: seen.committed,
+            received: outcome.records,
+        })
     }
 
     fn roles(&mut self) -> Result<[&RoleProcess; 2], PairError> {
@@ -413,9 +465,19 @@ fn judge(case: &Case, produced: &Outcome, consumed: Outcome, seen: &Seen) -> Run
     }
 }
 
-/// Lets others have the cores between two bursts.
-fn rest() {
-    let time = rustix::time::Timespec { tv_sec: 0, tv_nsec: REST_NS };
-    // A shorter rest is no harm.
-    let _rested = rustix::event::poll(&mut [], Some(&time));
+/// Lets others have the cores.
+fn sleep_ns(time_ns: u64) {
+    let begin = monotonic_ns();
+    loop {
+        let left_ns = time_ns.saturating_sub(monotonic_ns() - begin);
+        if left_ns == 0 {
+            return;
+        }
+        let time = rustix::time::Timespec {
+            tv_sec: i64::try_from(left_ns / 1_000_000_000).unwrap_or(0),
+            tv_nsec: i64::try_from(left_ns % 1_000_000_000).unwrap_or(0),
+        };
+        // A signal ends it early; then the rest is slept.
+        let _woken = rustix::event::poll(&mut [], Some(&time));
+    }
 }

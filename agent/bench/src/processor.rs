@@ -10,6 +10,9 @@ use thread_priority::{
 
 /// Above ordinary programs, below what a kernel does for itself (50).
 const BURST_PRIORITY: u8 = 40;
+/// Threads without which a transport stands still.
+#[cfg(feature = "peers")]
+const HELPER_PRIORITY: u8 = 45;
 
 /// On the scale of thread-priority that covers niceness 20 to -20, this is niceness 0, where every program starts.
 const ORDINARY_PRIORITY: u8 = 49;
@@ -19,6 +22,28 @@ pub(crate) fn pin(core: usize) -> std::io::Result<()> {
     let mut set = CpuSet::new();
     set.set(core);
     Ok(sched_setaffinity(None, &set)?)
+}
+
+/// Runs `make` with this thread as free as before it was pinned, and above the bursts: threads that a library starts meanwhile
+/// are so for good, and can do their part while both cores are taken.
+#[cfg(feature = "peers")]
+pub(crate) fn with_free_threads<R>(core: usize, make: impl FnOnce() -> R) -> std::io::Result<R> {
+    let mut set = CpuSet::new();
+    // All there are: the kernel takes those that this process may use.
+    (0..CpuSet::MAX_CPU).for_each(|core| set.set(core));
+    sched_setaffinity(None, &set)?;
+    let burst = Burst::begin_at(HELPER_PRIORITY);
+    let made = make();
+    drop(burst);
+    pin(core)?;
+    Ok(made)
+}
+
+/// Runs `make` above the bursts: see [`with_free_threads`].
+#[cfg(feature = "peers")]
+pub(crate) fn with_helpers<R>(make: impl FnOnce() -> R) -> R {
+    let _burst = Burst::begin_at(HELPER_PRIORITY);
+    make()
 }
 
 /// The cores that this process may use, in order.
@@ -37,7 +62,11 @@ pub(crate) struct Burst(());
 impl Burst {
     /// `None`: not permitted here; the run then competes like any program.
     pub(crate) fn begin() -> Option<Self> {
-        let priority = ThreadPriority::Crossplatform(BURST_PRIORITY.try_into().ok()?);
+        Self::begin_at(BURST_PRIORITY)
+    }
+
+    fn begin_at(priority: u8) -> Option<Self> {
+        let priority = ThreadPriority::Crossplatform(priority.try_into().ok()?);
         let policy = ThreadSchedulePolicy::Realtime(RealtimeThreadSchedulePolicy::Fifo);
         set_thread_priority_and_policy(thread_native_id(), priority, policy).ok().map(Self)
     }
@@ -99,7 +128,9 @@ mod tests {
     #[test]
     fn a_thread_that_only_computes_has_its_processor_and_one_that_sleeps_has_not() {
         let stretch = Stretch::begin();
-        assert!(!rustix::event::poll(&mut [], Some(&rustix::time::Timespec { tv_sec: 0, tv_nsec: 30_000_000 })).is_err());
+        assert!(
+            !rustix::event::poll(&mut [], Some(&rustix::time::Timespec { tv_sec: 0, tv_nsec: 30_000_000 })).is_err()
+        );
         assert!(stretch.share() < 0.9);
     }
 }

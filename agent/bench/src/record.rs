@@ -80,7 +80,8 @@ pub(crate) fn stamp_end(record: &mut [u8], records: u64) {
 /// A histogram for latencies.
 pub(crate) fn latencies() -> Histogram<u64> {
     // The bounds are constants that the constructor takes.
-    Histogram::new_with_max(LATENCY_NS_MAX, 2).unwrap_or_else(|_impossible| Histogram::new(2).unwrap_or_else(|_| unreachable!()))
+    Histogram::new_with_max(LATENCY_NS_MAX, 2)
+        .unwrap_or_else(|_impossible| Histogram::new(2).unwrap_or_else(|_| unreachable!()))
 }
 
 /// In which order records may come.

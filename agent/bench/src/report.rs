@@ -49,9 +49,9 @@ impl Spread {
     /// `None` of no values.
     #[must_use]
     pub fn of(values: &[f64]) -> Option<Self> {
-        let (min, max) = values.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(min, max), value| {
-            (min.min(*value), max.max(*value))
-        });
+        let (min, max) = values
+            .iter()
+            .fold((f64::INFINITY, f64::NEG_INFINITY), |(min, max), value| (min.min(*value), max.max(*value)));
         Some(Self { median: median(values)?, min, max })
     }
 }
@@ -137,11 +137,9 @@ pub fn rows(case: &Case, runs: &[Run]) -> Vec<Row> {
     for placement in [Placement::Near, Placement::Far] {
         let runs: Vec<_> = runs.iter().filter(|run| run.placement == Ok(placement)).collect();
         let spread = |value: &dyn Fn(&Run) -> f64| Spread::of(&runs.iter().map(|run| value(run)).collect::<Vec<_>>());
-        let (Some(records_per_s), Some(bytes_per_s), Some(line_ns)) = (
-            spread(&|run| run.records_per_s),
-            spread(&Run::bytes_per_s),
-            spread(&Run::line_round_trip_ns),
-        ) else {
+        let (Some(records_per_s), Some(bytes_per_s), Some(line_ns)) =
+            (spread(&|run| run.records_per_s), spread(&Run::bytes_per_s), spread(&Run::line_round_trip_ns))
+        else {
             continue;
         };
         rows.push(Row {

@@ -61,11 +61,19 @@ pub enum RoleError {
     },
 }
 
-/// Runs a role on the link that is this process's standard input, until the benchmark closes it. Blocks.
+/// Runs a role on the link that is this process's standard input, until the benchmark closes it. Blocks. With a folder it is
+/// Aeron's media driver instead.
 ///
 /// # Errors
 /// [`RoleError`]; the benchmark has been told too.
-pub fn run() -> Result<(), RoleError> {
+pub fn run(media_driver: Option<&std::path::Path>) -> Result<(), RoleError> {
+    #[cfg(feature = "peers")]
+    if let Some(folder) = media_driver {
+        return Ok(crate::peers::aeron::drive(folder)?);
+    }
+    if media_driver.is_some() {
+        return Err(RoleError::Order("Aeron is not in this build"));
+    }
     let socket = std::io::stdin()
         .as_fd()
         .try_clone_to_owned()
@@ -85,12 +93,20 @@ fn serve(link: &Link) -> Result<(), RoleError> {
     let (order, descriptors) = link.receive(ORDER_TIMEOUT_NS)?;
     let Order::Begin { end, core } = order else { return Err(RoleError::Order("a role must be told who it is first")) };
     let page = descriptors.into_iter().next().ok_or(RoleError::Order("a role begins with the page that is shared"))?;
-    let mut role = Role { link, end, scratch: Scratch::adopt(page, end)? };
+    let mut role = Role {
+        link,
+        end,
+        #[cfg(feature = "peers")]
+        core,
+        scratch: Scratch::adopt(page, end)?,
+    };
     pin(core).map_err(|error| RoleError::System { attempted: "pinning to a core", error })?;
     link.send(&Answer::Ready, &[])?;
     loop {
         let (order, descriptors) = link.receive(ORDER_TIMEOUT_NS)?;
-        let Order::Prepare { case, name } = order else { return Err(RoleError::Order("there is nothing prepared to go")) };
+        let Order::Prepare { case, name } = order else {
+            return Err(RoleError::Order("there is nothing prepared to go"));
+        };
         role.perform(&case, &name, descriptors)?;
     }
 }
@@ -98,6 +114,8 @@ fn serve(link: &Link) -> Result<(), RoleError> {
 struct Role<'a> {
     link: &'a Link,
     end: End,
+    #[cfg(feature = "peers")]
+    core: usize,
     scratch: Scratch,
 }
 
@@ -144,7 +162,7 @@ impl Role<'_> {
             }
             #[cfg(feature = "peers")]
             Transport::Aeron => {
-                let channel = crate::peers::aeron::Aeron::open(case, end, name)?;
+                let channel = crate::peers::aeron::Aeron::open(case, end, name, self.core)?;
                 self.measure_channel(case, channel, record::Order::Exact, 1)
             }
             #[cfg(not(feature = "peers"))]
@@ -185,7 +203,8 @@ impl Role<'_> {
         let (order, _) = self.link.receive(ORDER_TIMEOUT_NS)?;
         let Order::Go = order else { return Err(RoleError::Order("something else was prepared already")) };
         self.scratch.meet(Meeting::Politely, MEETING_NS)?;
-        let burst = if case.waiting == Waiting::Spin { Burst::begin() } else { None };
+        // Who sleeps gets its core back at once, too. Only who is going to be killed must leave room for the killer.
+        let burst = if case.is_fatal { None } else { Burst::begin() };
         let is_burst = burst.is_some();
         let before_ns = self.scratch.line_round_trip_ns(MEETING_NS)?;
         settle(self.end)?;
@@ -194,9 +213,14 @@ impl Role<'_> {
         let stretch = Stretch::begin();
         let found = work()?;
         let processor_share = stretch.share();
-        let meeting = if is_burst { Meeting::Spinning } else { Meeting::Politely };
-        self.scratch.meet(meeting, case.time_ms * 1_000_000 + SLACK_NS)?;
-        let after_ns = self.scratch.line_round_trip_ns(MEETING_NS)?;
+        let after_ns = if case.is_fatal {
+            // The other one is dead.
+            before_ns
+        } else {
+            let meeting = if is_burst { Meeting::Spinning } else { Meeting::Politely };
+            self.scratch.meet(meeting, case.time_ms * 1_000_000 + SLACK_NS)?;
+            self.scratch.line_round_trip_ns(MEETING_NS)?
+        };
         drop(burst);
         let outcome = Outcome {
             records: found.records,
@@ -240,4 +264,3 @@ fn copy_memory(case: &Case, from: &[u8], to: &mut [u8]) -> Found {
         round_trip_ns: 0.0,
     }
 }
-

@@ -73,9 +73,7 @@ impl Rpc {
         } else {
             let stream = UnixStream::from_std(socket.into()).map_err(Fault::of(transport))?;
             match end {
-                End::Producer => {
-                    Side::Client(Client::new(case, Connection::Grpc(runtime.block_on(channel(stream))?)))
-                }
+                End::Producer => Side::Client(Client::new(case, Connection::Grpc(runtime.block_on(channel(stream))?))),
                 End::Consumer => Side::GrpcServer(stream),
             }
         };
@@ -239,15 +237,17 @@ async fn serve_grpc(stream: UnixStream, case: Case, kept: Kept) -> Result<(), Fa
     });
     let incoming = tokio_stream::once(Ok::<_, std::io::Error>(stream)).chain(tokio_stream::pending());
     // A graceful end: the answer to the last call still goes out.
-    let serving = Server::builder().serve_with_incoming_shutdown(service, incoming, async move { over.is_over().await });
+    let serving =
+        Server::builder().serve_with_incoming_shutdown(service, incoming, async move { over.is_over().await });
     within(case.time_ms, serving).await?.map_err(Fault::of("grpc"))
 }
 
 async fn within<T>(time_ms: u64, future: impl Future<Output = T>) -> Result<T, Fault> {
     let patience = PATIENCE + Duration::from_millis(time_ms);
-    tokio::time::timeout(patience, future)
-        .await
-        .map_err(|_elapsed| Fault::Stalled { at: "a server", patience_ns: u64::try_from(patience.as_nanos()).unwrap_or(u64::MAX) })
+    tokio::time::timeout(patience, future).await.map_err(|_elapsed| Fault::Stalled {
+        at: "a server",
+        patience_ns: u64::try_from(patience.as_nanos()).unwrap_or(u64::MAX),
+    })
 }
 
 // --- the producer's side ---
@@ -339,7 +339,8 @@ impl Client {
                     Some(stream) => stream,
                     none => none.insert(open_stream(channel.clone()).await?),
                 };
-                let gone = |_closed| Fault::Transport { transport: "grpc-stream", text: "the server ended the call".into() };
+                let gone =
+                    |_closed| Fault::Transport { transport: "grpc-stream", text: "the server ended the call".into() };
                 stream.messages.send(message).await.map_err(gone)?;
                 if self.is_echo {
                     self.answer = stream.answers.message().await.map_err(Fault::of("grpc-stream"))?;

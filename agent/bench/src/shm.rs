@@ -97,8 +97,7 @@ impl Agent {
     pub(crate) fn start(case: &Case) -> Result<(Self, OwnedFd, OwnedFd), AgentError> {
         let rings = if case.mode == Mode::RoundTrip { 1 } else { case.ring.rings };
         let back = u32::from(case.mode == Mode::RoundTrip);
-        let mut edges: Vec<_> =
-            (0..rings).map(|ring| Edge { from: (PRODUCER, ring), to: (CONSUMER, ring) }).collect();
+        let mut edges: Vec<_> = (0..rings).map(|ring| Edge { from: (PRODUCER, ring), to: (CONSUMER, ring) }).collect();
         if back > 0 {
             edges.push(Edge { from: (CONSUMER, 0), to: (PRODUCER, 0) });
         }
@@ -158,8 +157,7 @@ impl Serving {
     fn await_message(&self) -> Result<(), AgentError> {
         let controls: Vec<_> = self.workers.iter().filter_map(|worker| worker.control.as_ref()).collect();
         let descriptors: Vec<_> = controls.iter().map(|control| control.descriptor()).collect();
-        let mut looks: Vec<_> =
-            descriptors.iter().map(|descriptor| PollFd::new(descriptor, PollFlags::IN)).collect();
+        let mut looks: Vec<_> = descriptors.iter().map(|descriptor| PollFd::new(descriptor, PollFlags::IN)).collect();
         match poll(&mut looks, Some(&Timespec { tv_sec: 0, tv_nsec: LOOK_NS })) {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
             Err(error) => Err(std::io::Error::from(error).into()),
@@ -208,7 +206,9 @@ impl Serving {
         neighbour: usize,
         peer: impl Fn(&Incarnation) -> (Peer, Vec<std::os::fd::BorrowedFd<'_>>),
     ) -> Result<(), AgentError> {
-        let (Some(neighbour), Some(worker)) = (self.workers.get(neighbour), self.workers.get(to)) else { return Ok(()) };
+        let (Some(neighbour), Some(worker)) = (self.workers.get(neighbour), self.workers.get(to)) else {
+            return Ok(());
+        };
         let (peer, descriptors) = peer(&neighbour.incarnation);
         if let Some(control) = &worker.control {
             control.try_send(&Message::Peer(peer), &descriptors)?;
@@ -250,7 +250,8 @@ impl Serving {
 
 fn spec(stage: u64, name: &str, inputs: u32, outputs: u32) -> StageSpec {
     let (capacity, large_capacity) = (RING_CAPACITY_BYTES, LARGE_CAPACITY_BYTES);
-    let shape = PageShape { inputs: inputs.max(1), outputs: outputs.max(1), partitions: 0, counters: 1, opaque_bytes: 0 };
+    let shape =
+        PageShape { inputs: inputs.max(1), outputs: outputs.max(1), partitions: 0, counters: 1, opaque_bytes: 0 };
     let owners = if outputs > 1 {
         (0..KEY_GROUPS).map(|group| u16::try_from(group % outputs as usize).unwrap_or(0)).collect()
     } else {

@@ -82,10 +82,8 @@ impl Survey {
             ("--time", self.time_ms, 5, TIME_MS_MAX),
             ("--rate", self.rate_per_s.unwrap_or(1), 1, RATE_PER_S_MAX),
         ];
-        let sizes = self
-            .sizes
-            .iter()
-            .map(|size| ("--size", *size as u64, RECORD_BYTES_MIN as u64, RECORD_BYTES_MAX as u64));
+        let sizes =
+            self.sizes.iter().map(|size| ("--size", *size as u64, RECORD_BYTES_MIN as u64, RECORD_BYTES_MAX as u64));
         let batches = self.batches.iter().map(|batch| ("--batch", u64::from(*batch), 1, u64::from(BATCH_RECORDS_MAX)));
         for (what, found, low, high) in limits.into_iter().chain(sizes).chain(batches) {
             if !(low..=high).contains(&found) {
@@ -117,6 +115,7 @@ impl Survey {
                             rate_per_s: if mode == Mode::OneWay { self.rate_per_s } else { None },
                             time_ms: self.time_ms,
                             ring: RingUse::default(),
+                            is_fatal: false,
                         };
                         match case.why_not() {
                             None => cases.push(case),

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use crate::case::Mode;
+use crate::goals::{Direction, GoalReport};
 use crate::machine::Machine;
 use crate::report::{Report, Row};
 
@@ -28,14 +29,70 @@ pub fn table(report: &Report) -> String {
         for omission in &report.omitted {
             let runs = if omission.runs > 0 { format!("{} run(s)", omission.runs) } else { "-".to_owned() };
             let name = omission.transport.name();
-            let _ = writeln!(
-                text,
-                "  {name} {} B x {}: {runs}: {}",
-                omission.size_bytes, omission.batch, omission.reason
-            );
+            let _ =
+                writeln!(text, "  {name} {} B x {}: {runs}: {}", omission.size_bytes, omission.batch, omission.reason);
         }
     }
     text
+}
+
+/// The goals as text.
+#[must_use]
+pub fn goal_table(report: &GoalReport) -> String {
+    let mut text = heading(&report.machine, report.cores);
+    text.push('\n');
+    let lines: Vec<_> = report
+        .goals
+        .iter()
+        .map(|goal| {
+            let sign = match goal.direction {
+                Direction::AtLeast => ">=",
+                Direction::AtMost => "<=",
+            };
+            let range = crate::report::Spread::of(&goal.runs)
+                .map_or_else(|| "-".to_owned(), |spread| format!("{} - {}", ratio(spread.min), ratio(spread.max)));
+            vec![
+                goal.name.to_owned(),
+                match goal.met {
+                    Some(true) => "met".to_owned(),
+                    Some(false) => "MISSED".to_owned(),
+                    None => "-".to_owned(),
+                },
+                format!("{sign} {}", ratio(goal.goal)),
+                goal.measured.map_or_else(|| "-".to_owned(), ratio),
+                range,
+                goal.runs.len().to_string(),
+                goal.placement.map_or("-", crate::pair::Placement::name).to_owned(),
+            ]
+        })
+        .collect();
+    let table = aligned(&["goal", "", "wanted", "measured", "min - max", "runs", "cores"], &lines);
+    for (number, line) in table.lines().enumerate() {
+        let words = number.checked_sub(1).and_then(|goal| report.goals.get(goal)).map_or_else(
+            || "what".to_owned(),
+            |goal| match &goal.reason {
+                Some(reason) => format!("{} (not judged: {reason})", goal.text),
+                None => goal.text.to_owned(),
+            },
+        );
+        let _ = writeln!(text, "{line:<width$}  {words}", width = table.lines().map(str::len).max().unwrap_or(0));
+    }
+    let [kills, damaged] = report.kills;
+    let _ = writeln!(text, "\n{kills} producers were killed; {damaged} kill(s) tore, lost or doubled a record.");
+    let met = report.goals.iter().filter(|goal| goal.met == Some(true)).count();
+    let judged = report.goals.iter().filter(|goal| goal.met.is_some()).count();
+    let _ =
+        writeln!(text, "{met} of {judged} judged goals are met; {} could not be judged.", report.goals.len() - judged);
+    text
+}
+
+fn ratio(value: f64) -> String {
+    match value {
+        value if value >= 100.0 => format!("{value:.0}"),
+        value if value >= 10.0 => format!("{value:.1}"),
+        value if value >= 0.01 => format!("{value:.2}"),
+        value => format!("{value:.1e}"),
+    }
 }
 
 /// The lines above every report.
@@ -139,7 +196,9 @@ mod tests {
 
     #[test]
     fn numbers_in_three_digits() {
-        for (value, text) in [(12.4, "12"), (9_100.0, "9.1k"), (910_000.0, "910k"), (6.324e7, "63.2M"), (2.5e9, "2.50G")] {
+        for (value, text) in
+            [(12.4, "12"), (9_100.0, "9.1k"), (910_000.0, "910k"), (6.324e7, "63.2M"), (2.5e9, "2.50G")]
+        {
             assert_eq!(count(value), text);
         }
         for (ns, text) in [(86.4, "86 ns"), (2_512.0, "2.51 us"), (34_567.0, "34.6 us"), (2.5e6, "2.50 ms")] {

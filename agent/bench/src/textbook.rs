@@ -80,9 +80,8 @@ impl Half {
         let ring = Segment::adopt(ring, Kind::Data)
             .and_then(|segment| segment.map_ring(capacity(case), LARGE_CAPACITY_BYTES, Access::Writable))
             .map_err(&failed)?;
-        let cursors = Segment::adopt(cursors, Kind::State)
-            .and_then(|segment| segment.map(Access::Writable))
-            .map_err(&failed)?;
+        let cursors =
+            Segment::adopt(cursors, Kind::State).and_then(|segment| segment.map(Access::Writable)).map_err(&failed)?;
         Ok(Self { ring, cursors, ours: 0, theirs: 0 })
     }
 
