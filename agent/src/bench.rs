@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 
-use argo_streams_bench::{Launch, Progress, SurveyError, goal_table, goals, table};
+use argo_streams_bench::{Launch, Progress, SurveyError, goal_table, goals, html, table};
 
 use crate::cli::{BenchRingArguments, OutputFormat};
 
@@ -35,6 +35,9 @@ pub fn bench_ring(arguments: &BenchRingArguments) -> Result<(), Failure> {
         SurveyError::Limit { .. } | SurveyError::Nothing(_) => (BAD_USAGE, error.to_string()),
         SurveyError::Pair(error) => (FAILED, error.to_string()),
     })?;
+    if let Some(file) = &arguments.html {
+        std::fs::write(file, html(&report)).map_err(|error| (FAILED, format!("{}: {error}", file.display())))?;
+    }
     match arguments.output {
         OutputFormat::Text => print(&table(&report)),
         OutputFormat::Json => print_json(&report),

@@ -210,8 +210,7 @@ const WAKE_END: u64 = 1 << 32;
 
 impl Channel for Wake {
     fn send(&mut self, record: &[u8]) -> Result<(), Fault> {
-        use crate::record::Record;
-        self.sent_end = record.word(0) >> 63 == 1;
+        self.sent_end = crate::record::is_end(record);
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use argo_streams_shm_protocol::monotonic_ns;
 
-use crate::record::Record;
+use crate::record::{Record, is_end};
 
 /// Why a run failed.
 #[derive(Debug, thiserror::Error)]
@@ -76,7 +76,8 @@ pub(crate) trait Channel {
         Ok(())
     }
 
-    /// Sends back what has arrived, at most one record; says how many that were.
+    /// Sends back what has arrived, at most one record, and leaves it in `scratch`; says how many that were. The last one is
+    /// not sent: nobody waits for it.
     fn echo(&mut self, scratch: &mut Vec<u8>) -> Result<usize, Fault> {
         struct Keep<'a>(&'a mut Vec<u8>);
         impl Consume for Keep<'_> {
@@ -86,7 +87,7 @@ pub(crate) trait Channel {
             }
         }
         let taken = self.receive(&mut Keep(scratch))?;
-        if taken > 0 {
+        if taken > 0 && !is_end(scratch) {
             self.send(scratch)?;
             self.flush()?;
         }

@@ -5,7 +5,7 @@ use hdrhistogram::Histogram;
 
 use crate::case::{Case, Mode, Waiting};
 use crate::channel::{Channel, Consume, Fault, Patience};
-use crate::record::{Order, Record, Tally, blank, latencies, stamp, stamp_end};
+use crate::record::{Order, Record, Tally, blank, is_end, latencies, stamp, stamp_end};
 
 /// A spinning role gives up when nothing moved for this long: it may hold its core against everybody else.
 const PATIENCE_NS: u64 = 1_000_000_000;
@@ -251,7 +251,7 @@ fn answer(channel: &mut impl Channel, case: &Case) -> Result<Found, Fault> {
             continue;
         }
         patience.renew();
-        if scratch.as_slice().word(0) >> 63 == 1 {
+        if is_end(&scratch) {
             return Ok(Found::only(records));
         }
         records += 1;

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::case::{Case, Publication, Reading, RingUse, Transport, Waiting};
 use crate::machine::Machine;
-use crate::pair::{Launch, Pair, PairError, Placement, Run};
+use crate::pair::{Dropped, Launch, Pair, PairError, Placement, Run};
 use crate::report::median;
 use crate::survey::Progress;
 
@@ -434,8 +434,10 @@ fn judge(goal: &Goal, ratios: &[(Placement, f64)], failure: Option<&str>) -> Jud
     let judged = Judged { placement, ..unjudged(goal) };
     if runs.len() < RUNS_MIN {
         let reason = match (failure, goal.placement) {
+            (_, Some(placement)) if runs.is_empty() && !ratios.is_empty() => {
+                format!("the cores were never {}", placement.name())
+            }
             (Some(failure), _) => failure.to_owned(),
-            (None, Some(placement)) if runs.is_empty() => format!("the cores were never {}", placement.name()),
             _ => format!("only {} run(s) count, and {RUNS_MIN} are needed", runs.len()),
         };
         return Judged { runs, reason: Some(reason), ..judged };
@@ -509,11 +511,31 @@ fn compete(pair: &mut Pair, contest: &Contest, runs: usize) -> Result<(Bouts, Op
                 Err(error) => failure = Some(format!("{}: {error}", case.transport.name())),
             }
         }
-        if let Some(placement) = common_placement(&bout).filter(|_| bout.len() == contest.cases.len()) {
-            bouts.push((placement, bout));
+        if bout.len() < contest.cases.len() {
+            continue;
+        }
+        match common_placement(&bout) {
+            Some(placement) => bouts.push((placement, bout)),
+            None => failure = Some(why_dropped(&bout)),
         }
     }
     Ok((bouts, failure))
+}
+
+/// Why a bout does not count.
+fn why_dropped(bout: &[Run]) -> String {
+    let dropped = bout.iter().find_map(|run| Some((run, run.placement.err()?)));
+    match dropped {
+        Some((run, Dropped::CoreLost)) => format!(
+            "runs do not count: {} had only {:.0}% of a core",
+            run.case.transport.name(),
+            run.processor_share * 100.0
+        ),
+        Some((run, Dropped::CoresMoved)) => {
+            format!("runs do not count: the host moved the cores while {} ran", run.case.transport.name())
+        }
+        None => "runs do not count: the host moved the cores between them".to_owned(),
+    }
 }
 
 /// The placement of a bout: of all its runs, or none.

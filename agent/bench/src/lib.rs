@@ -29,6 +29,7 @@ mod shm;
 mod textbook;
 
 mod goals;
+mod html;
 mod machine;
 mod report;
 mod survey;
@@ -37,6 +38,7 @@ mod table;
 pub use case::{Case, Mode, Transport, Waiting};
 pub use channel::Fault;
 pub use goals::{Direction, GoalReport, Judged, goals};
+pub use html::html;
 pub use machine::Machine;
 pub use pair::{Kill, Launch, PairError, Placement};
 pub use report::{Latency, Omission, Report, Row, Spread};

@@ -263,6 +263,8 @@ pub struct Pair {
     launch: Launch,
     cores: [usize; 2],
     roles: Option<[RoleProcess; 2]>,
+    /// The lock that makes this the only benchmark.
+    _turn: std::fs::File,
     connections: u64,
     #[cfg(feature = "peers")]
     media_driver: Option<crate::peers::aeron::MediaDriver>,
@@ -275,10 +277,11 @@ enum Wired {
 }
 
 impl Pair {
-    /// A pair on these two cores, or on the first two that this process may use.
+    /// A pair on these two cores, or on the first two that this process may use. Blocks while another benchmark of the same
+    /// program goes on: two that spin on the same cores would wait for each other.
     ///
     /// # Errors
-    /// [`PairError::Cores`].
+    /// [`PairError::Cores`], and a program that cannot be opened.
     pub fn new(launch: Launch, cores: Option<[usize; 2]>) -> Result<Self, PairError> {
         let usable = processor::cores()
             .map_err(|error| PairError::System { attempted: "asking which cores may be used", error })?;
@@ -287,9 +290,13 @@ impl Pair {
             (None, [first, second, ..]) => [*first, *second],
             _ => return Err(PairError::Cores { found: usable.len() }),
         };
+        let failed = |error| PairError::Start { program: launch.program.display().to_string(), error };
+        let turn = std::fs::File::open(&launch.program).map_err(failed)?;
+        rustix::fs::flock(&turn, rustix::fs::FlockOperation::LockExclusive).map_err(|error| failed(error.into()))?;
         Ok(Self {
             launch,
             cores,
+            _turn: turn,
             roles: None,
             connections: 0,
             #[cfg(feature = "peers")]
@@ -310,6 +317,10 @@ impl Pair {
     pub fn run(&mut self, case: &Case) -> Result<Run, PairError> {
         if let Some(reason) = case.why_not() {
             return Err(PairError::Case(reason));
+        }
+        #[cfg(feature = "peers")]
+        if case.transport != Transport::Aeron {
+            self.media_driver = None;
         }
         let result = self.try_run(case);
         if result.is_err() {
@@ -417,6 +428,7 @@ impl Pair {
             }
             Transport::Memcpy | Transport::Iceoryx2 => Ok((Wired::Nothing, Vec::new(), Vec::new())),
             Transport::Aeron => {
+                // Its process wants a core now and then also when nobody uses it: it is there only while it is used.
                 #[cfg(feature = "peers")]
                 if self.media_driver.is_none() {
                     self.media_driver = Some(crate::peers::aeron::MediaDriver::start(&self.launch)?);

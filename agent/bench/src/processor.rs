@@ -15,7 +15,7 @@ const BURST_PRIORITY: u8 = 40;
 const HELPER_PRIORITY: u8 = 45;
 
 /// On the scale of thread-priority that covers niceness 20 to -20, this is niceness 0, where every program starts.
-const ORDINARY_PRIORITY: u8 = 49;
+const ORDINARY_PRIORITY: u8 = 48;
 
 /// Pins this thread to one core.
 pub(crate) fn pin(core: usize) -> std::io::Result<()> {
@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_that_only_computes_has_its_processor_and_one_that_sleeps_has_not() {
+    fn a_thread_that_sleeps_has_no_processor() {
         let stretch = Stretch::begin();
         assert!(
             !rustix::event::poll(&mut [], Some(&rustix::time::Timespec { tv_sec: 0, tv_nsec: 30_000_000 })).is_err()

@@ -77,6 +77,12 @@ pub(crate) fn stamp_end(record: &mut [u8], records: u64) {
     stamp(record, END | records, 0);
 }
 
+/// Whether this is the last record.
+#[inline]
+pub(crate) fn is_end(record: &[u8]) -> bool {
+    record.word(0) & END != 0
+}
+
 /// A histogram for latencies.
 pub(crate) fn latencies() -> Histogram<u64> {
     // The bounds are constants that the constructor takes.

@@ -201,8 +201,74 @@ pub fn omission(case: &Case, runs: usize, reason: String) -> Omission {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    fn run(case: Case, records_per_s: f64, placement: Result<Placement, Dropped>) -> Run {
+        Run {
+            case,
+            records: 1_000_000,
+            records_per_s,
+            round_trip_ns: if case.mode == Mode::RoundTrip { 240.0 } else { 0.0 },
+            latencies: if case.mode == Mode::RoundTrip { vec![(250, 90), (900, 10)] } else { Vec::new() },
+            line_ns: [80.0, 90.0],
+            processor_share: 1.0,
+            is_burst: true,
+            placement,
+            bells: 0,
+            sleeps: 0,
+        }
+    }
+
+    /// A small report: two transports one way, one there and back, all near.
+    pub(crate) fn report() -> Report {
+        let near = Ok(Placement::Near);
+        let mut report = Report { machine: Machine::look(), cores: [0, 1], rows: Vec::new(), omitted: Vec::new() };
+        for (transport, rate) in [(Transport::Shm, 60e6), (Transport::Pipe, 1e6)] {
+            for size_bytes in [64, 4096] {
+                let case = Case::one_way(transport, size_bytes, 1);
+                let runs = [0.0, 1e6, 2e6].map(|more| run(case, rate + more, near));
+                report.rows.extend(rows(&case, &runs));
+            }
+        }
+        let case = Case::round_trip(Transport::Shm, 64);
+        report.rows.extend(rows(&case, &[run(case, 4e6, near)]));
+        report.omitted.push(omission(&case, 2, "a test".into()));
+        report
+    }
+
+    #[test]
+    fn rows_are_of_one_placement_and_dropped_runs_are_told() {
+        let case = Case::one_way(Transport::Shm, 64, 1);
+        let runs = [
+            run(case, 5e6, Ok(Placement::Far)),
+            run(case, 3e6, Ok(Placement::Near)),
+            run(case, 1e6, Ok(Placement::Near)),
+            run(case, 9e9, Err(Dropped::CoreLost)),
+        ];
+        let rows = rows(&case, &runs);
+        assert_eq!(
+            rows.iter().map(|row| (row.placement, row.runs)).collect::<Vec<_>>(),
+            [(Placement::Near, 2), (Placement::Far, 1)]
+        );
+        assert_eq!(rows[0].records_per_s, Spread { median: 2e6, min: 1e6, max: 3e6 });
+        let omissions = omissions(&case, &runs);
+        assert_eq!((omissions.len(), omissions[0].runs), (1, 1));
+        assert!(omissions[0].reason.contains("97%"));
+    }
+
+    #[test]
+    fn machines_find_what_they_look_for() {
+        let value = serde_json::to_value(report()).unwrap();
+        let row = &value["rows"][0];
+        assert_eq!((&row["transport"], &row["placement"]), (&"shm".into(), &"near".into()));
+        assert_eq!(row["records_per_s"]["median"], 61e6);
+        assert!(row["latency"].is_null());
+        assert_eq!(value["rows"][4]["latency"]["p50_ns"]["median"], 240.0);
+        for field in ["processor", "kernel", "cores", "load", "version", "scheduling"] {
+            assert!(!value["machine"][field].is_null(), "{field}");
+        }
+    }
 
     #[test]
     fn medians_and_percentiles() {

@@ -26,7 +26,7 @@ use crate::bytes_between::records_of;
 use crate::case::{Case, Mode, Transport};
 use crate::channel::{Channel, Consume, Fault};
 use crate::drive::{Found, Pace, produce, tally};
-use crate::record::{Order, Record, Tally, blank, latencies, stamp, stamp_end};
+use crate::record::{Order, Tally, blank, is_end, latencies, stamp, stamp_end};
 use crate::role::End;
 
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -136,7 +136,7 @@ impl Kept {
     /// Takes a message; after the last one the server ends.
     fn take(&self, case: &Case, message: &[u8]) {
         if case.mode == Mode::RoundTrip {
-            if message.word(0) >> 63 == 1 {
+            if is_end(message) {
                 self.0.1.notify_one();
             }
             return;
@@ -292,7 +292,14 @@ struct Client {
 /// A gRPC stream under way.
 struct OpenStream {
     messages: mpsc::Sender<Bytes>,
-    answers: Streaming<Bytes>,
+    answers: Answers,
+}
+
+enum Answers {
+    /// One for each message.
+    Each(Streaming<Bytes>),
+    /// One at the end; until then there are not even headers.
+    One(tokio::task::JoinHandle<Result<(), Fault>>),
 }
 
 impl Client {
@@ -337,15 +344,16 @@ impl Client {
             (Connection::Grpc(channel), _) => {
                 let stream = match &mut self.stream {
                     Some(stream) => stream,
-                    none => none.insert(open_stream(channel.clone()).await?),
+                    none => none.insert(open_stream(channel.clone(), self.is_echo).await?),
                 };
                 let gone =
                     |_closed| Fault::Transport { transport: "grpc-stream", text: "the server ended the call".into() };
                 stream.messages.send(message).await.map_err(gone)?;
-                if self.is_echo {
-                    self.answer = stream.answers.message().await.map_err(Fault::of("grpc-stream"))?;
-                } else {
-                    turns().await;
+                match &mut stream.answers {
+                    Answers::Each(answers) => {
+                        self.answer = answers.message().await.map_err(Fault::of("grpc-stream"))?;
+                    }
+                    Answers::One(_) => turns().await,
                 }
             }
         }
@@ -356,11 +364,15 @@ impl Client {
         while !self.in_flight.is_empty() {
             joined(self.in_flight.join_next().await)?;
         }
-        if let Some(OpenStream { messages, mut answers }) = self.stream.take() {
-            drop(messages);
-            while answers.message().await.map_err(Fault::of("grpc-stream"))?.is_some() {}
+        let Some(OpenStream { messages, answers }) = self.stream.take() else { return Ok(()) };
+        drop(messages);
+        match answers {
+            Answers::Each(mut answers) => {
+                while answers.message().await.map_err(Fault::of("grpc-stream"))?.is_some() {}
+                Ok(())
+            }
+            Answers::One(call) => call.await.map_err(Fault::of("grpc-stream"))?,
         }
-        Ok(())
     }
 }
 
@@ -380,13 +392,20 @@ async fn one(channel: tonic::transport::Channel, message: Bytes) -> Result<Bytes
     Ok(answer.into_inner())
 }
 
-async fn open_stream(channel: tonic::transport::Channel) -> Result<OpenStream, Fault> {
+async fn open_stream(channel: tonic::transport::Channel, is_echo: bool) -> Result<OpenStream, Fault> {
     let (messages, queue) = mpsc::channel(QUEUE);
     let mut grpc = tonic::client::Grpc::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
     grpc.ready().await.map_err(Fault::of("grpc-stream"))?;
     let path = hyper::http::uri::PathAndQuery::from_static(STREAM);
     let request = tonic::Request::new(ReceiverStream::new(queue));
-    let answers = grpc.streaming(request, path, Raw).await.map_err(Fault::of("grpc-stream"))?.into_inner();
+    let answers = if is_echo {
+        Answers::Each(grpc.streaming(request, path, Raw).await.map_err(Fault::of("grpc-stream"))?.into_inner())
+    } else {
+        Answers::One(tokio::spawn(async move {
+            let answered = grpc.client_streaming::<_, Bytes, Bytes, _>(request, path, Raw).await;
+            answered.map(drop).map_err(Fault::of("grpc-stream"))
+        }))
+    };
     Ok(OpenStream { messages, answers })
 }
 

@@ -20,7 +20,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use crate::case::{Case, Mode, Publication, Reading, Waiting};
 use crate::channel::{BLOCK_NS, Channel, Consume, Fault, Patience};
-use crate::record::{Checker, FLAT_BYTES, Record};
+use crate::record::{Checker, FLAT_BYTES, Record, is_end};
 
 const TRANSPORT: &str = "shm";
 const OPEN_TIMEOUT_NS: u64 = 5_000_000_000;
@@ -422,7 +422,9 @@ impl Channel for Ring {
             }
         }
         let taken = self.receive_up_to(1, &mut Keep(scratch))?;
-        if taken > 0 {
+        if taken > 0 && is_end(scratch) {
+            self.done(1)?;
+        } else if taken > 0 {
             // As a step does: the answer belongs to the record and finishes it, so one commit does both.
             let answer = Emit { belongs_to: BelongsTo::Oldest, finishes: true, ..Emit::default() };
             emit(&mut self.stage, self.waiting, &answer, scratch)?;

@@ -207,6 +207,14 @@ mod tests {
     }
 
     #[test]
+    fn the_report_has_a_table_for_each_way_and_says_what_is_missing() {
+        let text = table(&crate::report::tests::report());
+        for part in ["One way", "Round trip", "61.0M", "60.0M - 62.0M", "240 ns", "Not counted", "2 run(s): a test"] {
+            assert!(text.contains(part), "{part} in\n{text}");
+        }
+    }
+
+    #[test]
     fn columns_are_aligned() {
         let lines = [vec!["shm".to_owned(), "63.2M".to_owned()], vec!["grpc-stream".to_owned(), "4M".to_owned()]];
         let text = aligned(&["transport", "rate"], &lines);
