@@ -7,13 +7,13 @@ use serde::{Deserialize, Serialize};
 use argo_streams_shm_protocol::limits::RECORD_PAYLOAD_BYTES_MAX;
 
 /// The smallest record: a sequence number and the time when it was due.
-pub const RECORD_BYTES_MIN: usize = 16;
+pub(crate) const RECORD_BYTES_MIN: usize = 16;
 /// The largest: what the ring takes.
-pub const RECORD_BYTES_MAX: usize = RECORD_PAYLOAD_BYTES_MAX;
+pub(crate) const RECORD_BYTES_MAX: usize = RECORD_PAYLOAD_BYTES_MAX;
 /// The most records in one batch: more than that hides what a transport costs.
-pub const BATCH_RECORDS_MAX: u32 = 1024;
+pub(crate) const BATCH_RECORDS_MAX: u32 = 1024;
 /// The highest rate that can be offered.
-pub const RATE_PER_S_MAX: u64 = 1_000_000_000;
+pub(crate) const RATE_PER_S_MAX: u64 = 1_000_000_000;
 
 /// How two processes hand records to each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]

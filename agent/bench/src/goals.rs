@@ -13,9 +13,9 @@ use crate::report::median;
 use crate::survey::Progress;
 
 /// Fewer runs than this judge nothing.
-pub const RUNS_MIN: usize = 5;
+pub(crate) const RUNS_MIN: usize = 5;
 /// Runs of a goal that a user can ask for: a goal takes a second a run.
-pub const GOAL_RUNS_MAX: usize = 50;
+pub(crate) const GOAL_RUNS_MAX: usize = 50;
 /// Runs that do not count are repeated, but not for ever.
 const TRIES_PER_RUN: usize = 3;
 /// Each kill takes half a second.

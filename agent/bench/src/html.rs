@@ -1,7 +1,5 @@
 //! The report as one file for a browser: no script, no network, plots as SVG.
 
-use std::fmt::Write as _;
-
 use crate::case::{Mode, Transport};
 use crate::pair::Placement;
 use crate::report::{Report, Row};
@@ -39,7 +37,7 @@ pub fn html(report: &Report) -> String {
     let mut body = String::new();
     let machine = &report.machine;
     let [producer, consumer] = report.cores;
-    let _ = write!(
+    put!(
         body,
         "<h1>How fast two processes of this node hand records to each other</h1>\n<p class=machine>{}, {} cores, Linux {}, load {:.1}, argo-streams {}. Producer on core {producer}, consumer on core {consumer}. {}</p>\n",
         escaped(&machine.processor),
@@ -62,11 +60,11 @@ pub fn html(report: &Report) -> String {
     for placement in [Placement::Near, Placement::Far] {
         let rows: Vec<_> = report.rows.iter().filter(|row| row.placement == placement).collect();
         if rows.is_empty() {
-            let _ = writeln!(body, "<h2>Cores {}</h2>\n<p>No run was in this placement.</p>", placement.name());
+            put_line!(body, "<h2>Cores {}</h2>\n<p>No run was in this placement.</p>", placement.name());
             continue;
         }
         let lines: Vec<_> = rows.iter().map(|row| row.line_ns.median).collect();
-        let _ = writeln!(
+        put_line!(
             body,
             "<h2>Cores {}</h2>\n<p>A cache line took {} to the other core and back.</p>",
             placement.name(),
@@ -94,7 +92,7 @@ fn section(body: &mut String, rows: &[&Row]) {
     for batch in batches {
         let lines: Vec<_> = rows.iter().copied().filter(|row| row.mode == Mode::OneWay && row.batch == batch).collect();
         let what = if batch == 1 { "one record at a time".to_owned() } else { format!("{batch} records at a time") };
-        let _ = writeln!(body, "<h3>Throughput by record length, {what}</h3>");
+        put_line!(body, "<h3>Throughput by record length, {what}</h3>");
         throughput(body, &lines);
     }
     for (mode, title) in [(Mode::RoundTrip, "Round trip"), (Mode::OneWay, "One-way latency at the offered rate")] {
@@ -108,7 +106,7 @@ fn section(body: &mut String, rows: &[&Row]) {
                 .copied()
                 .filter(|row| row.mode == mode && row.size_bytes == size && row.latency.is_some())
                 .collect();
-            let _ = writeln!(body, "<h3>{title} of {} records: median, 99%, 99.9%</h3>", bytes(size));
+            put_line!(body, "<h3>{title} of {} records: median, 99%, 99.9%</h3>", bytes(size));
             latencies(body, &bars);
         }
     }
@@ -165,14 +163,10 @@ fn throughput(body: &mut String, rows: &[&Row]) {
         let place = sizes.iter().position(|other| *other == size).unwrap_or(0);
         LEFT + 20.0 + step * place as f64
     };
-    let _ = writeln!(
-        body,
-        "<svg viewBox='0 0 {WIDTH} {}' role=img aria-label='records a second by length'>",
-        bottom + BOTTOM
-    );
+    put_line!(body, "<svg viewBox='0 0 {WIDTH} {}' role=img aria-label='records a second by length'>", bottom + BOTTOM);
     for tick in vertical.ticks() {
         let y = vertical.at(tick);
-        let _ = writeln!(
+        put_line!(
             body,
             "<line class=grid x1={LEFT} x2={right} y1={y:.1} y2={y:.1} /><text x={} y={:.1} text-anchor=end>{}/s</text>",
             LEFT - 8.0,
@@ -181,7 +175,7 @@ fn throughput(body: &mut String, rows: &[&Row]) {
         );
     }
     for size in &sizes {
-        let _ = writeln!(
+        put_line!(
             body,
             "<text x={:.1} y={:.1} text-anchor=middle>{}</text>",
             across(*size),
@@ -189,7 +183,7 @@ fn throughput(body: &mut String, rows: &[&Row]) {
             bytes(*size)
         );
     }
-    let _ = writeln!(body, "<line class=axis x1={LEFT} x2={right} y1={bottom} y2={bottom} />");
+    put_line!(body, "<line class=axis x1={LEFT} x2={right} y1={bottom} y2={bottom} />");
     let mut labels = Vec::new();
     for transport in Transport::ALL {
         let mut points: Vec<_> = rows.iter().filter(|row| row.transport == transport).collect();
@@ -201,12 +195,11 @@ fn throughput(body: &mut String, rows: &[&Row]) {
             .iter()
             .map(|row| format!("{:.1},{:.1}", across(row.size_bytes), vertical.at(row.records_per_s.median)))
             .collect();
-        let _ =
-            writeln!(body, "<polyline points='{}' fill=none stroke='{colour}' stroke-width={width} />", path.join(" "));
+        put_line!(body, "<polyline points='{}' fill=none stroke='{colour}' stroke-width={width} />", path.join(" "));
         for row in &points {
             let (x, y) = (across(row.size_bytes), vertical.at(row.records_per_s.median));
             let (low, high) = (vertical.at(row.records_per_s.min), vertical.at(row.records_per_s.max));
-            let _ = writeln!(
+            put_line!(
                 body,
                 "<line x1={x:.1} x2={x:.1} y1={low:.1} y2={high:.1} stroke='{colour}' /><circle cx={x:.1} cy={y:.1} r=4 fill='{colour}'><title>{} {}: {} records/s, {:.0} MB/s, {} runs</title></circle>",
                 transport.name(),
@@ -225,7 +218,7 @@ fn throughput(body: &mut String, rows: &[&Row]) {
     for (y, transport) in labels {
         let y = (y - overflow).max(lowest + 14.0);
         lowest = y;
-        let _ = writeln!(
+        put_line!(
             body,
             "<text x={:.1} y={:.1} style='fill:{};font-weight:600'>{}</text>",
             right + 6.0,
@@ -246,10 +239,10 @@ fn latencies(body: &mut String, rows: &[&Row]) {
     let mut sorted = rows.to_vec();
     sorted.sort_by(|first, second| values(first)[0].total_cmp(&values(second)[0]));
     let bottom = TOP + sorted.len() as f64 * BAR_HEIGHT;
-    let _ = writeln!(body, "<svg viewBox='0 0 {WIDTH} {}' role=img aria-label='latency by transport'>", bottom + 26.0);
+    put_line!(body, "<svg viewBox='0 0 {WIDTH} {}' role=img aria-label='latency by transport'>", bottom + 26.0);
     for tick in axis.ticks() {
         let x = axis.at(tick);
-        let _ = writeln!(
+        put_line!(
             body,
             "<line class=grid x1={x:.1} x2={x:.1} y1={TOP} y2={bottom} /><text x={x:.1} y={:.1} text-anchor=middle>{}</text>",
             bottom + 18.0,
@@ -265,7 +258,7 @@ fn latencies(body: &mut String, rows: &[&Row]) {
         } else {
             row.transport.name().to_owned()
         };
-        let _ = writeln!(
+        put_line!(
             body,
             "<text x={} y={:.1} text-anchor=end>{name}</text><line x1={:.1} x2={:.1} y1={y:.1} y2={y:.1} stroke='{colour}' stroke-width=2 opacity=.5 />\
              <circle cx={:.1} cy={y:.1} r=5 fill='{colour}'><title>median {}</title></circle>\
@@ -301,7 +294,7 @@ fn tables(body: &mut String, report: &Report) {
         let latency = |value: &dyn Fn(&crate::report::Latency) -> f64| {
             row.latency.as_ref().map_or_else(|| "-".to_owned(), |latency| time(value(latency)))
         };
-        let _ = writeln!(
+        put_line!(
             body,
             "<tr><td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{:.0}<td>{}<td>{}<td>{}</tr>",
             row.transport.name(),
@@ -323,7 +316,7 @@ fn tables(body: &mut String, report: &Report) {
     if !report.omitted.is_empty() {
         body.push_str("<h3>Not counted</h3>\n<ul>\n");
         for omission in &report.omitted {
-            let _ = writeln!(
+            put_line!(
                 body,
                 "<li>{} {} x {}, {} run(s): {}",
                 omission.transport.name(),

@@ -10,6 +10,15 @@
 //! `goals` decide what is run; `report`, `table` and `html` show it.
 #![forbid(unsafe_code)]
 
+/// Formats to the end of a string, which cannot fail.
+macro_rules! put {
+    ($to:expr, $($arguments:tt)*) => { $to.push_str(&format!($($arguments)*)) };
+}
+/// The same with the end of the line.
+macro_rules! put_line {
+    ($to:expr, $($arguments:tt)*) => {{ put!($to, $($arguments)*); $to.push('\n'); }};
+}
+
 mod case;
 mod channel;
 mod drive;

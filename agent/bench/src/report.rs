@@ -8,7 +8,7 @@ use crate::pair::{Dropped, Placement, Run};
 
 /// The middle one; of two middle ones, their mean. `None` of none.
 #[must_use]
-pub fn median(values: &[f64]) -> Option<f64> {
+pub(crate) fn median(values: &[f64]) -> Option<f64> {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let middle = sorted.len() / 2;
@@ -21,7 +21,7 @@ pub fn median(values: &[f64]) -> Option<f64> {
 
 /// A percentile (0 to 100) of values with counts, in order of the values.
 #[must_use]
-pub fn percentile(buckets: &[(u64, u64)], percentile: f64) -> Option<u64> {
+pub(crate) fn percentile(buckets: &[(u64, u64)], percentile: f64) -> Option<u64> {
     let total: u64 = buckets.iter().map(|(_, count)| count).sum();
     let wanted = total as f64 * percentile / 100.0;
     let mut so_far = 0;
@@ -132,7 +132,7 @@ pub struct Report {
 
 /// The rows of one case, from all its runs.
 #[must_use]
-pub fn rows(case: &Case, runs: &[Run]) -> Vec<Row> {
+pub(crate) fn rows(case: &Case, runs: &[Run]) -> Vec<Row> {
     let mut rows = Vec::new();
     for placement in [Placement::Near, Placement::Far] {
         let runs: Vec<_> = runs.iter().filter(|run| run.placement == Ok(placement)).collect();
@@ -180,7 +180,7 @@ fn latency(case: &Case, runs: &[&Run]) -> Option<Latency> {
 
 /// The runs of a case that do not count.
 #[must_use]
-pub fn omissions(case: &Case, runs: &[Run]) -> Vec<Omission> {
+pub(crate) fn omissions(case: &Case, runs: &[Run]) -> Vec<Omission> {
     let mut omissions = Vec::new();
     for (dropped, reason) in [
         (Dropped::CoresMoved, "the host moved the cores during the run"),
@@ -196,7 +196,7 @@ pub fn omissions(case: &Case, runs: &[Run]) -> Vec<Omission> {
 
 /// A case that did not count, whole or in part.
 #[must_use]
-pub fn omission(case: &Case, runs: usize, reason: String) -> Omission {
+pub(crate) fn omission(case: &Case, runs: usize, reason: String) -> Omission {
     Omission { transport: case.transport, size_bytes: case.size_bytes, batch: case.batch, runs, reason }
 }
 
@@ -216,7 +216,6 @@ pub(crate) mod tests {
             is_burst: true,
             placement,
             bells: 0,
-            sleeps: 0,
         }
     }
 

@@ -20,7 +20,7 @@ use crate::textbook::Textbook;
 
 /// Which of the two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum End {
+pub(crate) enum End {
     /// Makes records; measures round trips.
     Producer,
     /// Takes them; measures everything that goes one way.

@@ -46,7 +46,7 @@ pub(crate) struct Rpc {
 }
 
 enum Side {
-    Client(Client),
+    Client(Box<Client>),
     HttpServer(TcpStream),
     GrpcServer(UnixStream),
 }
@@ -67,13 +67,15 @@ impl Rpc {
         let side = if case.transport == Transport::Http {
             let stream = TcpStream::from_std(socket.into()).map_err(Fault::of(transport))?;
             match end {
-                End::Producer => Side::Client(Client::new(case, runtime.block_on(Connection::http(stream))?)),
+                End::Producer => Side::Client(Box::new(Client::new(case, runtime.block_on(Connection::http(stream))?))),
                 End::Consumer => Side::HttpServer(stream),
             }
         } else {
             let stream = UnixStream::from_std(socket.into()).map_err(Fault::of(transport))?;
             match end {
-                End::Producer => Side::Client(Client::new(case, Connection::Grpc(runtime.block_on(channel(stream))?))),
+                End::Producer => {
+                    Side::Client(Box::new(Client::new(case, Connection::Grpc(runtime.block_on(channel(stream))?))))
+                }
                 End::Consumer => Side::GrpcServer(stream),
             }
         };
@@ -85,10 +87,10 @@ impl Rpc {
         let Self { runtime, side } = self;
         match side {
             Side::Client(client) if case.transport == Transport::GrpcStream && is_free(case) => {
-                runtime.block_on(stream_freely(client, case))
+                runtime.block_on(stream_freely(*client, case))
             }
             Side::Client(client) => {
-                let mut caller = Caller { runtime, client };
+                let mut caller = Caller { runtime, client: *client };
                 let found = produce(&mut caller, case)?;
                 caller.finish()?;
                 Ok(found)
@@ -297,7 +299,7 @@ struct OpenStream {
 
 enum Answers {
     /// One for each message.
-    Each(Streaming<Bytes>),
+    Each(Box<Streaming<Bytes>>),
     /// One at the end; until then there are not even headers.
     One(tokio::task::JoinHandle<Result<(), Fault>>),
 }
@@ -399,7 +401,8 @@ async fn open_stream(channel: tonic::transport::Channel, is_echo: bool) -> Resul
     let path = hyper::http::uri::PathAndQuery::from_static(STREAM);
     let request = tonic::Request::new(ReceiverStream::new(queue));
     let answers = if is_echo {
-        Answers::Each(grpc.streaming(request, path, Raw).await.map_err(Fault::of("grpc-stream"))?.into_inner())
+        let answers = grpc.streaming(request, path, Raw).await.map_err(Fault::of("grpc-stream"))?;
+        Answers::Each(Box::new(answers.into_inner()))
     } else {
         Answers::One(tokio::spawn(async move {
             let answered = grpc.client_streaming::<_, Bytes, Bytes, _>(request, path, Raw).await;

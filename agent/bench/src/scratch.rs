@@ -17,7 +17,7 @@ const LEN_BYTES: u64 = 8192;
 /// A round trip of a cache line below this is between cores that share a cache. Seen were 60-90 ns (AMD, one core complex) and
 /// 120-155 ns (an Intel mesh, where a plain ring then runs at the speed of a shared cache) against 310-350 ns (AMD, two
 /// complexes), and nothing between.
-pub const NEAR_BELOW_NS: f64 = 200.0;
+pub(crate) const NEAR_BELOW_NS: f64 = 200.0;
 
 const BATCHES: u64 = 20;
 const BATCH_TRIPS: u64 = 200;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
-use argo_streams_shm_protocol::layout::commit::{STATISTICS_BELLS, STATISTICS_SLEEPS};
+use argo_streams_shm_protocol::layout::commit::STATISTICS_BELLS;
 use argo_streams_shm_protocol::limits::{LARGE_CAPACITY_BYTES, RECORD_PAYLOAD_BYTES_MAX, RING_CAPACITY_BYTES};
 use argo_streams_shm_protocol::stage::{
     self, BelongsTo, Emit, KeyChoice, OUTPUT_MAIN, PROTOCOL_VERSION_MAX, Received, Stage, StageError, payload_offset,
@@ -42,8 +42,6 @@ const CONSUMER: usize = 1;
 pub(crate) struct Seen {
     /// Times that one stage woke the other.
     pub(crate) bells: u64,
-    /// Times that a stage went to sleep.
-    pub(crate) sleeps: u64,
     /// When the end of each stage's control socket was seen; 0 = it was not.
     pub(crate) ended_ns: [u64; 2],
     /// Records that the producer's last commit covers.
@@ -149,7 +147,6 @@ impl Serving {
         }
         for worker in &self.workers {
             self.seen.bells += worker.incarnation.page().statistic(STATISTICS_BELLS);
-            self.seen.sleeps += worker.incarnation.page().statistic(STATISTICS_SLEEPS);
         }
         Ok(self.seen)
     }
@@ -388,7 +385,6 @@ impl Channel for Ring {
     fn send(&mut self, record: &[u8]) -> Result<(), Fault> {
         let own = Emit { belongs_to: BelongsTo::Nothing, finishes: true, ..Emit::default() };
         let Some(keys) = &self.keys else { return emit(&mut self.stage, self.waiting, &own, record) };
-        #[expect(clippy::cast_possible_truncation, reason = "below the number of keys")]
         let key = keys.get((self.sent % KEYS) as usize).map_or(KeyChoice::None, |key| KeyChoice::Set(key));
         self.sent += 1;
         emit(&mut self.stage, self.waiting, &Emit { key, ..own }, record)

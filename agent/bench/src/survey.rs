@@ -12,7 +12,7 @@ use crate::report::{Report, omission, omissions, rows};
 /// The most runs of one case: beyond that, the machine changes more than the median does.
 pub const RUNS_MAX: usize = 1000;
 /// Cases in one survey.
-pub const CASES_MAX: usize = 2000;
+pub(crate) const CASES_MAX: usize = 2000;
 /// The longest time that a producer may go on: a spinning run must not hold two cores for long.
 pub const TIME_MS_MAX: u64 = 2000;
 /// Runs that do not count are repeated, but not for ever on a machine that is never quiet.

@@ -1,7 +1,5 @@
 //! The report on a terminal.
 
-use std::fmt::Write as _;
-
 use crate::case::Mode;
 use crate::goals::{Direction, GoalReport};
 use crate::machine::Machine;
@@ -22,15 +20,14 @@ pub fn table(report: &Report) -> String {
             Mode::OneWay => ["records/s", "min - max", "MB/s", "latency p50", "p99"].as_slice(),
             Mode::RoundTrip => ["p50", "min - max", "p90", "p99", "p99.9"].as_slice(),
         });
-        let _ = write!(text, "\n{title}\n{}", aligned(&columns, &lines));
+        put!(text, "\n{title}\n{}", aligned(&columns, &lines));
     }
     if !report.omitted.is_empty() {
         text.push_str("\nNot counted\n");
         for omission in &report.omitted {
             let runs = if omission.runs > 0 { format!("{} run(s)", omission.runs) } else { "-".to_owned() };
             let name = omission.transport.name();
-            let _ =
-                writeln!(text, "  {name} {} B x {}: {runs}: {}", omission.size_bytes, omission.batch, omission.reason);
+            put_line!(text, "  {name} {} B x {}: {runs}: {}", omission.size_bytes, omission.batch, omission.reason);
         }
     }
     text
@@ -75,14 +72,13 @@ pub fn goal_table(report: &GoalReport) -> String {
                 None => goal.text.to_owned(),
             },
         );
-        let _ = writeln!(text, "{line:<width$}  {words}", width = table.lines().map(str::len).max().unwrap_or(0));
+        put_line!(text, "{line:<width$}  {words}", width = table.lines().map(str::len).max().unwrap_or(0));
     }
     let [kills, damaged] = report.kills;
-    let _ = writeln!(text, "\n{kills} producers were killed; {damaged} kill(s) tore, lost or doubled a record.");
+    put_line!(text, "\n{kills} producers were killed; {damaged} kill(s) tore, lost or doubled a record.");
     let met = report.goals.iter().filter(|goal| goal.met == Some(true)).count();
     let judged = report.goals.iter().filter(|goal| goal.met.is_some()).count();
-    let _ =
-        writeln!(text, "{met} of {judged} judged goals are met; {} could not be judged.", report.goals.len() - judged);
+    put_line!(text, "{met} of {judged} judged goals are met; {} could not be judged.", report.goals.len() - judged);
     text
 }
 
@@ -154,9 +150,9 @@ pub(crate) fn aligned(columns: &[&str], lines: &[Vec<String>]) -> String {
     let mut text = String::new();
     let heads: Vec<String> = columns.iter().map(|name| (*name).to_owned()).collect();
     for cells in std::iter::once(&heads).chain(lines) {
-        text.push_str(" ");
+        text.push(' ');
         for (number, (cell, width)) in cells.iter().zip(&widths).enumerate() {
-            let _ = if number == 0 { write!(text, " {cell:<width$}") } else { write!(text, "  {cell:>width$}") };
+            if number == 0 { put!(text, " {cell:<width$}") } else { put!(text, "  {cell:>width$}") }
         }
         while text.ends_with(' ') {
             text.pop();

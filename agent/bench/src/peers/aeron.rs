@@ -91,6 +91,7 @@ pub(crate) struct Aeron {
     size_bytes: usize,
     is_batched: bool,
     staged: Vec<u8>,
+    partial: Vec<u8>,
     _client: Client,
 }
 
@@ -118,6 +119,7 @@ impl Aeron {
             size_bytes: case.size_bytes,
             is_batched: case.batch > 1,
             staged: Vec::new(),
+            partial: Vec::new(),
             _client: client,
         };
         if end == End::Consumer || is_round_trip {
@@ -179,10 +181,19 @@ impl Channel for Aeron {
     #[inline]
     fn receive<C: Consume>(&mut self, consume: &mut C) -> Result<usize, Fault> {
         let Some(input) = &self.input else { return Ok(0) };
-        let (mut records, size_bytes) = (0, self.size_bytes);
-        input
-            .poll_fn(|message: &[u8], _header| records += records_of(message, size_bytes, consume), FRAGMENTS_MAX)
-            .map_err(Fault::of(TRANSPORT))?;
+        let (mut records, size_bytes, partial) = (0, self.size_bytes, &mut self.partial);
+        let take = |fragment: &[u8], _header| {
+            if partial.is_empty() && fragment.len().is_multiple_of(size_bytes) {
+                records += records_of(fragment, size_bytes, consume);
+                return;
+            }
+            // A message beyond the MTU comes in fragments, in order, which end anywhere in a record.
+            partial.extend_from_slice(fragment);
+            let whole = partial.len() - partial.len() % size_bytes;
+            records += records_of(partial.get(..whole).unwrap_or_default(), size_bytes, consume);
+            partial.drain(..whole);
+        };
+        input.poll_fn(take, FRAGMENTS_MAX).map_err(Fault::of(TRANSPORT))?;
         Ok(records)
     }
 }
