@@ -4,7 +4,7 @@ DEMO_SECONDS ?= 20
 PREFIX ?= /usr/local
 BINARY := target/release/argo-streams
 
-.PHONY: demo test test-rust test-loom check build examples install crash bench setup-build setup-test clean
+.PHONY: demo test test-rust test-loom check build examples install crash bench bench-peers setup-build setup-test setup-peers clean
 
 build: setup-build
 	cargo build --release --workspace
@@ -14,6 +14,9 @@ setup-build:
 
 setup-test:
 	@scripts/setup.sh test
+
+setup-peers:
+	@scripts/setup.sh peers
 
 # The C programs of the examples, against the library just built.
 examples: build
@@ -46,6 +49,13 @@ crash: setup-test examples
 
 bench: examples
 	cargo bench
+
+# The binary with iceoryx2 and Aeron as peers of `argo-streams bench ring`, in a target folder of its own: it links libraries
+# that the ordinary binary does without.
+bench-peers: setup-peers
+	PATH="$(CURDIR)/target-peers/tools/bin:$$PATH" CARGO_TARGET_DIR=target-peers \
+		cargo build --release -p argo-streams-agent --features peers
+	@echo "make bench-peers: target-peers/release/argo-streams bench ring --goals"
 
 install: build
 	install -D -m 755 $(BINARY) $(DESTDIR)$(PREFIX)/bin/argo-streams

@@ -4,6 +4,8 @@
 #   setup.sh build    what `cargo build` and the demo need (the default)
 #   setup.sh test     that, and what the tests need: Java and Apache Kafka,
 #                     Python, Valgrind, Clang
+#   setup.sh peers    what `make bench-peers` needs beside `build`: Clang, the
+#                     headers that Aeron's C sources want, and their cmake
 #
 # May be run any number of times. What is there already is skipped, and then
 # the network is not touched. Packages come by apt-get (through sudo unless run
@@ -16,7 +18,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
-usage() { sed -n '4,6s/^# //p' "$0" >&2; exit 2; }
+usage() { sed -n '4,8s/^# //p' "$0" >&2; exit 2; }
 
 as_root() {
     if [[ $(id -u) == 0 ]]; then
@@ -58,8 +60,22 @@ java_is_new_enough() {
     [[ -n $version && $version -ge 17 ]]
 }
 
+# Aeron's C sources want cmake 3.30 or later. Where the machine's is older, pip
+# has it, in a virtual environment of its own.
+new_cmake() {
+    local version tools=$here/../target-peers/tools
+    version=$(PATH="$tools/bin:$PATH" cmake --version 2>/dev/null | sed -n 's/^cmake version //p')
+    if [[ -n $version && $(printf '%s\n' 3.30 "$version" | sort -V | head -n 1) == 3.30 ]]; then
+        say "cmake $version"
+        return
+    fi
+    say "cmake ${version:-none}: installing a newer one into target-peers/tools"
+    python3 -m venv "$tools" || { packages python3-venv; python3 -m venv "$tools"; }
+    "$tools/bin/pip" install -q 'cmake>=3.30'
+}
+
 case ${1:-build} in
-build | test) ;;
+build | test | peers) ;;
 *) usage ;;
 esac
 
@@ -73,5 +89,9 @@ if [[ ${1:-build} == test ]]; then
     java_is_new_enough || die "Kafka needs Java 17 or later, and this one is older"
     command -v mvn >/dev/null || packages maven
     "$here/kafka.sh" fetch
+fi
+if [[ ${1:-} == peers ]]; then
+    packages clang libclang-dev libbsd-dev uuid-dev
+    new_cmake
 fi
 say "done"

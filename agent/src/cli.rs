@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use argo_streams_bench::{Mode, Survey, Transport, Waiting};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Stream processing with any program as a step.
@@ -35,9 +36,126 @@ pub enum Command {
         /// The state directory.
         directory: PathBuf,
     },
+    /// Measure this node.
+    #[command(subcommand)]
+    Bench(BenchCommand),
     /// Run a program beside its rings (started by the agent).
     #[command(hide = true)]
     Shim(ShimArguments),
+    /// One of the two processes between which `bench ring` sends records (started by it).
+    #[command(hide = true)]
+    BenchRole {
+        /// Be Aeron's media driver in this folder instead.
+        #[arg(long)]
+        media_driver: Option<PathBuf>,
+    },
+}
+
+/// Runs of each case of `bench ring` unless the user says otherwise.
+const SURVEY_RUNS: usize = 5;
+
+/// What to measure.
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// How fast two processes hand records to each other: over the rings, and over what you would use otherwise.
+    ///
+    /// Two processes, each pinned to a core, do the same work over each transport: one copies numbered records in, the other
+    /// checks the numbers and touches every cache line. Nothing may be lost. Every run is tagged with how far apart the two
+    /// cores were (near: they share a cache; far: they do not), because that changes results by a factor of up to ten and
+    /// cloud hosts move cores about; a run during which it changed, or in which a process lost its core, does not count.
+    ///
+    /// As root (or with CAP_SYS_NICE) spinning runs use SCHED_FIFO in bursts of a tenth of a second, so that other programs
+    /// do not disturb them. docs/bench.md says how to read the results.
+    Ring(BenchRingArguments),
+}
+
+/// Arguments of `bench ring`.
+#[derive(Args, Debug)]
+pub struct BenchRingArguments {
+    /// Judge the goals that the rings are built to, each against what it is compared with in the same second.
+    #[arg(long, conflicts_with_all = ["transports", "sizes", "batches", "mode", "waiting", "rate", "html"])]
+    pub goals: bool,
+    /// Which transports: shm (our rings), textbook (a plain ring), pipe, uds, seqpacket, tcp, http, grpc-unary, grpc-stream;
+    /// iceoryx2 and aeron in a build with `make bench-peers`. Default: all of this build.
+    #[arg(long = "transport", value_name = "NAME", value_delimiter = ',')]
+    pub transports: Vec<Transport>,
+    /// Lengths of records: 64, 1K, 1M.
+    #[arg(long = "size", value_name = "BYTES", value_delimiter = ',', value_parser = size, default_values = ["64", "256", "1K", "4K"])]
+    pub sizes: Vec<usize>,
+    /// Records that are handed over at once: in one write, one packet, one message, one request; for grpc-unary, calls in flight.
+    #[arg(long = "batch", value_name = "RECORDS", value_delimiter = ',', default_values_t = [1, 32])]
+    pub batches: Vec<u32>,
+    /// Which way records go. Default: both, one after the other.
+    #[arg(long, value_name = "MODE")]
+    pub mode: Option<BenchMode>,
+    /// What a process does while it has nothing to do. Default: `spin` for every transport that can.
+    #[arg(long, value_name = "HOW")]
+    pub waiting: Option<BenchWaiting>,
+    /// Records a second that are offered one way: 500, 10K, 3M. Latency then counts from the time when a record was due, also
+    /// when the transport is behind. Default: as fast as they go.
+    #[arg(long, value_name = "RECORDS", value_parser = rate)]
+    pub rate: Option<u64>,
+    /// Runs of each case that count; results are their medians. Default: 5; for `--goals` 7, and at least 5.
+    #[arg(long, value_name = "K")]
+    pub runs: Option<usize>,
+    /// How long the producer of a run goes on.
+    #[arg(long, value_name = "TIME", default_value = "80ms", value_parser = duration)]
+    pub time: Duration,
+    /// The cores of producer and consumer, e.g. `0,1`. Default: the first two that this process may use.
+    #[arg(long, value_name = "CORE,CORE", value_parser = cores)]
+    pub cores: Option<[usize; 2]>,
+    /// `json`: one object with everything, on standard output.
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    pub output: OutputFormat,
+    /// Also write a report with plots, as one file for a browser.
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+}
+
+impl BenchRingArguments {
+    /// As the benchmark takes them.
+    #[must_use]
+    pub fn survey(&self) -> Survey {
+        Survey {
+            transports: self.transports.clone(),
+            sizes: self.sizes.clone(),
+            batches: self.batches.clone(),
+            modes: self
+                .mode
+                .map(|mode| match mode {
+                    BenchMode::OneWay => Mode::OneWay,
+                    BenchMode::RoundTrip => Mode::RoundTrip,
+                })
+                .into_iter()
+                .collect(),
+            waiting: self.waiting.map(|waiting| match waiting {
+                BenchWaiting::Spin => Waiting::Spin,
+                BenchWaiting::Block => Waiting::Block,
+            }),
+            rate_per_s: self.rate,
+            runs: self.runs.unwrap_or(SURVEY_RUNS),
+            time_ms: u64::try_from(self.time.as_millis()).unwrap_or(u64::MAX),
+            cores: self.cores,
+        }
+    }
+}
+
+/// Which way records go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BenchMode {
+    /// From one process to the other.
+    OneWay,
+    /// There and back, one at a time.
+    RoundTrip,
+}
+
+/// What a process does while it has nothing to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BenchWaiting {
+    /// Look again and again.
+    Spin,
+    /// Sleep until woken.
+    Block,
 }
 
 /// Arguments of `run`.
@@ -187,6 +305,31 @@ fn image(text: &str) -> Result<(String, Vec<String>), String> {
     if words.is_empty() { Err("the command is empty".to_owned()) } else { Ok((image, words)) }
 }
 
+/// A number with K, M or G behind it, as powers of `kilo`.
+fn scaled(text: &str, kilo: u64) -> Option<u64> {
+    let (digits, factor) = match text.as_bytes().last()? {
+        b'k' | b'K' => (text.get(..text.len() - 1)?, kilo),
+        b'm' | b'M' => (text.get(..text.len() - 1)?, kilo * kilo),
+        b'g' | b'G' => (text.get(..text.len() - 1)?, kilo * kilo * kilo),
+        _ => (text, 1),
+    };
+    digits.parse::<u64>().ok()?.checked_mul(factor)
+}
+
+fn size(text: &str) -> Result<usize, String> {
+    let bytes = scaled(text, 1024).and_then(|bytes| usize::try_from(bytes).ok());
+    bytes.ok_or_else(|| format!("{text:?} is no length: expected bytes, e.g. 64, 4K or 1M"))
+}
+
+fn rate(text: &str) -> Result<u64, String> {
+    scaled(text, 1000).ok_or_else(|| format!("{text:?} is no rate: expected records a second, e.g. 500, 10K or 3M"))
+}
+
+fn cores(text: &str) -> Result<[usize; 2], String> {
+    let parsed = text.split_once(',').and_then(|(first, second)| Some([first.parse().ok()?, second.parse().ok()?]));
+    parsed.ok_or_else(|| format!("{text:?} is no pair of cores: expected two numbers, e.g. 0,1"))
+}
+
 fn duration(text: &str) -> Result<Duration, String> {
     let wrong = || format!("{text:?} is no time: expected a number and ms, s, m or h, e.g. 20s");
     let digits = text.find(|character: char| !character.is_ascii_digit() && character != '.').unwrap_or(text.len());
@@ -214,6 +357,17 @@ mod tests {
         for text in ["", "s", "1d", "-1s", "1e9h", "one", "99999999h"] {
             assert!(duration(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn lengths_rates_and_cores() {
+        assert_eq!((size("64"), size("4K"), size("1M")), (Ok(64), Ok(4096), Ok(1 << 20)));
+        assert_eq!((rate("500"), rate("10k"), rate("3M")), (Ok(500), Ok(10_000), Ok(3_000_000)));
+        assert_eq!(cores("0,1"), Ok([0, 1]));
+        for text in ["", "K", "-1", "1T", "1.5K", "99999999999G"] {
+            assert!(size(text).is_err() && rate(text).is_err(), "{text}");
+        }
+        assert!(cores("0").is_err() && cores("0,1,2").is_err() && cores("a,b").is_err());
     }
 
     #[test]

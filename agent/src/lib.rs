@@ -5,6 +5,7 @@
 //! time; `keeper` and `state_directory` make a run outlive its agent; `internal` is what sources, sinks and the router share; `status` shows numbers.
 #![forbid(unsafe_code)]
 
+pub mod bench;
 pub mod cli;
 
 pub mod physical;

@@ -6,7 +6,8 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use argo_streams_agent::cli::{Cli, Command};
+use argo_streams_agent::bench::bench_ring;
+use argo_streams_agent::cli::{BenchCommand, Cli, Command};
 use argo_streams_agent::run::{Options, RunError, run, write_summary};
 use argo_streams_agent::screen::{Screen, ScreenWriter};
 use argo_streams_pipeline::{Plan, limits::FILE_BYTES_MAX};
@@ -46,6 +47,17 @@ fn main() -> ExitCode {
                 say(&error.to_string());
                 ExitCode::from(FAILED)
             }
+        },
+        Command::Bench(BenchCommand::Ring(arguments)) => match bench_ring(&arguments) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err((code, text)) => {
+                say(&format!("bench ring: {text}"));
+                ExitCode::from(code)
+            }
+        },
+        Command::BenchRole { media_driver } => match argo_streams_bench::run_role(media_driver.as_deref()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_told_to_the_benchmark) => ExitCode::from(FAILED),
         },
         Command::Shim(arguments) => {
             tracing_subscriber::fmt()
