@@ -387,8 +387,25 @@ impl RecordView {
         self.large = false;
         self.payload_position = body;
         self.payload_len = usize::try_from(len).unwrap_or(usize::MAX);
-        // By far the most records say nothing that their batch does not say already.
-        if flags == 0 { Ok(()) } else { self.read_parts(bytes, flags, body, len) }
+        // By far the most records say nothing that their batch does not say already, or that and a key.
+        if flags == 0 {
+            return Ok(());
+        }
+        if flags == record::FLAG_KEYED | record::FLAG_KEY_OR_ATTRIBUTES && len >= 8 {
+            let key_len = bytes.read_word(body);
+            let rest = len - 8;
+            // Attributes, or a key that cannot be, are for the general way below.
+            if key_len <= KEY_BYTES_MAX as u64 && key_len.next_multiple_of(RECORD_ALIGN) <= rest {
+                self.keyed = true;
+                self.key_position = body + 8;
+                self.key_len = usize::try_from(key_len).unwrap_or(0);
+                let key_room = key_len.next_multiple_of(RECORD_ALIGN);
+                self.payload_position = body + 8 + key_room;
+                self.payload_len = usize::try_from(rest - key_room).unwrap_or(usize::MAX);
+                return Ok(());
+            }
+        }
+        self.read_parts(bytes, flags, body, len)
     }
 
     /// The parts that the flags name, behind the head.

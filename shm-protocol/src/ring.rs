@@ -436,7 +436,47 @@ impl<B: Bytes> Producer<B> {
             self.append_plain(end, payload);
             return Ok(());
         }
+        if let Some(key) = fields.key
+            && self.append_keyed(fields, key, payload)
+        {
+            return Ok(());
+        }
         self.emit_any(fields, payload)
+    }
+
+    /// The next most frequent record: a key and a payload. `false`: it is not that, or there is no room.
+    #[inline]
+    fn append_keyed(&mut self, fields: &RecordFields<'_>, key: &[u8], payload: &[u8]) -> bool {
+        let body_len = 8 + pad(key.len()) + payload.len();
+        let end = self.cursor.cursor + (record::HEAD_LEN + pad(body_len)) as u64;
+        let says_no_more = fields.kind == RecordKind::Data
+            && fields.attributes.is_empty()
+            && fields.origin.emit_index == 0
+            && (self.cursor.records == 0
+                || (fields.event_time_ns == self.inherited.event_time_ns
+                    && fields.ingest_time_ns == self.inherited.ingest_time_ns
+                    && fields.origin == self.implicit_origin()));
+        if !says_no_more || body_len > self.plain_len_max || key.len() > KEY_BYTES_MAX || end > self.room_end {
+            return false;
+        }
+        if self.cursor.records == 0 {
+            self.inherit(fields);
+        }
+        self.settle_place(end, payload.len());
+        let flags = u64::from((record::FLAG_KEYED | record::FLAG_KEY_OR_ATTRIBUTES) << record::FLAGS_SHIFT);
+        let head = body_len as u64 | flags | u64::from(fields.key_hash) << 32;
+        let mut begin = [0; 16];
+        begin[..8].copy_from_slice(&head.to_le_bytes());
+        begin[8..].copy_from_slice(&(key.len() as u64).to_le_bytes());
+        let position = self.cursor.cursor;
+        self.put(position, &begin);
+        self.put(position + 16, key);
+        self.put_payload(position + 16 + pad(key.len()) as u64, payload);
+        self.cursor.cursor = end;
+        self.cursor.records += 1;
+        self.cursor.data_records += 1;
+        self.cursor.data_bytes += payload.len() as u64;
+        true
     }
 
     /// Whether the record needs no more than the 8 bytes of its head.

@@ -335,6 +335,34 @@ impl Output {
     }
 }
 
+/// The edge to one step: a ring for each of its workers.
+#[derive(Debug)]
+struct Direct {
+    counter: u32,
+    /// The ring, if there is one only.
+    only: Option<usize>,
+    rings: Vec<usize>,
+    owners: Vec<u16>,
+}
+
+impl Direct {
+    /// Where a record goes: to the worker that owns its key; without a key to the workers in turn.
+    #[inline]
+    fn ring(&self, key_hash: Option<u32>, spread: &mut u32) -> Option<usize> {
+        if self.only.is_some() {
+            return self.only;
+        }
+        let place = match key_hash {
+            Some(hash) => self.owners.get(key_group(u64::from(hash) << 32)).map_or(0, |owner| usize::from(*owner)),
+            None => {
+                *spread = spread.wrapping_add(1);
+                *spread as usize % self.rings.len().max(1)
+            }
+        };
+        self.rings.get(place).copied()
+    }
+}
+
 /// When what is done is committed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Commit {
@@ -362,8 +390,8 @@ struct Lane {
 
 struct Router {
     nodes: Vec<RouteNode>,
-    /// The ring and the counter of a node that leads to one ring and nowhere else, which most do.
-    direct: Vec<Option<(usize, u32)>>,
+    /// The one edge of a node that leads nowhere else, which most do.
+    direct: Vec<Option<Direct>>,
     evaluators: Vec<Vec<Box<dyn KeyEvaluator>>>,
     spread: u32,
     savepoints: Vec<(usize, Savepoint)>,
@@ -539,7 +567,7 @@ impl Stage {
             evaluators.push(made.collect::<Result<Vec<_>, _>>()?);
         }
         let router = Router {
-            direct: grant.routes.nodes.iter().map(direct_ring).collect(),
+            direct: grant.routes.nodes.iter().map(direct_edge).collect(),
             nodes: grant.routes.nodes.clone(),
             evaluators,
             spread: 0,
@@ -897,7 +925,8 @@ impl Stage {
     /// belongs to. `None`: it is not that case, or there is no room; nothing was done then.
     #[inline(always)]
     fn emit_plain(&mut self, output: usize, emit: &Emit<'_>, is_own: bool, payload: &[u8]) -> Option<usize> {
-        let (ring, counter) = (*self.router.direct.get(output)?)?;
+        let direct = self.router.direct.get(output)?.as_ref()?;
+        let (ring, counter) = (direct.only?, direct.counter);
         if !self.pending_outputs.is_empty() || !self.counted.is_empty() {
             return None;
         }
@@ -943,7 +972,7 @@ impl Stage {
         }
         self.lane = Lane {
             ring,
-            counter: self.router.direct.get(OUTPUT_MAIN).copied().flatten().map_or(0, |(_, counter)| counter as usize),
+            counter: self.router.direct.get(OUTPUT_MAIN).and_then(Option::as_ref).map_or(0, |direct| direct.counter as usize),
             left,
             taken: 0,
             end: output.producer.lane_end(COMMIT_BYTES_MAX),
@@ -1017,7 +1046,8 @@ impl Stage {
             && self.pending_outputs.is_empty()
             && self.counted.is_empty()
             && self.in_place.is_none()
-            && let Some(Some((ring, counter))) = self.router.direct.get(output).copied()
+            && let Some(direct) = self.router.direct.get(output).and_then(Option::as_ref)
+            && let Some(ring) = direct.ring(fields.key.map(|_| fields.key_hash), &mut self.router.spread)
             && let Some(to) = self.outputs.get_mut(ring)
             && to.producer.emit_done(&fields, payload).is_ok()
         {
@@ -1026,7 +1056,7 @@ impl Stage {
             if nth.is_none() {
                 self.page.take_sequence();
             }
-            self.page.add_counter(counter as usize, 1);
+            self.page.add_counter(direct.counter as usize, 1);
             self.is_dirty = true;
             let is_due = self.careful || self.output_is_done(ring);
             return self.finish_records(records, is_due);
@@ -1082,7 +1112,11 @@ impl Stage {
 
     #[inline]
     fn emit_node(&mut self, node: usize, fields: &RecordFields<'_>, payload: &[u8]) -> Result<(), (EmitError, usize)> {
-        if let Some(Some((ring, counter))) = self.router.direct.get(node).copied() {
+        let direct = self.router.direct.get(node).and_then(Option::as_ref);
+        if let Some((counter, Some(ring))) = direct.map(|direct| {
+            let key_hash = fields.key.map(|_| fields.key_hash);
+            (direct.counter, direct.ring(key_hash, &mut self.router.spread))
+        }) {
             let Some(output) = self.outputs.get_mut(ring) else { return Ok(()) };
             let emitted = match &self.in_place {
                 None => output.producer.emit(fields, payload),
@@ -1153,7 +1187,8 @@ impl Stage {
             let limit_bytes = usize::try_from(self.grant.record_bytes_max).unwrap_or(usize::MAX);
             return Err(StageError::TooLarge(EmitError::TooLarge { part: "payload", len_bytes: len, limit_bytes }));
         }
-        let Some(Some((ring, _))) = self.router.direct.get(output).copied() else { return Ok(None) };
+        let direct = self.router.direct.get(output).and_then(Option::as_ref);
+        let Some(ring) = direct.and_then(|direct| direct.only) else { return Ok(None) };
         let Some(to) = self.outputs.get_mut(ring) else { return Ok(None) };
         let mut reserved = to.producer.reserve_large(len);
         if reserved == Err(EmitError::Full) {
@@ -2113,13 +2148,18 @@ impl Router {
     }
 }
 
-/// The ring and the counter of a node whose records all go into that ring.
-fn direct_ring(node: &RouteNode) -> Option<(usize, u32)> {
+/// The one edge of a node, if it has one and takes no keys.
+fn direct_edge(node: &RouteNode) -> Option<Direct> {
     match (node.edges.as_slice(), node.keyed.as_slice()) {
-        ([edge], []) => match edge.rings.as_slice() {
-            [ring] => Some((*ring as usize, node.counter)),
-            _ => None,
-        },
+        ([edge], []) => Some(Direct {
+            counter: node.counter,
+            only: match edge.rings.as_slice() {
+                [ring] => Some(*ring as usize),
+                _ => None,
+            },
+            rings: edge.rings.iter().map(|ring| *ring as usize).collect(),
+            owners: edge.owners.clone(),
+        }),
         _ => None,
     }
 }
