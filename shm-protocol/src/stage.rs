@@ -972,7 +972,12 @@ impl Stage {
         }
         self.lane = Lane {
             ring,
-            counter: self.router.direct.get(OUTPUT_MAIN).and_then(Option::as_ref).map_or(0, |direct| direct.counter as usize),
+            counter: self
+                .router
+                .direct
+                .get(OUTPUT_MAIN)
+                .and_then(Option::as_ref)
+                .map_or(0, |direct| direct.counter as usize),
             left,
             taken: 0,
             end: output.producer.lane_end(COMMIT_BYTES_MAX),
@@ -1375,12 +1380,14 @@ impl Stage {
         }
         let now = monotonic_ns();
         let since_ns = now.saturating_sub(output.published_at_ns);
-        if since_ns >= PUBLICATION_GAP_NS {
+        // One commit publishes every ring that has something: with several of them it costs as many times what one costs.
+        let gap_ns = PUBLICATION_GAP_NS * self.done_outputs.len().max(1) as u64;
+        if since_ns >= gap_ns {
             self.looked_at_ns = now;
             return true;
         }
         // At this pace so many more records come within the gap: the next look is half-way there.
-        let more = u64::from(output.producer.done_records()) * (PUBLICATION_GAP_NS - since_ns) / (2 * since_ns.max(1));
+        let more = u64::from(output.producer.done_records()) * (gap_ns - since_ns) / (2 * since_ns.max(1));
         output.unlooked = more.min(COMMIT_RECORDS_MAX);
         false
     }
