@@ -14,7 +14,7 @@ use crate::channel::Fault;
 use crate::link::{Answer, Link, LinkError, Order, Outcome};
 use crate::processor;
 use crate::role::End;
-use crate::scratch::{NEAR_BELOW_NS, Scratch};
+use crate::scratch::{MOVED_FACTOR, NEAR_BELOW_NS, Scratch};
 use crate::shm::{Agent, AgentError, Seen};
 use crate::textbook;
 
@@ -456,13 +456,13 @@ fn judge(case: &Case, cores: usize, produced: &Outcome, consumed: Outcome, seen:
     };
     // Aeron's media driver needs a core too. Where there is no third one it takes from the two, which is what users get.
     let is_its_own_fault = case.transport == Transport::Aeron && cores == 2;
-    let [before, after] = produced.line_ns.map(Placement::of);
-    let placement = if before != after {
-        Err(Dropped::CoresMoved)
+    let placement = placement(produced.line_ns);
+    let placement = if placement.is_err() {
+        placement
     } else if case.waiting == Waiting::Spin && processor_share < PROCESSOR_SHARE_MIN && !is_its_own_fault {
         Err(Dropped::CoreLost)
     } else {
-        Ok(before)
+        placement
     };
     Run {
         case: *case,
@@ -475,6 +475,15 @@ fn judge(case: &Case, cores: usize, produced: &Outcome, consumed: Outcome, seen:
         is_burst: produced.is_burst && consumed.is_burst,
         placement,
         bells: seen.bells,
+    }
+}
+
+/// The placement of a run from what was measured before and after it.
+fn placement([before_ns, after_ns]: [f64; 2]) -> Result<Placement, Dropped> {
+    if before_ns.max(after_ns) > before_ns.min(after_ns) * MOVED_FACTOR {
+        Err(Dropped::CoresMoved)
+    } else {
+        Ok(Placement::of(f64::midpoint(before_ns, after_ns)))
     }
 }
 
@@ -492,5 +501,23 @@ fn sleep_ns(time_ns: u64) {
         };
         // A signal ends it early; then the rest is slept.
         let _woken = rustix::event::poll(&mut [], Some(&time));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_placement_is_what_both_measurements_say() {
+        for (line_ns, expected) in [
+            ([70.0, 90.0], Ok(Placement::Near)),
+            ([140.0, 200.0], Ok(Placement::Near)),
+            ([310.0, 350.0], Ok(Placement::Far)),
+            ([80.0, 330.0], Err(Dropped::CoresMoved)),
+            ([330.0, 80.0], Err(Dropped::CoresMoved)),
+        ] {
+            assert_eq!(placement(line_ns), expected, "{line_ns:?}");
+        }
     }
 }
