@@ -161,34 +161,91 @@ fn killed_combiners_leave_exact_sums_and_no_id_lost_or_doubled() {
         }
     }
     let run = run.finish().expect_code(0);
-    let mut expected: HashMap<String, (u64, u64)> = HashMap::new();
-    for line in &flights {
-        let flight: Value = serde_json::from_slice(line).unwrap();
-        let entry = expected.entry(flight["tailnum"].as_str().unwrap().to_owned()).or_default();
-        entry.0 += rounds as u64;
-        entry.1 += rounds as u64 * flight["distance"].as_u64().unwrap();
-    }
-    let mut found: HashMap<String, (u64, u64)> = HashMap::new();
-    let mut seen = 0;
-    for record in broker.read("miles") {
-        let sum: Value = serde_json::from_slice(&record.payload).unwrap();
-        let entry = found.entry(sum["tailnum"].as_str().unwrap().to_owned()).or_default();
-        assert_eq!(
-            entry.0 + 1,
-            sum["rides"].as_u64().unwrap(),
-            "{}: in order, none lost, none doubled",
-            sum["tailnum"]
-        );
-        *entry = (entry.0 + 1, sum["distance"].as_u64().unwrap());
-        seen += 1;
-    }
-    assert_eq!((seen, &found), (count, &expected));
+    let aircraft = sums_are_exact(&broker, "miles", &flights, rounds as u64);
     let restarts = run.summary()["steps"][2]["restarts"].as_u64().unwrap();
     assert!(killed.len() >= kills_wanted, "only {} of {kills_wanted} kills in {count} records", killed.len());
     println!(
         "{} kills, {restarts} restarts, {count} records, {} aircraft: sums exact, 0 lost, 0 doubled, in order",
         killed.len(),
-        found.len()
+        aircraft
+    );
+}
+
+/// Fails unless the topic holds, for each aircraft, one running sum for each of its flights, in order. Returns how many
+/// aircraft there are.
+fn sums_are_exact(broker: &Broker, topic: &str, flights: &[Vec<u8>], rounds: u64) -> usize {
+    let mut expected: HashMap<String, (u64, u64)> = HashMap::new();
+    for line in flights {
+        let flight: Value = serde_json::from_slice(line).unwrap();
+        let entry = expected.entry(flight["tailnum"].as_str().unwrap().to_owned()).or_default();
+        entry.0 += rounds;
+        entry.1 += rounds * flight["distance"].as_u64().unwrap();
+    }
+    let mut found: HashMap<String, (u64, u64)> = HashMap::new();
+    for record in broker.read(topic) {
+        let sum: Value = serde_json::from_slice(&record.payload).unwrap();
+        let entry = found.entry(sum["tailnum"].as_str().unwrap().to_owned()).or_default();
+        let rides = sum["rides"].as_u64().unwrap();
+        assert_eq!(entry.0 + 1, rides, "{}: in order, none lost, none doubled", sum["tailnum"]);
+        *entry = (rides, sum["distance"].as_u64().unwrap());
+    }
+    assert_eq!(found, expected);
+    found.len()
+}
+
+/// The whole chain under the worst: agents, programs and shims are killed while records go from Kafka through keyed state
+/// back to Kafka in transactions.
+#[test]
+fn killed_agents_leave_exact_sums_and_no_id_lost_or_doubled() {
+    let kills_wanted: usize = std::env::var("AGS_AGENT_KILLS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(8);
+    let broker = broker();
+    broker.topic("flights-again", 3);
+    broker.topic("miles-again", 3);
+    let flights = flights();
+    let rounds = kills_wanted * 2;
+    let count = broker.write("flights-again", (0..rounds).flat_map(|_| flights.iter().cloned()));
+    let scratch = Scratch::new();
+    let combiner = repository().join("examples/work-time/build/combiner");
+    let text = std::fs::read_to_string(repository().join("examples/air-time/pipeline-kafka.yaml")).unwrap();
+    let text = text
+        .replace("../work-time/build/combiner", combiner.to_str().unwrap())
+        .replace("parDo: combiner", "parDo: combiner\n    containers: 2")
+        .replace("topic: flights", "topic: flights-again")
+        .replace("topic: miles", "topic: miles-again\n      transactions: true");
+    let pipeline = scratch.write("pipeline.yaml", text);
+    let state = scratch.path("state");
+    let arguments =
+        ["--kafka", &broker.servers, "--until", "end", "--output", "json", "--state", state.to_str().unwrap()];
+    let mut agents_killed = 0;
+    let mut programs_killed = 0;
+    let mut seed = std::process::id();
+    let run = loop {
+        let mut run = scratch.start(&pipeline, &arguments);
+        // The pace of the kills, a different one each time; nothing is proven by it.
+        seed = seed.wrapping_mul(1_103_515_245).wrapping_add(12_345);
+        let pause = Duration::from_millis(300 + u64::from(seed >> 16) % 500);
+        let until = std::time::Instant::now() + pause;
+        while std::time::Instant::now() < until && run.child.try_wait().unwrap().is_none() {
+            std::thread::park_timeout(Duration::from_millis(5));
+        }
+        if run.child.try_wait().unwrap().is_some() || agents_killed >= kills_wanted {
+            break run.finish().expect_code(0);
+        }
+        if agents_killed % 3 == 2 {
+            // The successor finds a program that died while nobody looked.
+            if let Some(victim) = argo_streams_tests::processes_of(&combiner).first() {
+                programs_killed += usize::from(kill_process(Pid::from_raw(*victim).unwrap(), Signal::KILL).is_ok());
+            }
+        }
+        run.signal(Signal::KILL);
+        assert_eq!(run.finish().output.status.code(), None, "killed");
+        agents_killed += 1;
+    };
+    let aircraft = sums_are_exact(&broker, "miles-again", &flights, rounds as u64);
+    assert!(agents_killed >= kills_wanted.min(4), "only {agents_killed} agents were killed in {count} records");
+    let _summary = run.summary();
+    println!(
+        "{agents_killed} agents and {programs_killed} programs killed, {count} records, {aircraft} aircraft: sums exact, 0 lost, 0 doubled, in order"
     );
 }
 

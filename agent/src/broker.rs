@@ -3,20 +3,25 @@
 //! It is one thread without waiting: [`Broker::handle`] is fed readiness and time by `run`. It never touches the data path;
 //! it reads the commit pages and writes the session pages.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use argo_streams_shm_protocol::layout::{BATCH_ALIGN, session};
+use argo_streams_shm_protocol::layout::{BATCH_ALIGN, commit, session};
+use argo_streams_shm_protocol::limits::{RECORD_PAYLOAD_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX_BEFORE};
 use argo_streams_shm_protocol::stage::PROTOCOL_VERSION_MAX;
+use argo_streams_shm_protocol::version::{FEATURE_LARGE_RECORDS, FEATURE_STATE_EXTENTS};
 use argo_streams_shm_protocol::{
-    Control, ControlError, Event, Hello, Histogram, HistogramView, Incarnation, IncarnationError, Message,
-    ProgramEvent, ReaderPosition, RefusalCode, Role, Slot, StageState,
+    Control, ControlError, Event, Hello, Histogram, HistogramView, Incarnation, IncarnationError, KeptDescriptors,
+    Message, ProgramEvent, ReaderPosition, RefusalCode, Role, Slot, StageState,
 };
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use serde::{Deserialize, Serialize};
 
+use crate::keeper::Kept;
 use crate::physical::Physical;
+use crate::state_directory::StateDirectory;
 
 /// The first restart comes after this; each further one after twice the time.
 pub const BACKOFF_FIRST: Duration = Duration::from_millis(10);
@@ -84,6 +89,9 @@ pub enum Level {
 struct Client {
     control: Control,
     role: Option<Role>,
+    /// Feature bits that its library knows, and the library's name.
+    features: u64,
+    library: String,
 }
 
 /// What a worker is doing.
@@ -97,6 +105,26 @@ pub enum Phase {
     Live,
     /// All its work is done.
     Finished,
+}
+
+/// What is kept of a worker beside its incarnation, for an agent that takes it over.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct KeptWorker {
+    generation: u64,
+    state_extents: usize,
+    is_finished: bool,
+    stage_client: Option<usize>,
+    shim_is_stage: bool,
+    supervisor: Option<usize>,
+    program: Option<u32>,
+    has_opened_itself: bool,
+    restarts: u64,
+    restarts_in_a_row: u32,
+    progress_at_start: u64,
+    start_at_ns: Option<u64>,
+    shim_must_start: bool,
+    uncertain_records: u64,
 }
 
 #[derive(Debug)]
@@ -121,6 +149,72 @@ struct Worker {
     shim_must_start: bool,
     uncertain_records: u64,
     latencies: Vec<Histogram>,
+    /// The largest payload that it was granted to emit.
+    record_bytes_granted: u64,
+    /// What the keeper has of it.
+    kept: KeptWorker,
+    /// Puts that found the state full, in the incarnations before.
+    state_full: u64,
+}
+
+impl Worker {
+    fn new(transport: Transport, socket: Option<PathBuf>, incarnation: Incarnation, inputs: usize) -> Self {
+        Self {
+            transport,
+            socket,
+            phase: Phase::Waiting,
+            incarnation,
+            is_sealed: false,
+            stage_client: None,
+            stage_role: None,
+            supervisor: None,
+            opener: None,
+            program: None,
+            has_opened_itself: false,
+            restarts: 0,
+            restarts_in_a_row: 0,
+            progress_at_start: 0,
+            start_at_ns: None,
+            shim_must_start: false,
+            uncertain_records: 0,
+            latencies: vec![Histogram::default(); inputs],
+            record_bytes_granted: 0,
+            kept: KeptWorker::default(),
+            state_full: 0,
+        }
+    }
+}
+
+/// Why a dead agent's run is not taken over.
+#[derive(Debug, thiserror::Error)]
+pub enum AdoptError {
+    /// The keeper does not have it.
+    #[error("the keeper has no {what} of step {step}: its programs are ended, and the next run begins afresh")]
+    Missing {
+        /// The step.
+        step: String,
+        /// What is missing.
+        what: &'static str,
+    },
+    /// The journal does not list it.
+    #[error(
+        "the keeper handed out a segment that no agent of this run has granted ({name} of step {step}, generation {generation}, device {device}, inode {inode}): nothing of it is believed, its programs are ended, and the next run begins afresh"
+    )]
+    Forged {
+        /// The step.
+        step: String,
+        /// Which segment.
+        name: String,
+        /// Of which incarnation.
+        generation: u64,
+        /// Its device.
+        device: u64,
+        /// Its inode.
+        inode: u64,
+    },
+    /// It is no such segment.
+    #[error(transparent)]
+    Incarnation(#[from] IncarnationError),
 }
 
 /// The broker of one pipeline.
@@ -132,6 +226,8 @@ pub struct Broker {
     next_client: usize,
     actions: Vec<Action>,
     is_stopping: bool,
+    /// What makes the run outlive its agent, if that is wanted.
+    state: Option<StateDirectory>,
 }
 
 impl Broker {
@@ -143,33 +239,267 @@ impl Broker {
         physical: Physical,
         transports: &[Transport],
         sockets: &[Option<PathBuf>],
+        state: Option<StateDirectory>,
     ) -> Result<Self, IncarnationError> {
         let mut workers = Vec::with_capacity(physical.stages.len());
         for (index, stage) in physical.stages.iter().enumerate() {
             let readers = vec![ReaderPosition::default(); stage.spec.outputs.len()];
             let incarnation = Incarnation::create(&stage.spec, 1, Slot::empty(&stage.spec.shape), &readers, None)?;
-            workers.push(Worker {
-                transport: transports.get(index).copied().unwrap_or(Transport::Internal),
-                socket: sockets.get(index).cloned().flatten(),
-                phase: Phase::Waiting,
+            workers.push(Worker::new(
+                transports.get(index).copied().unwrap_or(Transport::Internal),
+                sockets.get(index).cloned().flatten(),
                 incarnation,
-                is_sealed: false,
-                stage_client: None,
-                stage_role: None,
-                supervisor: None,
-                opener: None,
-                program: None,
-                has_opened_itself: false,
-                restarts: 0,
-                restarts_in_a_row: 0,
-                progress_at_start: 0,
-                start_at_ns: None,
-                shim_must_start: false,
-                uncertain_records: 0,
-                latencies: vec![Histogram::default(); stage.spec.inputs.len()],
-            });
+                stage.spec.inputs.len(),
+            ));
         }
-        Ok(Self { physical, workers, clients: HashMap::new(), next_client: 0, actions: Vec::new(), is_stopping: false })
+        let mut this = Self {
+            physical,
+            workers,
+            clients: HashMap::new(),
+            next_client: 0,
+            actions: Vec::new(),
+            is_stopping: false,
+            state,
+        };
+        for stage in 0..this.workers.len() {
+            this.keep_incarnation(stage);
+        }
+        Ok(this)
+    }
+
+    /// Takes over what a dead agent left with the keeper: ParDos go on as they are, the stages that ran in the dead agent
+    /// are recovered as any dead stage is.
+    ///
+    /// # Errors
+    /// What is not in the journal, or is no such segment: nothing is taken over then, and the keeper is told to let go.
+    pub fn adopt(
+        physical: Physical,
+        transports: &[Transport],
+        sockets: &[Option<PathBuf>],
+        mut state: StateDirectory,
+        kept: &mut BTreeMap<String, Kept>,
+    ) -> Result<Self, AdoptError> {
+        let workers = match Self::adopt_workers(&physical, transports, sockets, &state, kept) {
+            Ok(workers) => workers,
+            Err(error) => {
+                state.keeper.goodbye();
+                return Err(error);
+            }
+        };
+        let mut this = Self {
+            physical,
+            workers,
+            clients: HashMap::new(),
+            next_client: 0,
+            actions: Vec::new(),
+            is_stopping: false,
+            state: Some(state),
+        };
+        this.adopt_clients(kept);
+        this.rejoin();
+        Ok(this)
+    }
+
+    fn adopt_workers(
+        physical: &Physical,
+        transports: &[Transport],
+        sockets: &[Option<PathBuf>],
+        state: &StateDirectory,
+        kept: &mut BTreeMap<String, Kept>,
+    ) -> Result<Vec<Worker>, AdoptError> {
+        let mut workers = Vec::with_capacity(physical.stages.len());
+        for (index, plan) in physical.stages.iter().enumerate() {
+            let transport = transports.get(index).copied().unwrap_or(Transport::Internal);
+            let socket = sockets.get(index).cloned().flatten();
+            let said = kept.remove(&worker_entry(index)).map(|entry| entry.bytes).unwrap_or_default();
+            let said: KeptWorker = serde_json::from_slice(&said).map_err(|_missing| AdoptError::Missing {
+                step: plan.spec.name.clone(),
+                what: "what was known of it",
+            })?;
+            let incarnation = adopt_incarnation(index, plan, (said.generation, said.state_extents), state, kept)?;
+            let is_sealed = incarnation.is_sealed()?;
+            let mut worker = Worker::new(transport, socket, incarnation, plan.spec.inputs.len());
+            worker.is_sealed = is_sealed;
+            worker.phase = match (said.is_finished, is_sealed) {
+                (true, _) => Phase::Finished,
+                (false, true) => Phase::Live,
+                // Perhaps granted and not mapped yet; then its client is let go below, and it is made anew.
+                (false, false) => Phase::Granted,
+            };
+            worker.stage_role = match (transport, said.stage_client, said.shim_is_stage) {
+                (Transport::Internal, ..) | (_, None, _) => None,
+                (_, Some(_), true) => Some(Role::ShimStage),
+                (_, Some(_), false) => Some(Role::Stage),
+            };
+            worker.program = said.program;
+            worker.has_opened_itself = said.has_opened_itself;
+            worker.restarts = said.restarts;
+            worker.restarts_in_a_row = said.restarts_in_a_row;
+            worker.progress_at_start = said.progress_at_start;
+            worker.start_at_ns = said.start_at_ns;
+            worker.shim_must_start = said.shim_must_start;
+            worker.uncertain_records = said.uncertain_records;
+            worker.kept = said;
+            workers.push(worker);
+        }
+        Ok(workers)
+    }
+
+    fn adopt_clients(&mut self, kept: &mut BTreeMap<String, Kept>) {
+        let names: Vec<String> = kept.keys().filter(|name| name.starts_with("client/")).cloned().collect();
+        for name in names {
+            let Some(Kept { bytes, descriptors }) = kept.remove(&name) else { continue };
+            let id = name.strip_prefix("client/").and_then(|id| id.parse::<usize>().ok());
+            let said: Option<(usize, Option<u8>, u64, String)> = serde_json::from_slice(&bytes).ok();
+            let (Some(id), Some((stage, role, features, library)), Some(socket)) =
+                (id, said, descriptors.into_iter().next())
+            else {
+                continue;
+            };
+            self.next_client = self.next_client.max(id + 1);
+            let role = role.and_then(|role| {
+                [Role::Supervisor, Role::ShimStage, Role::Stage].into_iter().find(|known| *known as u8 == role)
+            });
+            self.clients.insert(id, (stage, Client { control: Control::adopt(socket), role, features, library }));
+            let Some(worker) = self.workers.get_mut(stage) else { continue };
+            if worker.kept.supervisor == Some(id) {
+                worker.supervisor = Some(id);
+            } else if worker.kept.stage_client == Some(id) {
+                worker.stage_client = Some(id);
+            }
+        }
+        // Who was in the middle of being granted something is let go: what it maps is not sealed. It asks again when it is
+        // started again.
+        let unsure: Vec<usize> = self
+            .clients
+            .iter()
+            .filter(|(id, (stage, client))| {
+                let Some(worker) = self.workers.get(*stage) else { return true };
+                client.role != Some(Role::Supervisor)
+                    && (worker.stage_client != Some(**id) || worker.phase == Phase::Granted)
+                    && client.role.is_some()
+            })
+            .map(|(id, _)| *id)
+            .collect();
+        for client in unsure {
+            self.remove_client(client);
+        }
+        for worker in &mut self.workers {
+            if worker.stage_client.is_some_and(|client| !self.clients.contains_key(&client)) {
+                worker.stage_client = None;
+            }
+        }
+    }
+
+    /// Recovers the stages that died with the last agent, and shows every live stage its neighbours again: what the dead
+    /// agent was about to say may not have been said.
+    fn rejoin(&mut self) {
+        for stage in 0..self.workers.len() {
+            let Some(worker) = self.workers.get(stage) else { break };
+            if worker.phase == Phase::Finished {
+                continue;
+            }
+            let was_in_agent = worker.transport == Transport::Internal;
+            if was_in_agent || worker.phase == Phase::Granted {
+                self.recover(stage);
+                if let (true, Some(worker)) = (was_in_agent, self.workers.get_mut(stage)) {
+                    worker.restarts += 1;
+                    self.keep_worker(stage);
+                }
+            }
+        }
+        for stage in 0..self.workers.len() {
+            if self.workers.get(stage).is_some_and(|worker| worker.phase == Phase::Live) {
+                self.join(stage);
+            }
+        }
+        self.look_for_finished();
+    }
+
+    /// Puts a worker's incarnation into the keeper, listed before. To be called before any descriptor of it leaves.
+    fn keep_incarnation(&mut self, stage: usize) {
+        let (Some(state), Some(worker), Some(plan)) =
+            (&mut self.state, self.workers.get_mut(stage), self.physical.stages.get(stage))
+        else {
+            return;
+        };
+        let generation = worker.incarnation.generation();
+        for (name, descriptor) in worker.incarnation.kept() {
+            let identity = rustix::fs::fstat(descriptor).map(|found| (found.st_dev, found.st_ino)).unwrap_or_default();
+            if state.is_listed(plan.spec.stage, generation, &name, identity) {
+                continue;
+            }
+            if let Err(error) = state.list(plan.spec.stage, generation, &name, identity) {
+                tracing::warn!(%error, "the journal cannot be written: a later agent will not take this incarnation over");
+            }
+            state.keeper.put(&segment_entry(stage, generation, &name), &[], &[descriptor]);
+        }
+        let before = worker.kept.generation;
+        self.keep_worker(stage);
+        let (Some(state), Some(worker)) = (&mut self.state, self.workers.get(stage)) else { return };
+        if before != generation && before > 0 {
+            for (name, _) in worker.incarnation.kept() {
+                state.keeper.drop_entry(&segment_entry(stage, before, &name));
+            }
+        }
+    }
+
+    /// Tells the keeper what is known of a worker, if that has changed.
+    fn keep_worker(&mut self, stage: usize) {
+        let (Some(state), Some(worker)) = (&mut self.state, self.workers.get_mut(stage)) else { return };
+        let now = KeptWorker {
+            generation: worker.incarnation.generation(),
+            state_extents: worker.incarnation.state_extents(),
+            is_finished: worker.phase == Phase::Finished,
+            stage_client: worker.stage_client.filter(|_| worker.transport != Transport::Internal),
+            shim_is_stage: worker.stage_role == Some(Role::ShimStage),
+            supervisor: worker.supervisor,
+            program: worker.program,
+            has_opened_itself: worker.has_opened_itself,
+            restarts: worker.restarts,
+            restarts_in_a_row: worker.restarts_in_a_row,
+            progress_at_start: worker.progress_at_start,
+            start_at_ns: worker.start_at_ns,
+            shim_must_start: worker.shim_must_start,
+            uncertain_records: worker.uncertain_records,
+        };
+        if now != worker.kept {
+            let bytes = serde_json::to_vec(&now).unwrap_or_default();
+            state.keeper.put(&worker_entry(stage), &bytes, &[]);
+            worker.kept = now;
+        }
+    }
+
+    /// The state directory, for what `run` keeps there itself.
+    pub fn state(&mut self) -> Option<&mut StateDirectory> {
+        self.state.as_mut()
+    }
+
+    fn keep_client(&mut self, id: usize) {
+        let (Some(state), Some((stage, client))) = (&mut self.state, self.clients.get(&id)) else { return };
+        if self.workers.get(*stage).is_none_or(|worker| worker.transport == Transport::Internal) {
+            return;
+        }
+        let said = (*stage, client.role.map(|role| role as u8), client.features, client.library.as_str());
+        let bytes = serde_json::to_vec(&said).unwrap_or_default();
+        state.keeper.put(&client_entry(id), &bytes, &[client.control.descriptor()]);
+    }
+
+    fn remove_client(&mut self, id: usize) -> Option<(usize, Client)> {
+        let removed = self.clients.remove(&id);
+        if removed.is_some()
+            && let Some(state) = &mut self.state
+        {
+            // Closed only when the keeper lets go as well.
+            state.keeper.drop_entry(&client_entry(id));
+        }
+        removed
+    }
+
+    /// What a stage is doing.
+    #[must_use]
+    pub fn phase(&self, stage: usize) -> Option<Phase> {
+        self.workers.get(stage).map(|worker| worker.phase)
     }
 
     /// The layout that is brokered.
@@ -195,7 +525,9 @@ impl Broker {
         let own = rustix::process::geteuid().as_raw();
         match control.credentials() {
             Ok((user, _)) if user == own || user == 0 => {
-                self.clients.insert(self.next_client, (stage, Client { control, role: None }));
+                let client = Client { control, role: None, features: 0, library: String::new() };
+                self.clients.insert(self.next_client, (stage, client));
+                self.keep_client(self.next_client);
                 self.next_client += 1;
             }
             Ok((user, process)) => {
@@ -221,7 +553,10 @@ impl Broker {
             let Some((stage, entry)) = self.clients.get(&client) else { return };
             let stage = *stage;
             match entry.control.try_receive() {
-                Ok(Some((message, _descriptors))) => self.hear(client, stage, message),
+                Ok(Some((message, _descriptors))) => {
+                    self.hear(client, stage, message);
+                    self.keep_worker(stage);
+                }
                 Ok(None) => return,
                 Err(ControlError::Closed) => return self.client_gone(client),
                 Err(error) => {
@@ -239,6 +574,7 @@ impl Broker {
             let Some(at) = self.workers.get(stage).and_then(|worker| worker.start_at_ns) else { continue };
             if at <= now_ns {
                 self.start_program(stage);
+                self.keep_worker(stage);
             } else {
                 next = Some(next.map_or(at, |next| next.min(at)));
             }
@@ -251,10 +587,13 @@ impl Broker {
         std::mem::take(&mut self.actions)
     }
 
-    /// Begins: every ParDo's shim is to be started.
-    pub fn begin(&mut self) {
+    /// Begins: every ParDo's shim is to be started, but for those that run already.
+    pub fn begin(&mut self, is_running: impl Fn(usize) -> bool) {
         for stage in 0..self.workers.len() {
-            if self.workers.get(stage).is_some_and(|worker| worker.transport != Transport::Internal) {
+            let wants_shim = |worker: &Worker| {
+                worker.transport != Transport::Internal && worker.phase != Phase::Finished && !worker.shim_must_start
+            };
+            if self.workers.get(stage).is_some_and(wants_shim) && !is_running(stage) {
                 self.actions.push(Action::StartShim { stage });
             }
         }
@@ -275,13 +614,15 @@ impl Broker {
 
     /// Ends every session at once: nothing that is not committed counts any more.
     pub fn revoke_all(&mut self) {
+        let mut clients = Vec::new();
         for worker in &mut self.workers {
             worker.start_at_ns = None;
             worker.incarnation.session().set_attention(session::ATTENTION_REVOKED);
             worker.incarnation.publish_session();
-            if let Some(client) = worker.supervisor.take() {
-                self.clients.remove(&client);
-            }
+            clients.extend(worker.supervisor.take());
+        }
+        for client in clients {
+            self.remove_client(client);
         }
     }
 
@@ -329,10 +670,11 @@ impl Broker {
             self.actions.push(Action::KillProgram { pid });
         }
         if let Some(client) = self.workers.get_mut(stage).and_then(|worker| worker.supervisor.take()) {
-            self.clients.remove(&client);
+            self.remove_client(client);
         }
         self.recover(stage);
         self.schedule_restart(stage, &format!("its shim {text}"));
+        self.keep_worker(stage);
     }
 
     /// The committed slot of a stage.
@@ -364,8 +706,11 @@ impl Broker {
             phase: worker.phase,
             restarts: worker.restarts,
             uncertain_records: worker.uncertain_records,
-            undone: page.statistic(argo_streams_shm_protocol::layout::commit::STATISTICS_UNDONE),
-            undone_since_ns: page.statistic(argo_streams_shm_protocol::layout::commit::STATISTICS_UNDONE_SINCE),
+            undone: page.statistic(commit::STATISTICS_UNDONE),
+            undone_since_ns: page.statistic(commit::STATISTICS_UNDONE_SINCE),
+            state_keys: page.statistic(commit::STATISTICS_STATE_KEYS),
+            state_bytes: page.statistic(commit::STATISTICS_STATE_BYTES),
+            state_full: worker.state_full + page.statistic(commit::STATISTICS_STATE_FULL),
             has_opened_itself: worker.has_opened_itself,
         })
     }
@@ -389,14 +734,21 @@ impl Broker {
         }
         if let Some((_, entry)) = self.clients.get_mut(&client) {
             entry.role = Some(hello.role);
+            entry.features = hello.features;
+            entry.library.clone_from(&hello.library);
         }
+        self.keep_client(client);
         let Some(worker) = self.workers.get_mut(stage) else { return };
         match (hello.role, worker.transport) {
             (Role::Supervisor, Transport::Internal) => {
                 self.refuse_client(client, RefusalCode::State, "this stage runs in the agent")
             }
+            (Role::Supervisor, _) if worker.supervisor.is_some() => {
+                self.refuse_client(client, RefusalCode::State, "another shim supervises this worker");
+            }
             (Role::Supervisor, _) => {
                 worker.supervisor = Some(client);
+                self.keep_worker(stage);
                 self.start_program(stage);
             }
             (Role::Stage, Transport::Stdio) => {
@@ -425,21 +777,70 @@ impl Broker {
     }
 
     fn grant(&mut self, client: usize, stage: usize, role: Role) {
-        let (Some(worker), Some(plan)) = (self.workers.get_mut(stage), self.physical.stages.get(stage)) else { return };
-        let Some((_, entry)) = self.clients.get(&client) else { return };
-        let (grant, descriptors) = worker.incarnation.grant(&plan.spec, PROTOCOL_VERSION_MAX);
-        match entry.control.try_send(&Message::Grant(Box::new(grant)), &descriptors) {
-            Ok(()) => {
-                worker.phase = Phase::Granted;
-                worker.stage_client = Some(client);
-                worker.stage_role = Some(role);
-                worker.has_opened_itself |= role == Role::Stage && worker.transport != Transport::Internal;
-            }
-            Err(error) => {
-                self.say(stage, Level::Warn, format!("the grant could not be sent: {error}"));
-                self.client_gone(client);
-            }
+        if let Err(text) = self.can_be_granted(client, stage) {
+            return self.refuse_client(client, RefusalCode::Version, &text);
         }
+        let Some(worker) = self.workers.get_mut(stage) else { return };
+        worker.phase = Phase::Granted;
+        worker.stage_client = Some(client);
+        worker.stage_role = Some(role);
+        worker.has_opened_itself |= role == Role::Stage && worker.transport != Transport::Internal;
+        // Before a descriptor leaves: a later agent must know that somebody may be mapping them.
+        self.keep_worker(stage);
+        let record_bytes_max = self.record_bytes_max(stage);
+        let (Some(worker), Some(plan)) = (self.workers.get(stage), self.physical.stages.get(stage)) else { return };
+        let Some((_, entry)) = self.clients.get(&client) else { return };
+        let (mut grant, descriptors) = worker.incarnation.grant(&plan.spec, PROTOCOL_VERSION_MAX, entry.features);
+        grant.record_bytes_max = grant.record_bytes_max.min(record_bytes_max);
+        let granted = grant.record_bytes_max;
+        if let Err(error) = entry.control.try_send(&Message::Grant(Box::new(grant)), &descriptors) {
+            self.say(stage, Level::Warn, format!("the grant could not be sent: {error}"));
+            return self.client_gone(client);
+        }
+        if let Some(worker) = self.workers.get_mut(stage) {
+            worker.record_bytes_granted = granted;
+        }
+    }
+
+    /// The largest payload that every reader of a stage takes, as far as they are there.
+    fn record_bytes_max(&self, stage: usize) -> u64 {
+        let Some(plan) = self.physical.stages.get(stage) else { return 0 };
+        let knows_large = |reader: usize| {
+            let client = self.workers.get(reader).and_then(|worker| worker.stage_client);
+            let client = client.and_then(|client| self.clients.get(&client));
+            client.is_none_or(|(_, client)| client.features & FEATURE_LARGE_RECORDS != 0)
+        };
+        let all = plan.consumers.iter().all(|consumer| knows_large(consumer.stage));
+        (if all { RECORD_PAYLOAD_BYTES_MAX } else { RECORD_PAYLOAD_BYTES_MAX_BEFORE }) as u64
+    }
+
+    /// Whether a client knows all that the stage has come to: its state may have grown, and its producers may have been granted
+    /// payloads, beyond what its library knows.
+    fn can_be_granted(&self, client: usize, stage: usize) -> Result<(), String> {
+        let (Some(worker), Some(plan), Some((_, entry))) =
+            (self.workers.get(stage), self.physical.stages.get(stage), self.clients.get(&client))
+        else {
+            return Ok(());
+        };
+        if !worker.incarnation.can_be_granted_to(entry.features) {
+            return Err(format!(
+                "the keyed state of this stage has grown to {} extents, which {} does not know: use a library of this agent's version",
+                worker.incarnation.state_extents(),
+                entry.library
+            ));
+        }
+        let is_large = |producer: &crate::physical::RingEnd| {
+            self.workers.get(producer.stage).is_some_and(|worker| {
+                worker.phase != Phase::Waiting && worker.record_bytes_granted > RECORD_PAYLOAD_BYTES_MAX_BEFORE as u64
+            })
+        };
+        if entry.features & FEATURE_LARGE_RECORDS == 0 && plan.producers.iter().any(is_large) {
+            return Err(format!(
+                "the step before this one may send payloads of more than 16 MiB, which {} does not know: use a library of this agent's version",
+                entry.library
+            ));
+        }
+        Ok(())
     }
 
     fn mapped(&mut self, client: usize, stage: usize) {
@@ -517,6 +918,7 @@ impl Broker {
             Event::Violation { is_producer, index, generation, text } => {
                 self.violation(stage, is_producer, index as usize, generation, &text);
             }
+            Event::StateWanted { extents } => self.grow_state(client, stage, extents),
             Event::Note { text } => {
                 if text.is_empty() {
                     self.look_for_finished();
@@ -525,6 +927,44 @@ impl Broker {
                 }
             }
             other => self.say(stage, Level::Warn, format!("ignored an event that this client cannot send: {other:?}")),
+        }
+    }
+
+    /// A stage asks for the next extent of its keyed state. It gets one within its limit, or hears why not.
+    fn grow_state(&mut self, client: usize, stage: usize, extents: u32) {
+        let (Some(worker), Some(plan)) = (self.workers.get_mut(stage), self.physical.stages.get(stage)) else { return };
+        let Some((_, entry)) = self.clients.get(&client) else { return };
+        if worker.stage_client != Some(client) || entry.features & FEATURE_STATE_EXTENTS == 0 {
+            return self.say(stage, Level::Warn, "ignored a request for state of a client that has none".to_owned());
+        }
+        let made = match worker.incarnation.state_extents() {
+            // Also how an agent that was asked twice, by whoever writes nonsense, gives one.
+            there if there != extents as usize => Err(format!("there are {there} extents, not {extents}")),
+            _ => worker.incarnation.grow_state(&plan.spec).map(|(extent, _)| extent).map_err(|error| error.to_string()),
+        };
+        // Kept before it leaves: a later agent must have all that the stage may have written.
+        self.keep_incarnation(stage);
+        let Some(worker) = self.workers.get_mut(stage) else { return };
+        let Some((_, entry)) = self.clients.get(&client) else { return };
+        let sent = match &made {
+            Ok(extent) => {
+                let message = Message::StateExtent { extent: *extent, refusal: None };
+                let descriptors: Vec<_> = worker.incarnation.state_extent(*extent).into_iter().collect();
+                entry.control.try_send(&message, &descriptors)
+            }
+            Err(reason) => {
+                let message = Message::StateExtent { extent: extents, refusal: Some(reason.clone()) };
+                entry.control.try_send(&message, &[])
+            }
+        };
+        let refusal = made.err();
+        // A stage that does not read its socket stays without; its successor has the extent.
+        if sent.is_ok() {
+            worker.incarnation.session().announce_message();
+            worker.incarnation.publish_session();
+        }
+        if let Some(reason) = refusal {
+            self.say(stage, Level::Warn, format!("its keyed state could not grow: {reason}"));
         }
     }
 
@@ -608,7 +1048,7 @@ impl Broker {
     }
 
     fn client_gone(&mut self, client: usize) {
-        let Some((stage, entry)) = self.clients.remove(&client) else { return };
+        let Some((stage, entry)) = self.remove_client(client) else { return };
         let Some(worker) = self.workers.get_mut(stage) else { return };
         if worker.opener == Some(client) {
             worker.opener = None;
@@ -638,9 +1078,11 @@ impl Broker {
         }
         worker.phase = Phase::Finished;
         worker.start_at_ns = None;
+        let supervisor = worker.supervisor.take();
+        self.keep_worker(stage);
         // Closing the supervisor's socket ends the shim, and the program that it may still have.
-        if let Some(client) = worker.supervisor.take() {
-            self.clients.remove(&client);
+        if let Some(client) = supervisor {
+            self.remove_client(client);
         }
     }
 
@@ -659,7 +1101,7 @@ impl Broker {
             }
         };
         if let Some(client) = self.workers.get_mut(stage).and_then(|worker| worker.stage_client.take()) {
-            self.clients.remove(&client);
+            self.remove_client(client);
         }
         // Neighbours hear the final positions: nobody can write the dead page's mirrors any more.
         for (input, producer) in plan.producers.iter().enumerate() {
@@ -709,6 +1151,7 @@ impl Broker {
         for (input, latency) in worker.latencies.iter_mut().enumerate() {
             HistogramView::new(page.words(), page.shape().histogram(input)).add_to(latency);
         }
+        worker.state_full += page.statistic(commit::STATISTICS_STATE_FULL);
         let progress = progress_of(&slot);
         slot.attempts = if progress == worker.progress_at_start { slot.attempts + 1 } else { 0 };
         match Incarnation::create(&plan.spec, generation + 1, slot, &readers, Some(&worker.incarnation)) {
@@ -717,6 +1160,7 @@ impl Broker {
                 worker.phase = Phase::Waiting;
                 worker.is_sealed = false;
                 worker.stage_role = None;
+                self.keep_incarnation(stage);
             }
             Err(error) => self.actions.push(Action::GiveUp { stage, text: error.to_string(), is_restart_limit: false }),
         }
@@ -768,7 +1212,7 @@ impl Broker {
     }
 
     fn refuse_client(&mut self, client: usize, code: RefusalCode, text: &str) {
-        if let Some((stage, entry)) = self.clients.remove(&client) {
+        if let Some((stage, entry)) = self.remove_client(client) {
             self.refuse(&entry.control, code, text);
             let is_race = code == RefusalCode::State && entry.role == Some(Role::ShimStage);
             if !is_race {
@@ -821,8 +1265,66 @@ pub struct StageSnapshot {
     pub undone: u64,
     /// Since when, monotonic.
     pub undone_since_ns: u64,
+    /// Keys with a value in its keyed state, and the bytes of their blocks: as its process says, so 0 from the death of one
+    /// to the first commit of the next.
+    pub state_keys: u64,
+    /// The bytes.
+    pub state_bytes: u64,
+    /// Puts and deletes that found its state full, all incarnations.
+    pub state_full: u64,
     /// Whether the program opened the library.
     pub has_opened_itself: bool,
+}
+
+fn worker_entry(stage: usize) -> String {
+    format!("worker/{stage}")
+}
+
+fn segment_entry(stage: usize, generation: u64, name: &str) -> String {
+    format!("segment/{stage}/{generation}/{name}")
+}
+
+fn client_entry(client: usize) -> String {
+    format!("client/{client}")
+}
+
+/// One incarnation from what the keeper has, every segment of it looked up in the journal.
+fn adopt_incarnation(
+    index: usize,
+    plan: &crate::physical::StagePlan,
+    (generation, state_extents): (u64, usize),
+    journal: &StateDirectory,
+    kept: &mut BTreeMap<String, Kept>,
+) -> Result<Incarnation, AdoptError> {
+    let step = || plan.spec.name.clone();
+    let mut take = |name: String, what: &'static str| {
+        let entry = kept.remove(&segment_entry(index, generation, &name));
+        let descriptor = entry
+            .and_then(|entry| entry.descriptors.into_iter().next())
+            .ok_or(AdoptError::Missing { step: step(), what })?;
+        let identity = rustix::fs::fstat(&descriptor).map(|found| (found.st_dev, found.st_ino)).unwrap_or_default();
+        if !journal.is_listed(plan.spec.stage, generation, &name, identity) {
+            let (device, inode) = identity;
+            return Err(AdoptError::Forged { step: step(), name, generation, device, inode });
+        }
+        Ok(descriptor)
+    };
+    let mut outputs = Vec::with_capacity(plan.spec.outputs.len());
+    for output in 0..plan.spec.outputs.len() {
+        outputs.push(take(format!("output-{output}"), "data segment")?);
+    }
+    let mut state = Vec::with_capacity(state_extents);
+    for extent in 0..state_extents {
+        state.push(take(format!("state-{extent}"), "keyed state")?);
+    }
+    let descriptors = KeptDescriptors {
+        commit: take("commit".to_owned(), "commit page")?,
+        session: take("session".to_owned(), "session page")?,
+        bell: take("bell".to_owned(), "bell")?,
+        state,
+        outputs,
+    };
+    Ok(Incarnation::adopt(&plan.spec, generation, descriptors)?)
 }
 
 /// Grows with everything that a stage commits.

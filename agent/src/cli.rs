@@ -30,6 +30,12 @@ pub enum Command {
         #[arg(required = true, value_name = "FILE")]
         files: Vec<PathBuf>,
     },
+    /// Hold descriptors for the next agent (started by `run --state`).
+    #[command(hide = true)]
+    Keeper {
+        /// The state directory.
+        directory: PathBuf,
+    },
     /// Measure this node.
     #[command(subcommand)]
     Bench(BenchCommand),
@@ -183,6 +189,11 @@ pub struct RunArguments {
     /// No live view, also on a terminal.
     #[arg(long)]
     pub no_live: bool,
+    /// Outlive the agent: if this process is killed or replaced, programs keep running and exchanging records, and the same
+    /// command takes them over, with sources and sinks where they had committed. DIR is made with mode 0700. If no agent comes
+    /// back within 10 minutes, the programs are ended.
+    #[arg(long, value_name = "DIR")]
+    pub state: Option<PathBuf>,
 }
 
 impl RunArguments {
@@ -199,6 +210,8 @@ impl RunArguments {
             is_json: self.output == OutputFormat::Json,
             grace: self.grace,
             live: !self.no_live,
+            state: self.state,
+            spec_text: String::new(),
         }
     }
 }

@@ -69,10 +69,19 @@ impl Identity {
             lock.set_len(0).and_then(|()| lock.rewind()).and_then(|()| write!(lock, "{}", std::process::id()));
         written.map_err(failed(&lock_path))?;
         let directory = base.join(format!("{hash:016x}"));
-        // What a killed run left; the lock says that it is nobody's.
-        let _nothing_there = std::fs::remove_dir_all(&directory);
-        std::fs::DirBuilder::new().mode(0o700).create(&directory).map_err(failed(&directory))?;
         Ok(Self { directory, _lock: lock })
+    }
+
+    /// Begins with an empty directory: what a killed run left there is nobody's, as the lock says, unless it is taken over.
+    ///
+    /// # Errors
+    /// [`IdentityError::Directory`].
+    pub fn clear(&self) -> Result<(), IdentityError> {
+        let _nothing_there = std::fs::remove_dir_all(&self.directory);
+        std::fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&self.directory)
+            .map_err(|error| IdentityError::Directory { directory: self.directory.clone(), reason: error.to_string() })
     }
 
     /// Where the sockets of this run are.

@@ -58,6 +58,8 @@ pub struct Context {
     pub directory: PathBuf,
     /// Where words go.
     pub screen: Arc<Screen>,
+    /// The run's own name, the same for every agent that takes it over.
+    pub run: Arc<str>,
     /// From entering the pipeline to leaving it; written by sinks.
     pub latency: Arc<Mutex<Histogram>>,
 }
@@ -68,6 +70,9 @@ pub struct Internal {
     /// The stage.
     pub stage: Stage,
     bell: StageBell,
+    /// How far a source has handed its input on. It is written to the slot by whatever commits the records, however early.
+    partitions: Vec<(u64, u64)>,
+    are_partitions_written: bool,
 }
 
 impl Internal {
@@ -78,7 +83,47 @@ impl Internal {
     pub fn open(control: Control) -> Result<Self, InternalError> {
         let stage = Stage::open(control, Role::Stage, LIBRARY, agent_keys, OPEN_TIMEOUT_NS)?;
         let bell = StageBell::new(&stage).map_err(InternalError::io("the stage's bell"))?;
-        Ok(Self { stage, bell })
+        let partitions = stage.slot().partitions.clone();
+        Ok(Self { stage, bell, partitions, are_partitions_written: true })
+    }
+
+    /// Where a partition goes on, as it was committed, by an earlier agent perhaps.
+    #[must_use]
+    pub fn partition(&self, partition: u64) -> Option<u64> {
+        self.partitions.iter().find(|(known, _)| *known == partition).map(|(_, next)| *next)
+    }
+
+    /// All partitions and where they go on.
+    #[must_use]
+    pub fn partitions(&self) -> &[(u64, u64)] {
+        &self.partitions
+    }
+
+    /// Everything before `next` was emitted, and is committed together with it.
+    pub fn set_partition(&mut self, partition: u64, next: u64) {
+        self.are_partitions_written = false;
+        match self.partitions.iter_mut().find(|(known, _)| *known == partition) {
+            Some(entry) => entry.1 = next,
+            None => self.partitions.push((partition, next)),
+        }
+    }
+
+    /// Forgets partitions that went to somebody else.
+    pub fn retain_partitions(&mut self, keep: impl Fn(u64) -> bool) {
+        self.are_partitions_written = false;
+        self.partitions.retain(|(partition, _)| keep(*partition));
+    }
+
+    /// Commits what a source has emitted, with how far it has come.
+    ///
+    /// # Errors
+    /// As [`Stage::done`].
+    pub fn publish(&mut self) -> Result<(), StageError> {
+        if !std::mem::replace(&mut self.are_partitions_written, true) {
+            let partitions = &self.partitions;
+            self.stage.change_slot(|slot| slot.partitions.clone_from(partitions));
+        }
+        self.stage.done(0)
     }
 
     /// Waits until the stage has something to do.
@@ -114,7 +159,7 @@ impl Internal {
         loop {
             match self.stage.emit(OUTPUT_MAIN, emit, payload) {
                 Err(StageError::Full | StageError::BatchFull) => {
-                    self.stage.done(0)?;
+                    self.publish()?;
                     if self.stage.is_blocked() {
                         self.wait().await?;
                     }

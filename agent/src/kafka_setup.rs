@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use argo_streams_kafka::{
     Connection, Embedded, EmbeddedOptions, FillRecord, Filler, FillerOptions, SinkOptions, SourceOptions, StartAt,
-    check_properties,
+    TransactionOptions, check_properties,
 };
 use argo_streams_pipeline::{Generator, KafkaSink, KafkaSource, Plan, Sink, Source, StepKind};
 
@@ -167,6 +167,13 @@ impl KafkaSetup {
             }),
         };
         (options, hooks)
+    }
+
+    /// What a Kafka sink step with `transactions: true` is started with.
+    #[must_use]
+    pub fn transactions(&self, kafka: &KafkaSink, transactional_id: String) -> TransactionOptions {
+        let connection = self.connection(kafka.bootstrap_servers(), kafka.properties());
+        TransactionOptions { connection, topic: kafka.topic().to_owned(), transactional_id }
     }
 
     /// What a Kafka sink step is started with.

@@ -2,7 +2,7 @@
 //! sinks, supervises and measures. `argo-streams run` is the agent in the foreground of one machine.
 //!
 //! Reading order: `physical` lays a plan out; `broker` hands out, joins and recovers; `run` owns processes, threads and
-//! time; `internal` is what sources, sinks and the router share; `status` shows numbers.
+//! time; `keeper` and `state_directory` make a run outlive its agent; `internal` is what sources, sinks and the router share; `status` shows numbers.
 #![forbid(unsafe_code)]
 
 pub mod bench;
@@ -13,6 +13,9 @@ pub mod physical;
 pub mod broker;
 
 pub mod run;
+
+pub mod keeper;
+pub mod state_directory;
 
 pub mod identity;
 pub mod kafka_setup;

@@ -27,7 +27,7 @@ fn main() -> ExitCode {
             let mut code = ExitCode::SUCCESS;
             for file in files {
                 match load(&file) {
-                    Ok(plan) => say(&format!(
+                    Ok((plan, _)) => say(&format!(
                         "{}: pipeline {:?} with {} steps is good",
                         file.display(),
                         plan.name(),
@@ -41,6 +41,13 @@ fn main() -> ExitCode {
             }
             code
         }
+        Command::Keeper { directory } => match argo_streams_agent::keeper::serve(&directory) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                say(&error.to_string());
+                ExitCode::from(FAILED)
+            }
+        },
         Command::Bench(BenchCommand::Ring(arguments)) => match bench_ring(&arguments) {
             Ok(()) => ExitCode::SUCCESS,
             Err((code, text)) => {
@@ -70,9 +77,12 @@ fn main() -> ExitCode {
     }
 }
 
-fn run_command(options: Options) -> ExitCode {
+fn run_command(mut options: Options) -> ExitCode {
     let plan = match load(&options.file) {
-        Ok(plan) => plan,
+        Ok((plan, text)) => {
+            options.spec_text = text;
+            plan
+        }
         Err(text) => {
             say(&text);
             return ExitCode::from(BAD_USAGE);
@@ -101,15 +111,15 @@ fn run_command(options: Options) -> ExitCode {
                 RunError::RestartLimit { .. } => RESTART_LIMIT,
                 RunError::Identity(_) => ALREADY_RUNNING,
                 RunError::Forced { .. } => FORCED,
-                RunError::Missing(_) | RunError::Physical(_) | RunError::Kafka(_) => BAD_USAGE,
-                RunError::Failed { .. } | RunError::System { .. } => FAILED,
+                RunError::Missing(_) | RunError::Physical(_) | RunError::Kafka(_) | RunError::State(_) => BAD_USAGE,
+                RunError::Failed { .. } | RunError::Adopt(_) | RunError::System { .. } => FAILED,
             })
         }
     }
 }
 
-/// Reads and checks a pipeline file; the error is the whole report.
-fn load(file: &Path) -> Result<Plan, String> {
+/// Reads and checks a pipeline file, and its text; the error is the whole report.
+fn load(file: &Path) -> Result<(Plan, String), String> {
     let mut text = Vec::new();
     // One byte more than allowed is enough to refuse it.
     let limit = FILE_BYTES_MAX as u64 + 1;
@@ -121,6 +131,7 @@ fn load(file: &Path) -> Result<Plan, String> {
     let name = file.display().to_string();
     read.map_err(|error| format!("{name}: cannot be read: {error}"))?;
     argo_streams_pipeline::parse(&text, &name)
+        .map(|plan| (plan, String::from_utf8_lossy(&text).into_owned()))
         .map_err(|errors| errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))
 }
 

@@ -5,10 +5,11 @@
 
 use argo_streams_pipeline::{KeyExpression, Output, Plan, StepKind};
 use argo_streams_shm_protocol::limits::{
-    INPUTS_MAX, LARGE_CAPACITY_BYTES, OUTPUTS_MAX, RECORD_PAYLOAD_BYTES_MAX, RING_CAPACITY_BYTES, STATE_BYTES_MAX,
+    INPUTS_MAX, LARGE_CAPACITY_BYTES, OUTPUTS_MAX, RECORD_PAYLOAD_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX_BEFORE,
+    RING_CAPACITY_BYTES,
 };
 use argo_streams_shm_protocol::{
-    GrantInput, GrantOutput, KEY_GROUPS, PageShape, RouteEdge, RouteNode, Routes, StageSpec,
+    GrantInput, GrantOutput, KEY_GROUPS, PageShape, RouteEdge, RouteNode, Routes, StageSpec, StateShape,
 };
 
 /// Committed counters of every stage: node 0 and 1 of its routes, then one for each further node.
@@ -108,7 +109,10 @@ impl Physical {
         let mut this = Self::default();
         for step in plan.steps() {
             for worker in 0..workers_of(step.kind()) {
-                let keeps_state = matches!(step.kind(), StepKind::ParDo(_));
+                let state = match step.kind() {
+                    StepKind::ParDo(pardo) => StateShape::with_limit(pardo.state_limit_bytes()),
+                    StepKind::Source(_) | StepKind::GroupByKey(_) | StepKind::Sink(_) => StateShape::default(),
+                };
                 let stage = this.stages.len();
                 this.stages.push(StagePlan {
                     step: step.index(),
@@ -118,8 +122,14 @@ impl Physical {
                         name: step.name().to_owned(),
                         worker: u32::try_from(worker).unwrap_or(0),
                         shape: PageShape::default(),
-                        state_bytes: if keeps_state { STATE_BYTES_MAX } else { 0 },
-                        record_bytes_max: RECORD_PAYLOAD_BYTES_MAX as u64,
+                        state,
+                        is_kept: false,
+                        // A line or a message of a source is bounded by what is gathered in memory.
+                        record_bytes_max: if matches!(step.kind(), StepKind::ParDo(_)) {
+                            RECORD_PAYLOAD_BYTES_MAX as u64
+                        } else {
+                            RECORD_PAYLOAD_BYTES_MAX_BEFORE as u64
+                        },
                         inputs: Vec::new(),
                         outputs: Vec::new(),
                         routes: Routes { table_epoch: 1, nodes: Vec::new() },
@@ -285,6 +295,16 @@ mod tests {
                 assert_eq!(ring, stage.spec.inputs[input].ring, "both ends name the same ring");
             }
         }
+    }
+
+    #[test]
+    fn each_worker_of_a_pardo_may_have_the_state_that_the_step_says() {
+        let physical = physical(
+            "  - stdin: {}\n  - parDo: a\n    containers: 2\n    state: {limit: 3Gi}\n  - parDo: b\n  - log: {}\n",
+        );
+        let limits: Vec<_> = physical.stages.iter().map(|stage| stage.spec.state.limit_bytes).collect();
+        assert_eq!(limits, [0, 3 << 30, 3 << 30, 1 << 30, 0]);
+        assert!(physical.stages.iter().all(|stage| stage.spec.state.is_possible()));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! `argo-streams run`: the agent in the foreground of one machine. Owns processes, threads, descriptors and time; what is
 //! decided is decided in [`crate::broker`].
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::{self, BufRead, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -15,18 +15,20 @@ use std::time::Duration;
 use argo_streams_pipeline::{
     Acknowledgement, Buffering, KeyExpression, ParDo, Plan, Sink, Source, StepKind, Transport as Declared,
 };
-use argo_streams_shm_protocol::{Histogram, monotonic_ns};
+use argo_streams_shm_protocol::{Histogram, hash_key, monotonic_ns};
 use argo_streams_stage::{Backend, block_on, choose_backend};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open, pidfd_send_signal};
 
-use crate::broker::{Action, Broker, Level, Transport, listen};
+use crate::broker::{Action, AdoptError, Broker, Level, Phase, Transport, listen};
 use crate::identity::{Identity, IdentityError};
 use crate::internal::{Context, InternalError};
 use crate::kafka_setup::{KafkaError, KafkaSetup};
+use crate::keeper::Kept;
 use crate::offsets::OffsetTracker;
 use crate::physical::{Physical, PhysicalError};
 use crate::screen::Screen;
+use crate::state_directory::{StateDirectory, StateError};
 use crate::status::{Status, Summary, summary_text};
 use crate::{router, sinks, sources};
 
@@ -62,6 +64,10 @@ pub struct Options {
     pub grace: Duration,
     /// Whether a live view is wanted.
     pub live: bool,
+    /// Where what outlives the agent is known from.
+    pub state: Option<PathBuf>,
+    /// The pipeline's file as it was read: a later agent takes over only what runs the same.
+    pub spec_text: String,
 }
 
 /// How a run ended well.
@@ -82,6 +88,12 @@ pub enum RunError {
     /// Another run holds the pipeline.
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    /// The state directory cannot be used.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// What a dead agent left cannot be taken over.
+    #[error(transparent)]
+    Adopt(#[from] AdoptError),
     /// The file names things that are not there.
     #[error("{0}")]
     Missing(String),
@@ -127,10 +139,76 @@ fn system(what: &'static str) -> impl FnOnce(io::Error) -> RunError {
 /// A shim's process and its standard error.
 #[derive(Debug)]
 struct Shim {
-    child: Child,
+    /// None: a dead agent started it, and somebody else reaps it.
+    child: Option<Child>,
     ended: OwnedFd,
     words: Option<std::process::ChildStderr>,
     line: Vec<u8>,
+}
+
+impl Shim {
+    fn has_ended(&mut self) -> bool {
+        match &mut self.child {
+            Some(child) => matches!(child.try_wait(), Ok(Some(_))),
+            None => argo_streams_shm_protocol::wait_readable(self.ended.as_fd(), 0),
+        }
+    }
+}
+
+/// The shims that a dead agent started: the pidfd of each, and its standard error.
+fn adopted_shims(kept: &mut BTreeMap<String, Kept>) -> HashMap<usize, Shim> {
+    let names: Vec<String> = kept.keys().filter(|name| name.starts_with("shim/")).cloned().collect();
+    let mut shims = HashMap::new();
+    for name in names {
+        let Some(stage) = name.strip_prefix("shim/").and_then(|stage| stage.parse::<usize>().ok()) else { continue };
+        let mut descriptors = kept.remove(&name).map(|kept| kept.descriptors).unwrap_or_default().into_iter();
+        let Some(ended) = descriptors.next() else { continue };
+        let words = descriptors.next().map(std::process::ChildStderr::from);
+        shims.insert(stage, Shim { child: None, ended, words, line: Vec::new() });
+    }
+    shims
+}
+
+fn listener_entry(stage: usize) -> String {
+    format!("listener/{stage}")
+}
+
+fn shim_entry(stage: usize) -> String {
+    format!("shim/{stage}")
+}
+
+/// What `--state` cannot promise for this pipeline, in words.
+fn not_kept(plan: &Plan, options: &Options) -> Vec<String> {
+    let mut words = Vec::new();
+    let kafka_sink = |step: &argo_streams_pipeline::Step| match step.kind() {
+        StepKind::Sink(Sink::Kafka(sink)) => !sink.transactions(),
+        _ => false,
+    };
+    for step in plan.steps() {
+        let name = step.name();
+        let text = match step.kind() {
+            StepKind::Source(Source::Stdin) => {
+                format!(
+                    "step {name}: standard input ends with this agent; what it had read and not handed on is lost if it dies"
+                )
+            }
+            StepKind::Source(Source::Kafka(kafka))
+                if kafka.bootstrap_servers().is_none() && options.kafka.is_none() =>
+            {
+                format!("step {name}: the embedded Kafka ends with this agent")
+            }
+            StepKind::Sink(Sink::Log) => format!("step {name}: lines may be printed twice if this agent dies"),
+            _ if kafka_sink(step) => {
+                format!(
+                    "step {name}: records may be written twice if this agent dies; `transactions: true` writes each once"
+                )
+            }
+            _ => continue,
+        };
+        tracing::warn!("{text}");
+        words.push(text);
+    }
+    words
 }
 
 struct Run {
@@ -186,7 +264,7 @@ impl Run {
         screen: Arc<Screen>,
         backend: Backend,
     ) -> Result<(Self, Identity, KafkaSetup), RunError> {
-        let physical = Physical::new(&plan)?;
+        let mut physical = Physical::new(&plan)?;
         let directory = options
             .file
             .parent()
@@ -200,6 +278,18 @@ impl Run {
             }
         }
         let identity = Identity::take(plan.name(), &options.file)?;
+        let (state, mut kept) = match &options.state {
+            Some(state) => {
+                let (state, kept) = StateDirectory::take(state, plan.name(), &options.spec_text)?;
+                physical.stages.iter_mut().for_each(|stage| stage.spec.is_kept = true);
+                (Some(state), kept)
+            }
+            None => (None, BTreeMap::new()),
+        };
+        let is_taken_over = !kept.is_empty();
+        if !is_taken_over {
+            identity.clear()?;
+        }
         let kafka = KafkaSetup::prepare(&plan, &options, &directory)?;
         let plan = Arc::new(plan);
         let mut transports = Vec::new();
@@ -216,25 +306,49 @@ impl Run {
             };
             let socket = (transport != Transport::Internal).then(|| identity.directory().join(format!("{index}.sock")));
             if let Some(path) = &socket {
-                listeners.push((index, listen(path).map_err(system("cannot listen for ParDos"))?));
+                let listener = kept.remove(&listener_entry(index)).and_then(|kept| kept.descriptors.into_iter().next());
+                let listener = match listener {
+                    Some(listener) => listener,
+                    None => listen(path).map_err(system("cannot listen for ParDos"))?,
+                };
+                listeners.push((index, listener));
             }
             transports.push(transport);
             sockets.push(socket);
         }
         let latencies: Vec<Arc<Mutex<Histogram>>> = physical.stages.iter().map(|_| Arc::default()).collect();
-        let broker = Broker::new(physical, &transports, &sockets)
-            .map_err(|error| RunError::Failed { step: "agent".to_owned(), text: error.to_string() })?;
+        let mut broker = match state {
+            Some(state) if is_taken_over => Broker::adopt(physical, &transports, &sockets, state, &mut kept)?,
+            state => Broker::new(physical, &transports, &sockets, state)
+                .map_err(|error| RunError::Failed { step: "agent".to_owned(), text: error.to_string() })?,
+        };
+        if let Some(state) = broker.state() {
+            for (index, listener) in &listeners {
+                state.keeper.put(&listener_entry(*index), &[], &[listener.as_fd()]);
+            }
+        }
+        let shims = adopted_shims(&mut kept);
+        let mut degradations = kafka.degradations();
+        if is_taken_over {
+            tracing::info!(
+                programs = shims.len(),
+                "took over the run of an agent that is gone: its programs went on, its sources and sinks go on where they had committed"
+            );
+        }
+        if options.state.is_some() {
+            degradations.extend(not_kept(&plan, &options));
+        }
         let mut run = Self {
             options,
             plan,
             broker,
             screen,
             listeners,
-            shims: HashMap::new(),
+            shims,
             threads: Vec::new(),
             latencies,
             trackers: Vec::new(),
-            degradations: kafka.degradations(),
+            degradations,
             failure: None,
             is_draining: false,
             drain_deadline_ns: None,
@@ -247,11 +361,16 @@ impl Run {
     }
 
     fn start_threads(&mut self, backend: Backend, directory: &Path, kafka: &KafkaSetup) -> Result<(), RunError> {
+        let run_id: Arc<str> = match self.broker.state() {
+            Some(state) => state.run_id().into(),
+            None => format!("{:x}-{:x}", std::process::id(), monotonic_ns()).into(),
+        };
+        let file = std::fs::canonicalize(&self.options.file).unwrap_or_else(|_| self.options.file.clone());
         for index in 0..self.broker.physical().stages.len() {
             let Some(stage) = self.broker.physical().stages.get(index) else { break };
             let Some(step) = self.plan.step(stage.step) else { continue };
             let kind = step.kind().clone();
-            if matches!(kind, StepKind::ParDo(_)) {
+            if matches!(kind, StepKind::ParDo(_)) || self.broker.phase(index) == Some(Phase::Finished) {
                 continue;
             }
             let name = step.name().to_owned();
@@ -264,6 +383,7 @@ impl Run {
                 backend,
                 directory: directory.to_path_buf(),
                 screen: Arc::clone(&self.screen),
+                run: Arc::clone(&run_id),
                 latency,
             };
             let job: Job = match kind {
@@ -290,6 +410,13 @@ impl Run {
                 StepKind::Sink(Sink::Discard) => {
                     Box::new(move || flatten(block_on(backend, sinks::discard::run(context))))
                 }
+                StepKind::Sink(Sink::Kafka(sink)) if sink.transactions() => {
+                    // The same for every life of this pipeline, and another one for a copy of its file elsewhere.
+                    let place = hash_key(file.to_string_lossy().as_bytes());
+                    let id = format!("{}.{name}.{place:016x}", self.plan.name());
+                    let options = kafka.transactions(&sink, id);
+                    Box::new(move || flatten(block_on(backend, sinks::transactions::run(context, options))))
+                }
                 StepKind::Sink(Sink::Kafka(sink)) => {
                     let options = kafka.sink(&sink);
                     Box::new(move || flatten(block_on(backend, sinks::kafka::run(context, options))))
@@ -311,7 +438,8 @@ impl Run {
     }
 
     fn serve(&mut self, signals: &mut Signals, kafka: &KafkaSetup) -> Result<Outcome, RunError> {
-        self.broker.begin();
+        let shims = &self.shims;
+        self.broker.begin(|stage| shims.contains_key(&stage));
         let begin_ns = monotonic_ns();
         let stop_at_ns = self.options.duration.map(|duration| begin_ns + nanoseconds(duration));
         let mut drawn = Status::take(&self.plan, &self.broker, &self.latencies);
@@ -554,7 +682,12 @@ impl Run {
         if let Some(words) = &words {
             rustix::io::ioctl_fionbio(words, true)?;
         }
-        self.shims.insert(stage, Shim { child, ended, words, line: Vec::new() });
+        if let Some(state) = self.broker.state() {
+            let mut descriptors = vec![ended.as_fd()];
+            descriptors.extend(words.as_ref().map(AsFd::as_fd));
+            state.keeper.put(&shim_entry(stage), &[], &descriptors);
+        }
+        self.shims.insert(stage, Shim { child: Some(child), ended, words, line: Vec::new() });
         Ok(())
     }
 
@@ -599,10 +732,14 @@ impl Run {
 
     fn shim_ended(&mut self, stage: usize) {
         self.read_words(stage);
-        let Some(mut shim) = self.shims.remove(&stage) else { return };
-        let text = match shim.child.wait() {
-            Ok(status) => format!("ended: {status}"),
-            Err(error) => format!("ended in an unknown way: {error}"),
+        let Some(shim) = self.shims.remove(&stage) else { return };
+        if let Some(state) = self.broker.state() {
+            state.keeper.drop_entry(&shim_entry(stage));
+        }
+        let text = match shim.child.map(|mut child| child.wait()) {
+            Some(Ok(status)) => format!("ended: {status}"),
+            Some(Err(error)) => format!("ended in an unknown way: {error}"),
+            None => "ended; it was started by an earlier agent, so how is not known".to_owned(),
         };
         self.broker.shim_ended(stage, &text);
     }
@@ -642,11 +779,8 @@ impl Run {
         self.broker.revoke_all();
         let deadline_ns = monotonic_ns() + END_PATIENCE_NS.min(nanoseconds(self.options.grace));
         while !self.shims.is_empty() && monotonic_ns() < deadline_ns {
-            let ended: Vec<usize> = self
-                .shims
-                .iter_mut()
-                .filter_map(|(stage, shim)| matches!(shim.child.try_wait(), Ok(Some(_))).then_some(*stage))
-                .collect();
+            let ended: Vec<usize> =
+                self.shims.iter_mut().filter_map(|(stage, shim)| shim.has_ended().then_some(*stage)).collect();
             for stage in ended {
                 self.read_words(stage);
                 self.shims.remove(&stage);
@@ -659,10 +793,15 @@ impl Run {
                 let _ended = argo_streams_shm_protocol::wait_readable(shim.ended.as_fd(), 20_000_000);
             }
         }
-        for (_, mut shim) in self.shims.drain() {
+        for (_, shim) in self.shims.drain() {
             // Its program dies with it: it asked the kernel for that.
-            let _gone = shim.child.kill();
-            let _reaped = shim.child.wait();
+            let _gone = pidfd_send_signal(&shim.ended, Signal::KILL);
+            if let Some(mut child) = shim.child {
+                let _reaped = child.wait();
+            }
+        }
+        if let Some(state) = self.broker.state() {
+            state.keeper.goodbye();
         }
         for (_, thread) in self.threads.drain(..) {
             // A thread that waits for a broker or a disk is not waited for: the process ends with it.

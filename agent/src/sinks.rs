@@ -4,6 +4,7 @@ pub mod discard;
 pub mod file;
 pub mod kafka;
 pub mod log;
+pub mod transactions;
 
 use argo_streams_shm_protocol::RecordKind;
 use argo_streams_shm_protocol::stage::{Received, Stage};

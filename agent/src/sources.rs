@@ -16,16 +16,19 @@ const BLOCK_BYTES: usize = 256 << 10;
 /// Records after which a source publishes in the middle of a block.
 const PUBLISH_RECORDS: usize = 64;
 
-/// Emits the lines of a splitter; the caller publishes the rest with `done(0)`.
+/// Emits the lines of a splitter, which was given bytes up to `end`; the caller publishes the rest. Each commit
+/// says with the records how many bytes they are made of.
 async fn emit_lines(
     internal: &mut Internal,
     splitter: &mut LineSplitter,
     is_end: bool,
     name: &str,
+    end: u64,
 ) -> Result<(), StageError> {
     let mut emitted = 0;
     while let Some(line) = splitter.next_line().or_else(|| if is_end { splitter.take_unterminated() } else { None }) {
         match line {
+            // The position is that of the lines before, also while this one waits for room.
             Line::Whole(payload) => internal.emit(&from_source(None, None), &payload).await?,
             Line::TooLong { len_bytes } => {
                 internal.stage.add_counter(COUNTER_ERRORS, 1);
@@ -38,8 +41,9 @@ async fn emit_lines(
             }
         }
         emitted += 1;
+        internal.set_partition(0, end - splitter.pending_bytes());
         if emitted % PUBLISH_RECORDS == 0 {
-            internal.stage.done(0)?;
+            internal.publish()?;
         }
     }
     Ok(())

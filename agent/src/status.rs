@@ -29,12 +29,28 @@ pub struct StepSummary {
     pub restarts: u64,
     /// Records that a death may have lost or doubled, because acknowledgement was not declared or is `read`.
     pub uncertain_records_total: u64,
+    /// Keyed state of its programs, if it is a ParDo that has any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub state: Option<StateNumbers>,
     /// From entering the pipeline to this step, for sinks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub end_to_end_p50_us: Option<f64>,
     /// The same, the slowest hundredth.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub end_to_end_p99_us: Option<f64>,
+}
+
+/// Keyed state of a step, all workers together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct StateNumbers {
+    /// Keys with a value.
+    pub keys: u64,
+    /// Bytes of their blocks.
+    pub bytes: u64,
+    /// What the step's workers may have together.
+    pub limit_bytes: u64,
+    /// Puts and deletes that found it full.
+    pub full_total: u64,
 }
 
 /// One edge of the summary, as written in the file.
@@ -132,6 +148,7 @@ impl Status {
         let counted: Vec<_> = broker.physical().counted.iter().filter(|counted| counted.step == step).collect();
         let (mut records_in, mut records_out, mut errors, mut restarts, mut uncertain) = (0, 0, 0, 0, 0);
         let mut end_to_end = Histogram::default();
+        let mut state = StateNumbers::default();
         for counted in &counted {
             let (main, refused) =
                 (self.counter(counted.stage, counted.main), self.counter(counted.stage, counted.errors));
@@ -160,6 +177,10 @@ impl Status {
             errors += refused;
             restarts += snapshot.restarts;
             uncertain += snapshot.uncertain_records;
+            state.keys += snapshot.state_keys;
+            state.bytes += snapshot.state_bytes;
+            state.full_total += snapshot.state_full;
+            state.limit_bytes += broker.physical().stages.get(stage).map_or(0, |stage| stage.spec.state.limit_bytes);
             if let Some(Ok(latency)) = self.latencies.get(stage).map(|latency| latency.lock()) {
                 end_to_end.add(&latency);
             }
@@ -179,6 +200,7 @@ impl Status {
             errors_unread: if is_read { 0 } else { errors },
             restarts,
             uncertain_records_total: uncertain,
+            state: (state.bytes > 0 || state.full_total > 0).then_some(state),
             end_to_end_p50_us: quantile(0.5),
             end_to_end_p99_us: quantile(0.99),
         }
@@ -308,6 +330,9 @@ impl Status {
             if numbers.uncertain_records_total > 0 {
                 notes.push(format!("{} records uncertain", numbers.uncertain_records_total));
             }
+            if let Some(state) = numbers.state {
+                notes.push(state_text(&state));
+            }
             for (_, snapshot) in self.of(broker, step) {
                 let waited_s = now.saturating_sub(snapshot.undone_since_ns) / 1_000_000_000;
                 if snapshot.undone > 0 && waited_s > 0 && snapshot.undone_since_ns > 0 && snapshot.phase == Phase::Live
@@ -342,6 +367,9 @@ pub fn summary_text(summary: &Summary) -> String {
             let _infallible =
                 writeln!(text, "{} records on {}.errors were dropped: no step reads it", step.errors_unread, step.name);
         }
+        if let Some(state) = step.state {
+            let _infallible = writeln!(text, "{}: {}", step.name, state_text(&state));
+        }
         if step.uncertain_records_total > 0 {
             let _infallible = writeln!(
                 text,
@@ -349,6 +377,22 @@ pub fn summary_text(summary: &Summary) -> String {
                 step.name, step.uncertain_records_total
             );
         }
+    }
+    text
+}
+
+fn state_text(state: &StateNumbers) -> String {
+    #[expect(clippy::cast_precision_loss, reason = "a size for people")]
+    let mebibytes = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    let mut text = format!(
+        "{} keys in {:.1} MiB of state, {:.0} MiB are the limit",
+        state.keys,
+        mebibytes(state.bytes),
+        mebibytes(state.limit_bytes)
+    );
+    if state.full_total > 0 {
+        let _infallible =
+            write!(text, "; full {} times: raise state: {{limit: ...}}, or let it delete keys", state.full_total);
     }
     text
 }

@@ -201,7 +201,10 @@ static ags_status combine(ags_stage *stage, const ags_record *record, const char
         return status;
     value.data = &sum;
     value.len_bytes = sizeof sum;
-    return ags_stage_put(stage, key, value);
+    /* While the state is about to grow; what was emitted stays. */
+    while ((status = ags_stage_put(stage, key, value)) == AGS_AGAIN)
+        ags_stage_wait(stage, AGS_FOREVER);
+    return status;
 }
 
 static ags_status combine_and_finish(ags_stage *stage, const ags_record *record, const char *base)

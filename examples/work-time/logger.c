@@ -57,48 +57,22 @@ static bool find_sum(const char *payload, size_t len, int64_t *sum_out)
     return false;
 }
 
-static ags_status count_of_keys(ags_stage *stage, uint64_t *count_out)
-{
-    ags_bytes value;
-    ags_status status = ags_stage_get(stage, bytes_of("n", 1), &value);
-    *count_out = 0;
-    if (status == AGS_OK && value.len_bytes == sizeof *count_out)
-        memcpy(count_out, value.data, sizeof *count_out);
-    return status;
-}
-
 /* The table learns a record. */
 static ags_status remember(ags_stage *stage, const char *key, size_t key_len, int64_t sum)
 {
-    static char name[1 + 64 * 1024];
     struct entry entry = { 0, 0 };
-    ags_bytes value;
-    if (key_len >= sizeof name)
-        return AGS_TOO_LARGE;
-    name[0] = 's';
-    memcpy(name + 1, key, key_len);
-    ags_status status = ags_stage_get(stage, bytes_of(name, 1 + key_len), &value);
+    ags_bytes name = bytes_of(key, key_len), value;
+    ags_status status = ags_stage_get(stage, name, &value);
     if (status != AGS_OK)
         return status;
-    if (value.len_bytes == sizeof entry) {
+    if (value.len_bytes == sizeof entry)
         memcpy(&entry, value.data, sizeof entry);
-    } else {
-        uint64_t count;
-        char place[32];
-        status = count_of_keys(stage, &count);
-        if (status != AGS_OK)
-            return status;
-        int place_len = snprintf(place, sizeof place, "k%" PRIu64, count);
-        count++;
-        status = ags_stage_put(stage, bytes_of(place, (size_t)place_len), bytes_of(key, key_len));
-        if (status == AGS_OK)
-            status = ags_stage_put(stage, bytes_of("n", 1), bytes_of(&count, sizeof count));
-        if (status != AGS_OK)
-            return status;
-    }
     entry.records++;
     entry.sum = sum;
-    return ags_stage_put(stage, bytes_of(name, 1 + key_len), bytes_of(&entry, sizeof entry));
+    /* While the state is about to grow; what was emitted stays. */
+    while ((status = ags_stage_put(stage, name, bytes_of(&entry, sizeof entry))) == AGS_AGAIN)
+        ags_stage_wait(stage, AGS_FOREVER);
+    return status;
 }
 
 static ags_status print_table(ags_stage *stage)
@@ -108,25 +82,29 @@ static ags_status print_table(ags_stage *stage)
         struct entry entry;
     } top[TOP + 1];
     size_t shown = 0;
-    uint64_t count, records = 0;
-    ags_status status = count_of_keys(stage, &count);
-    for (uint64_t i = 0; i < count && status == AGS_OK; i++) {
-        static char name[1 + 64 * 1024];
-        char place[32];
-        ags_bytes value;
-        int place_len = snprintf(place, sizeof place, "k%" PRIu64, i);
-        status = ags_stage_get(stage, bytes_of(place, (size_t)place_len), &value);
-        if (status != AGS_OK || value.data == NULL || value.len_bytes >= sizeof name)
+    uint64_t count = 0, records = 0;
+    ags_status status = AGS_OK;
+    ags_cursor cursor = AGS_CURSOR_INIT;
+    ags_entry entries[64];
+    uint32_t next = 0, entries_count = 0;
+    for (;;) {
+        if (next == entries_count) {
+            if ((cursor.flags & AGS_CURSOR_OVER) != 0)
+                break;
+            status = ags_stage_iterate(stage, &cursor, entries, 64, &entries_count, &cursor);
+            if (status != AGS_OK)
+                break;
+            next = 0;
             continue;
-        /* Copied: the next call for state may move it. */
-        size_t key_len = value.len_bytes;
-        name[0] = 's';
-        memcpy(name + 1, value.data, key_len);
-        status = ags_stage_get(stage, bytes_of(name, 1 + key_len), &value);
-        if (status != AGS_OK || value.len_bytes != sizeof(struct entry))
-            continue;
+        }
+        const char *name = entries[next].key.data;
+        size_t key_len = entries[next].key.len_bytes;
         struct entry entry;
-        memcpy(&entry, value.data, sizeof entry);
+        if (entries[next].value.len_bytes != sizeof entry)
+            return AGS_SYSTEM;
+        memcpy(&entry, entries[next].value.data, sizeof entry);
+        next++;
+        count++;
         records += entry.records;
         size_t at = shown;
         while (at > 0 && top[at - 1].entry.sum < entry.sum) {
@@ -134,7 +112,7 @@ static ags_status print_table(ags_stage *stage)
             at--;
         }
         if (at < TOP) {
-            snprintf(top[at].key, sizeof top[at].key, "%.*s", (int)(key_len < NAME_BYTES_MAX ? key_len : NAME_BYTES_MAX - 1), name + 1);
+            snprintf(top[at].key, sizeof top[at].key, "%.*s", (int)(key_len < NAME_BYTES_MAX ? key_len : NAME_BYTES_MAX - 1), name);
             top[at].entry = entry;
             if (shown < TOP)
                 shown++;

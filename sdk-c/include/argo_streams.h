@@ -49,11 +49,12 @@
 
 /* What structs begin with. */
 #define AGS_STAGE_OPTIONS_INIT { (uint32_t)sizeof(ags_stage_options), 0, 0, 0 }
+#define AGS_CURSOR_INIT { (uint32_t)sizeof(ags_cursor), 0, 0, 0, 0 }
 #define AGS_EMIT_INIT { (uint32_t)sizeof(ags_emit), 0, 0, 0, 0, 0, { 0, 0 }, { 0, 0 }, { 0, 0 } }
 
 
 /* How long a program may sleep on ags_stage_fd before it looks again by itself. */
-#define AGS_SLEEP_NS_MAX 250000000
+#define AGS_SLEEP_NS_MAX 1000000000
 
 /*
  ags_stage_options.flags: ags_stage_recv says AGS_INPUT_OVER once before the stage is finished, also when all records are
@@ -117,10 +118,16 @@
  */
 #define AGS_EMIT_FINISHES 2
 
+/* ags_cursor.flags: only the keys of ags_cursor.group. */
+#define AGS_CURSOR_GROUP 1
+
+/* ags_cursor.flags, set by ags_stage_iterate: nothing is left. */
+#define AGS_CURSOR_OVER 2
+
 /* Good. */
 #define AGS_OK 0
 
-/* Nothing to receive, or no room to emit, for now: ags_stage_wait, then the same call again. */
+/* Nothing to receive, or no room to emit or put, for now: ags_stage_wait, then the same call again. */
 #define AGS_AGAIN (-1)
 
 /* The time is over. */
@@ -289,7 +296,7 @@ typedef struct ags_emit {
     struct ags_bytes key;
     /* Encoded attributes (ags_attributes_append), at most 64 KiB. */
     struct ags_bytes attributes;
-    /* The payload, at most 16 MiB. ags_stage_claim_commit does not look at it. */
+    /* The payload, at most 64 MiB. ags_stage_claim_commit does not look at it. */
     struct ags_bytes payload;
 } ags_emit;
 
@@ -302,6 +309,31 @@ typedef struct ags_claim {
     /* Of the library. */
     uint64_t id;
 } ags_claim;
+
+/*
+ Where an iteration over keyed state is. Begin with AGS_CURSOR_INIT, which is before the first of all keys. It stays good
+ whatever is put, deleted and committed meanwhile, and may be kept as long as the stage is open.
+ */
+typedef struct ags_cursor {
+    /* Size of this struct, set by AGS_CURSOR_INIT. */
+    uint32_t struct_size;
+    /* AGS_CURSOR_GROUP or 0; AGS_CURSOR_OVER is set by ags_stage_iterate. */
+    uint32_t flags;
+    /* With AGS_CURSOR_GROUP: which of the 256 key groups, 0 to 255. */
+    uint32_t group;
+    /* Of the library. */
+    uint32_t skip;
+    /* Of the library. */
+    uint64_t next_hash;
+} ags_cursor;
+
+/* A key of the keyed state with its value. */
+typedef struct ags_entry {
+    /* The key. */
+    struct ags_bytes key;
+    /* Its value. */
+    struct ags_bytes value;
+} ags_entry;
 
 #ifdef __cplusplus
 extern "C" {
@@ -385,10 +417,11 @@ ags_status ags_stage_emit(struct ags_stage *stage,
                           const struct ags_emit *record);
 
 /*
- Claims room for a payload of len_bytes, to be written in place. ags_stage_claim_commit emits it, ags_stage_claim_abort gives
+ Claims room for a payload of len_bytes, to be written in place. A payload of more than a quarter of a ring (64 KiB) is written
+ where its reader reads it, and moves without a copy, if the output leads to one reader; at most one such at a time. ags_stage_claim_commit emits it, ags_stage_claim_abort gives
  it back; so do ags_stage_abort and ags_stage_close. Claims do not stand in the way of other records. Never blocks.
 
- AGS_TOO_LARGE: for ever. AGS_BATCH_FULL: 64 claims are open. AGS_STATE: no such output. AGS_INVALID.
+ AGS_TOO_LARGE: for ever. AGS_AGAIN: the readers hold too many large payloads: wait. AGS_BATCH_FULL: 64 claims are open. AGS_STATE: no such output. AGS_INVALID.
  */
 ags_status ags_stage_claim(struct ags_stage *stage,
                            uint32_t output,
@@ -435,7 +468,9 @@ ags_status ags_stage_get(struct ags_stage *stage,
 /*
  Sets the value of a key. It counts with the ags_stage_done of the record that is worked on, together with what was emitted.
 
- AGS_NO_MEMORY: the state is full. AGS_TOO_LARGE, AGS_STATE, AGS_INVALID.
+ Never blocks. AGS_AGAIN: the state is about to grow; ags_stage_wait, then the same call again (what was emitted and put for
+ the record before stays). Rare: the library asks for room before it is needed. AGS_NO_MEMORY: the state is full; its limit
+ is the step's `state: {limit: ...}`. AGS_TOO_LARGE, AGS_STATE, AGS_REVOKED, AGS_AGENT_GONE, AGS_INVALID. Nothing was changed then.
  */
 ags_status ags_stage_put(struct ags_stage *stage,
                          struct ags_bytes key,
@@ -444,13 +479,39 @@ ags_status ags_stage_put(struct ags_stage *stage,
 /*
  Takes a key and its value away; good also when there is none. It counts as ags_stage_put does.
 
- AGS_NO_MEMORY, AGS_STATE, AGS_INVALID.
+ As ags_stage_put: until it is committed a delete takes room.
  */
 ags_status ags_stage_delete(struct ags_stage *stage, struct ags_bytes key);
 
 /*
- Publishes what is done, then blocks until ags_stage_recv has something to say (or, after AGS_AGAIN of ags_stage_emit, until
- there may be room), or the agent decided something, or the time is over (AGS_TIMEOUT), or another thread called
+ Shows keys of the stage's state with their values from a cursor on: at most entries_max (and 4096, and about 1 MiB), into
+ memory of the caller's; how many, and the cursor behind them, which may be written over the one that was passed. The bytes
+ are valid until the next call of ags_stage_iterate on this stage.
+
+     ags_cursor cursor = AGS_CURSOR_INIT;
+     while ((cursor.flags & AGS_CURSOR_OVER) == 0) {
+         ags_entry entries[64];
+         uint32_t count;
+         if (ags_stage_iterate(stage, &cursor, entries, 64, &count, &cursor) != AGS_OK) break;
+         ... look at them, put, delete ...
+     }
+
+ Keys come in no order that means something. What is put and not done yet is shown too. Between two calls anything may
+ change: a key that has a value all the time is shown exactly once, with its value as of that call; one that comes or goes
+ meanwhile is shown at most once. Never blocks.
+
+ AGS_STATE: the stage has no state. AGS_VERSION, AGS_INVALID.
+ */
+ags_status ags_stage_iterate(struct ags_stage *stage,
+                             const struct ags_cursor *cursor,
+                             struct ags_entry *entries_out,
+                             uint32_t entries_max,
+                             uint32_t *entries_count_out,
+                             struct ags_cursor *cursor_out);
+
+/*
+ Publishes what is done, then blocks until ags_stage_recv has something to say (or, after AGS_AGAIN of ags_stage_emit or
+ ags_stage_put, until there may be room), or the agent decided something, or the time is over (AGS_TIMEOUT), or another thread called
  ags_stage_interrupt (AGS_INTERRUPTED). AGS_FOREVER: no time. It may return early: look, and wait again.
 
  AGS_REVOKED, AGS_AGENT_GONE, AGS_INVALID.

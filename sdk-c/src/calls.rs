@@ -19,8 +19,8 @@ use crate::session::StageHandle;
 use crate::status::{self, AGS_INVALID, AGS_OK, AGS_PANIC, AGS_TOO_LARGE, AgsStatus, Failure};
 use crate::types::{
     AGS_BELONGS_TO_NOTHING, AGS_BELONGS_TO_NTH, AGS_BELONGS_TO_OLDEST, AGS_EMIT_EVENT_TIME, AGS_EMIT_FINISHES,
-    AGS_KEY_INHERIT, AGS_KEY_NONE, AGS_KEY_SET, AGS_STAGE_TELL_INPUT_OVER, AgsBytes, AgsClaim, AgsEmit, AgsRecord,
-    AgsStageOptions,
+    AGS_KEY_INHERIT, AGS_KEY_NONE, AGS_KEY_SET, AGS_STAGE_TELL_INPUT_OVER, AgsBytes, AgsClaim, AgsCursor, AgsEmit,
+    AgsEntry, AgsRecord, AgsStageOptions,
 };
 
 /// Runs the body of a call: panics become a status, and failures leave their sentence.
@@ -225,10 +225,11 @@ pub unsafe extern "C" fn ags_stage_emit(stage: *mut StageHandle, output: u32, re
     })
 }
 
-/// Claims room for a payload of len_bytes, to be written in place. ags_stage_claim_commit emits it, ags_stage_claim_abort gives
+/// Claims room for a payload of len_bytes, to be written in place. A payload of more than a quarter of a ring (64 KiB) is written
+/// where its reader reads it, and moves without a copy, if the output leads to one reader; at most one such at a time. ags_stage_claim_commit emits it, ags_stage_claim_abort gives
 /// it back; so do ags_stage_abort and ags_stage_close. Claims do not stand in the way of other records. Never blocks.
 ///
-/// AGS_TOO_LARGE: for ever. AGS_BATCH_FULL: 64 claims are open. AGS_STATE: no such output. AGS_INVALID.
+/// AGS_TOO_LARGE: for ever. AGS_AGAIN: the readers hold too many large payloads: wait. AGS_BATCH_FULL: 64 claims are open. AGS_STATE: no such output. AGS_INVALID.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ags_stage_claim(
     stage: *mut StageHandle,
@@ -336,7 +337,9 @@ pub unsafe extern "C" fn ags_stage_get(stage: *mut StageHandle, key: AgsBytes, v
 
 /// Sets the value of a key. It counts with the ags_stage_done of the record that is worked on, together with what was emitted.
 ///
-/// AGS_NO_MEMORY: the state is full. AGS_TOO_LARGE, AGS_STATE, AGS_INVALID.
+/// Never blocks. AGS_AGAIN: the state is about to grow; ags_stage_wait, then the same call again (what was emitted and put for
+/// the record before stays). Rare: the library asks for room before it is needed. AGS_NO_MEMORY: the state is full; its limit
+/// is the step's `state: {limit: ...}`. AGS_TOO_LARGE, AGS_STATE, AGS_REVOKED, AGS_AGENT_GONE, AGS_INVALID. Nothing was changed then.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ags_stage_put(stage: *mut StageHandle, key: AgsBytes, value: AgsBytes) -> AgsStatus {
     guard(|| {
@@ -352,7 +355,7 @@ pub unsafe extern "C" fn ags_stage_put(stage: *mut StageHandle, key: AgsBytes, v
 
 /// Takes a key and its value away; good also when there is none. It counts as ags_stage_put does.
 ///
-/// AGS_NO_MEMORY, AGS_STATE, AGS_INVALID.
+/// As ags_stage_put: until it is committed a delete takes room.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ags_stage_delete(stage: *mut StageHandle, key: AgsBytes) -> AgsStatus {
     guard(|| {
@@ -364,8 +367,62 @@ pub unsafe extern "C" fn ags_stage_delete(stage: *mut StageHandle, key: AgsBytes
     })
 }
 
-/// Publishes what is done, then blocks until ags_stage_recv has something to say (or, after AGS_AGAIN of ags_stage_emit, until
-/// there may be room), or the agent decided something, or the time is over (AGS_TIMEOUT), or another thread called
+/// Shows keys of the stage's state with their values from a cursor on: at most entries_max (and 4096, and about 1 MiB), into
+/// memory of the caller's; how many, and the cursor behind them, which may be written over the one that was passed. The bytes
+/// are valid until the next call of ags_stage_iterate on this stage.
+///
+/// ```text
+///     ags_cursor cursor = AGS_CURSOR_INIT;
+///     while ((cursor.flags & AGS_CURSOR_OVER) == 0) {
+///         ags_entry entries[64];
+///         uint32_t count;
+///         if (ags_stage_iterate(stage, &cursor, entries, 64, &count, &cursor) != AGS_OK) break;
+///         ... look at them, put, delete ...
+///     }
+/// ```
+///
+/// Keys come in no order that means something. What is put and not done yet is shown too. Between two calls anything may
+/// change: a key that has a value all the time is shown exactly once, with its value as of that call; one that comes or goes
+/// meanwhile is shown at most once. Never blocks.
+///
+/// AGS_STATE: the stage has no state. AGS_VERSION, AGS_INVALID.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ags_stage_iterate(
+    stage: *mut StageHandle,
+    cursor: *const AgsCursor,
+    entries_out: *mut AgsEntry,
+    entries_max: u32,
+    entries_count_out: *mut u32,
+    cursor_out: *mut AgsCursor,
+) -> AgsStatus {
+    guard(|| {
+        // SAFETY: NULL or an open stage.
+        let stage = unsafe { handle(stage) }?;
+        // SAFETY: the caller's struct of the size that it says; integers.
+        let from: AgsCursor = unsafe { pointers::versioned(cursor, size_of::<AgsCursor>(), "cursor") }?;
+        let entries_out = pointers::output(entries_out, "entries_out")?;
+        let entries_count_out = pointers::output(entries_count_out, "entries_count_out")?;
+        let cursor_out = pointers::output(cursor_out, "cursor_out")?;
+        let mut inner = stage.lock()?;
+        let (next, entries) = inner.iterate(&from, entries_max)?;
+        let mut count = 0;
+        for entry in entries {
+            // SAFETY: at most entries_max come, the length of the caller's array.
+            let place = unsafe { entries_out.add(count as usize) };
+            // SAFETY: within the caller's array, which may hold anything before.
+            unsafe { place.write(entry) };
+            count += 1;
+        }
+        // SAFETY: not NULL, and the caller's to be written.
+        unsafe { entries_count_out.write(count) };
+        // SAFETY: not NULL, and the caller's to be written; it may be the one that was read, which nobody reads again.
+        unsafe { cursor_out.write(next) };
+        Ok(())
+    })
+}
+
+/// Publishes what is done, then blocks until ags_stage_recv has something to say (or, after AGS_AGAIN of ags_stage_emit or
+/// ags_stage_put, until there may be room), or the agent decided something, or the time is over (AGS_TIMEOUT), or another thread called
 /// ags_stage_interrupt (AGS_INTERRUPTED). AGS_FOREVER: no time. It may return early: look, and wait again.
 ///
 /// AGS_REVOKED, AGS_AGENT_GONE, AGS_INVALID.

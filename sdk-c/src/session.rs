@@ -7,16 +7,16 @@ use std::sync::{Arc, Mutex, MutexGuard, RwLock, TryLockError};
 
 use argo_streams_shm_protocol::limits::{RECORD_PAYLOAD_BYTES_MAX, UNDONE_RECORDS_MAX};
 use argo_streams_shm_protocol::stage::{
-    Emit, Interrupter, KeyChoice, Received, Stage, StageError, Waited, payload_offset,
+    Emit, InPlace, Interrupter, KeyChoice, Received, Stage, StageError, Waited, payload_offset,
 };
-use argo_streams_shm_protocol::{Control, ControlError, RingMapping, Role};
+use argo_streams_shm_protocol::{Control, ControlError, RingMapping, Role, StateCursor};
 
 use crate::keys::path_keys;
 use crate::status::{
     AGS_AGAIN, AGS_BATCH_FULL, AGS_CLOSED, AGS_INPUT_OVER, AGS_INTERRUPTED, AGS_INVALID, AGS_NO_AGENT, AGS_NOT_READY,
     AGS_PANIC, AGS_PERMISSION, AGS_STATE, AGS_TIMEOUT, AGS_TOO_LARGE, Failure,
 };
-use crate::types::{AGS_RECORD_KEYED, AgsRecord};
+use crate::types::{AGS_CURSOR_GROUP, AGS_CURSOR_OVER, AGS_RECORD_KEYED, AgsBytes, AgsCursor, AgsEntry, AgsRecord};
 
 const LIBRARY: &str = concat!("libargo_streams ", env!("CARGO_PKG_VERSION"));
 /// How long the agent may take to answer unless the caller says otherwise; it does so at once unless the machine is very busy.
@@ -54,6 +54,9 @@ pub(crate) struct Inner {
     /// Generation of the mapping that the caller was told of last, for each input.
     generations: Vec<u64>,
     value: Vec<u8>,
+    /// What the last iterate showed: keys and values in a row, and the lengths of each.
+    entry_bytes: Vec<u8>,
+    entry_lens: Vec<(usize, usize)>,
     /// Private copies of what a call looks at more than once: C may pass bytes that lie in an input's mapping, which its
     /// producer could change in between.
     key: Vec<u8>,
@@ -70,6 +73,8 @@ pub(crate) struct Inner {
 #[derive(Debug, Default)]
 struct Claim {
     bytes: Vec<u8>,
+    /// It is written in the ring itself, and `bytes` is not used.
+    in_place: Option<InPlace>,
     is_open: bool,
 }
 
@@ -116,6 +121,8 @@ impl StageHandle {
                 stage,
                 generations: vec![u64::MAX; inputs],
                 value: Vec::new(),
+                entry_bytes: Vec::new(),
+                entry_lens: Vec::new(),
                 key: Vec::new(),
                 payload: Vec::new(),
                 is_payload_looked_at,
@@ -337,6 +344,9 @@ impl Inner {
         self.stage.abort();
         for claim in &mut self.claims {
             claim.is_open = false;
+            if let Some(place) = claim.in_place.take() {
+                self.stage.release(&place);
+            }
         }
     }
 
@@ -373,6 +383,12 @@ impl Inner {
             }
         };
         let claim = self.claims.get_mut(index).ok_or(Failure::plain(AGS_STATE))?;
+        claim.in_place = self.stage.reserve(output as usize, len)?;
+        if let Some((mapping, offset)) = claim.in_place.as_ref().and_then(|place| self.stage.reserved_place(place)) {
+            claim.is_open = true;
+            let data = mapping.base().wrapping_add(offset).cast_mut();
+            return Ok(Claimed { data, id: (index as u64 + 1) << 1 | u64::from(output) });
+        }
         if claim.bytes.len() < len.max(1) {
             claim.bytes.resize(len.max(1), 0);
         }
@@ -393,6 +409,15 @@ impl Inner {
         let index = self.open_claim(id)?;
         let Some(claim) = self.claims.get_mut(index) else { return Err(Failure::plain(AGS_STATE)) };
         let len = usize::try_from(len_bytes).unwrap_or(usize::MAX);
+        if let Some(place) = claim.in_place {
+            if len > place.len() {
+                return Err(Failure::new(AGS_INVALID, "the claim was made longer than it is"));
+            }
+            self.stage.emit_reserved(usize::from(id & 1 == 1), emit, &place, len)?;
+            claim.in_place = None;
+            claim.is_open = false;
+            return Ok(());
+        }
         let payload =
             claim.bytes.get(..len).ok_or_else(|| Failure::new(AGS_INVALID, "the claim was made longer than it is"))?;
         self.stage.emit(usize::from(id & 1 == 1), emit, payload)?;
@@ -404,6 +429,9 @@ impl Inner {
         let index = self.open_claim(id)?;
         if let Some(claim) = self.claims.get_mut(index) {
             claim.is_open = false;
+            if let Some(place) = claim.in_place.take() {
+                self.stage.release(&place);
+            }
         }
         Ok(())
     }
@@ -424,6 +452,54 @@ impl Inner {
         copy(key, &mut self.key);
         Ok(self.stage.state_delete(&self.key)?)
     }
+
+    /// Shows a batch of keys with their values, and the cursor behind them. The bytes stay until the next call of this.
+    pub(crate) fn iterate(
+        &mut self,
+        cursor: &AgsCursor,
+        entries_max: u32,
+    ) -> Result<(AgsCursor, impl Iterator<Item = AgsEntry> + '_), Failure> {
+        if entries_max == 0 {
+            return Err(Failure::new(AGS_INVALID, "entries_max is 0"));
+        }
+        let from = cursor_of(cursor)?;
+        let (bytes, lens) = (&mut self.entry_bytes, &mut self.entry_lens);
+        bytes.clear();
+        lens.clear();
+        let next = self.stage.state_iterate(from, entries_max as usize, |key, value| {
+            bytes.extend_from_slice(key);
+            bytes.extend_from_slice(value);
+            lens.push((key.len(), value.len()));
+        })?;
+        let over = if next.is_over { AGS_CURSOR_OVER } else { 0 };
+        let flags = cursor.flags & AGS_CURSOR_GROUP | over;
+        let next = AgsCursor { flags, skip: next.skip, next_hash: next.next_hash, ..*cursor };
+        let mut rest = self.entry_bytes.as_slice();
+        let mut take = move |len: usize| {
+            let (taken, behind) = rest.split_at(len.min(rest.len()));
+            rest = behind;
+            AgsBytes { data: taken.as_ptr().cast(), len_bytes: taken.len() as u64 }
+        };
+        let entries = self.entry_lens.iter().map(move |(key, value)| AgsEntry { key: take(*key), value: take(*value) });
+        Ok((next, entries))
+    }
+}
+
+/// The cursor that C passed, checked.
+fn cursor_of(cursor: &AgsCursor) -> Result<StateCursor, Failure> {
+    if cursor.flags & !(AGS_CURSOR_GROUP | AGS_CURSOR_OVER) != 0 {
+        let text = format!("cursor.flags is {:#x}, which this library does not know", cursor.flags);
+        return Err(Failure::new(AGS_INVALID, text));
+    }
+    let begin = if cursor.flags & AGS_CURSOR_GROUP == 0 {
+        StateCursor::all()
+    } else {
+        let group = u8::try_from(cursor.group);
+        StateCursor::group(group.map_err(|_| Failure::new(AGS_INVALID, "cursor.group is above 255"))?)
+    };
+    // 0 is how a cursor begins, also that of a group.
+    let next_hash = cursor.next_hash.max(begin.next_hash);
+    Ok(StateCursor { next_hash, skip: cursor.skip, is_over: cursor.flags & AGS_CURSOR_OVER != 0, ..begin })
 }
 
 /// One look at bytes that may change.

@@ -11,7 +11,7 @@ pub type AgsStatus = i32;
 
 /// Good.
 pub const AGS_OK: i32 = 0;
-/// Nothing to receive, or no room to emit, for now: ags_stage_wait, then the same call again.
+/// Nothing to receive, or no room to emit or put, for now: ags_stage_wait, then the same call again.
 pub const AGS_AGAIN: i32 = -1;
 /// The time is over.
 pub const AGS_TIMEOUT: i32 = -2;
@@ -131,7 +131,7 @@ impl From<StageError> for Failure {
             StageError::Misuse(_) => AGS_STATE,
             StageError::Revoked => AGS_REVOKED,
             StageError::Control(_) => AGS_AGENT_GONE,
-            StageError::State(StateError::Full { .. }) => AGS_NO_MEMORY,
+            StageError::State(StateError::Full { .. } | StateError::Refused { .. }) => AGS_NO_MEMORY,
             StageError::State(_) => AGS_SYSTEM,
         };
         Self::new(status, error.to_string())

@@ -5,7 +5,7 @@ use std::ffi::{c_char, c_void};
 /// A time-out that never comes.
 pub const AGS_FOREVER: u64 = u64::MAX;
 /// How long a program may sleep on ags_stage_fd before it looks again by itself.
-pub const AGS_SLEEP_NS_MAX: u64 = 250_000_000;
+pub const AGS_SLEEP_NS_MAX: u64 = 1_000_000_000;
 const _: () = assert!(AGS_SLEEP_NS_MAX == argo_streams_shm_protocol::limits::SLEEP_NS_MAX);
 
 /// ags_stage_options.flags: ags_stage_recv says AGS_INPUT_OVER once before the stage is finished, also when all records are
@@ -142,7 +142,7 @@ pub struct AgsEmit {
     pub key: AgsBytes,
     /// Encoded attributes (ags_attributes_append), at most 64 KiB.
     pub attributes: AgsBytes,
-    /// The payload, at most 16 MiB. ags_stage_claim_commit does not look at it.
+    /// The payload, at most 64 MiB. ags_stage_claim_commit does not look at it.
     pub payload: AgsBytes,
 }
 
@@ -158,6 +158,39 @@ pub struct AgsClaim {
     pub id: u64,
 }
 
+/// ags_cursor.flags: only the keys of ags_cursor.group.
+pub const AGS_CURSOR_GROUP: u32 = 1;
+/// ags_cursor.flags, set by ags_stage_iterate: nothing is left.
+pub const AGS_CURSOR_OVER: u32 = 2;
+
+/// Where an iteration over keyed state is. Begin with AGS_CURSOR_INIT, which is before the first of all keys. It stays good
+/// whatever is put, deleted and committed meanwhile, and may be kept as long as the stage is open.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct AgsCursor {
+    /// Size of this struct, set by AGS_CURSOR_INIT.
+    pub struct_size: u32,
+    /// AGS_CURSOR_GROUP or 0; AGS_CURSOR_OVER is set by ags_stage_iterate.
+    pub flags: u32,
+    /// With AGS_CURSOR_GROUP: which of the 256 key groups, 0 to 255.
+    pub group: u32,
+    /// Of the library.
+    pub skip: u32,
+    /// Of the library.
+    pub next_hash: u64,
+}
+
+/// A key of the keyed state with its value.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct AgsEntry {
+    /// The key.
+    pub key: AgsBytes,
+    /// Its value.
+    pub value: AgsBytes,
+}
+
 // Fixed for ever: programs that were compiled against these run with every later library.
 const _: () = assert!(size_of::<AgsBytes>() == 16 && size_of::<AgsStageOptions>() == 24);
+const _: () = assert!(size_of::<AgsCursor>() == 24 && size_of::<AgsEntry>() == 32);
 const _: () = assert!(size_of::<AgsRecord>() == 128 && size_of::<AgsEmit>() == 80 && size_of::<AgsClaim>() == 24);

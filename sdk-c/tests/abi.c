@@ -60,6 +60,18 @@ AT(ags_claim, data, 0);
 AT(ags_claim, len_bytes, 8);
 AT(ags_claim, id, 16);
 
+FIXED(sizeof(ags_cursor) == 24);
+AT(ags_cursor, struct_size, 0);
+AT(ags_cursor, flags, 4);
+AT(ags_cursor, group, 8);
+AT(ags_cursor, skip, 12);
+AT(ags_cursor, next_hash, 16);
+FIXED(AGS_CURSOR_GROUP == 1 && AGS_CURSOR_OVER == 2);
+
+FIXED(sizeof(ags_entry) == 32);
+AT(ags_entry, key, 0);
+AT(ags_entry, value, 16);
+
 FIXED(AGS_OK == 0);
 FIXED(AGS_AGAIN == -1);
 FIXED(AGS_TIMEOUT == -2);
@@ -82,7 +94,7 @@ FIXED(AGS_PANIC == -90);
 
 FIXED(AGS_CLASS_UNKNOWN == -1 && AGS_CLASS_OK == 0 && AGS_CLASS_TRY_AGAIN == 1 && AGS_CLASS_CALLER == 2);
 FIXED(AGS_CLASS_SESSION == 3 && AGS_CLASS_ENVIRONMENT == 4 && AGS_CLASS_PANIC == 5);
-FIXED(AGS_FOREVER == UINT64_MAX && AGS_SLEEP_NS_MAX == 250000000);
+FIXED(AGS_FOREVER == UINT64_MAX && AGS_SLEEP_NS_MAX == 1000000000);
 FIXED(AGS_STAGE_TELL_INPUT_OVER == 1 && AGS_OUTPUT_MAIN == 0 && AGS_OUTPUT_ERRORS == 1);
 FIXED(AGS_RECORD_DATA == 0 && AGS_RECORD_WATERMARK == 1 && AGS_RECORD_WINDOW_START == 2 && AGS_RECORD_WINDOW_END == 3);
 FIXED(AGS_RECORD_RETRACT == 4 && AGS_RECORD_BARRIER == 5 && AGS_RECORD_KEYED == 1);

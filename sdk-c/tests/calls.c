@@ -54,6 +54,7 @@ static void without_a_stage(void)
     EXPECT(ags_stage_get(NULL, bytes, NOT_NULL) == AGS_INVALID);
     EXPECT(ags_stage_put(NULL, bytes, bytes) == AGS_INVALID);
     EXPECT(ags_stage_delete(NULL, bytes) == AGS_INVALID);
+    EXPECT(ags_stage_iterate(NULL, NOT_NULL, NOT_NULL, 1, NOT_NULL, NOT_NULL) == AGS_INVALID);
     EXPECT(ags_stage_wait(NULL, 0) == AGS_INVALID);
     EXPECT(ags_stage_interrupt(NULL) == AGS_INVALID);
     EXPECT(ags_stage_prepare_sleep(NULL) == AGS_INVALID);
@@ -90,6 +91,59 @@ static void without_a_stage(void)
     options.struct_size = sizeof options;
     options.flags = 0x80;
     EXPECT(ags_stage_open(&options, &stage) == AGS_INVALID && stage == NOT_NULL);
+}
+
+/* Every key once, in batches of three, of all groups and of each. */
+static void iterate(ags_stage *stage)
+{
+    enum { KEYS = 40 };
+    char name[16];
+    ags_cursor cursor = AGS_CURSOR_INIT, wrong = AGS_CURSOR_INIT;
+    ags_entry entries[3];
+    uint32_t count, shown = 0, seen[KEYS] = { 0 };
+    for (int i = 0; i < KEYS; i++) {
+        snprintf(name, sizeof name, "key %d", i);
+        EXPECT(ags_stage_put(stage, text(name), text(i == 7 ? "" : name)) == AGS_OK);
+    }
+    EXPECT(ags_stage_iterate(stage, NULL, entries, 3, &count, &cursor) == AGS_INVALID);
+    EXPECT(ags_stage_iterate(stage, &cursor, NULL, 3, &count, &cursor) == AGS_INVALID);
+    EXPECT(ags_stage_iterate(stage, &cursor, entries, 0, &count, &cursor) == AGS_INVALID);
+    EXPECT(ags_stage_iterate(stage, &cursor, entries, 3, NULL, &cursor) == AGS_INVALID);
+    EXPECT(ags_stage_iterate(stage, &cursor, entries, 3, &count, NULL) == AGS_INVALID);
+    wrong.flags = 4;
+    EXPECT(ags_stage_iterate(stage, &wrong, entries, 3, &count, &cursor) == AGS_INVALID);
+    wrong.flags = AGS_CURSOR_GROUP;
+    wrong.group = 256;
+    EXPECT(ags_stage_iterate(stage, &wrong, entries, 3, &count, &cursor) == AGS_INVALID);
+    wrong.struct_size = 8;
+    EXPECT(ags_stage_iterate(stage, &wrong, entries, 3, &count, &cursor) == AGS_INVALID);
+    while ((cursor.flags & AGS_CURSOR_OVER) == 0) {
+        EXPECT(ags_stage_iterate(stage, &cursor, entries, 3, &count, &cursor) == AGS_OK && count <= 3);
+        for (uint32_t i = 0; i < count; i++) {
+            int number = -1;
+            EXPECT(entries[i].key.len_bytes < sizeof name && entries[i].value.data != NULL);
+            memcpy(name, entries[i].key.data, entries[i].key.len_bytes);
+            name[entries[i].key.len_bytes] = 0;
+            EXPECT(sscanf(name, "key %d", &number) == 1 && number >= 0 && number < KEYS);
+            EXPECT(entries[i].value.len_bytes == (number == 7 ? 0 : entries[i].key.len_bytes));
+            EXPECT(memcmp(entries[i].value.data, name, entries[i].value.len_bytes) == 0);
+            EXPECT(seen[number]++ == 0);
+            shown++;
+        }
+    }
+    EXPECT(shown == KEYS);
+    EXPECT(ags_stage_iterate(stage, &cursor, entries, 3, &count, &cursor) == AGS_OK && count == 0);
+    for (uint32_t group = 0; group < 256; group++) {
+        ags_cursor of_group = AGS_CURSOR_INIT;
+        of_group.flags = AGS_CURSOR_GROUP;
+        of_group.group = group;
+        while ((of_group.flags & AGS_CURSOR_OVER) == 0) {
+            EXPECT(ags_stage_iterate(stage, &of_group, entries, 1, &count, &of_group) == AGS_OK);
+            shown -= count;
+        }
+    }
+    EXPECT(shown == 0);
+    EXPECT(ags_stage_abort(stage) == AGS_OK);
 }
 
 static void with_a_stage(ags_stage *stage)
@@ -129,10 +183,10 @@ static void with_a_stage(ags_stage *stage)
     emit.attributes = wrong;
     EXPECT(ags_stage_emit(stage, 0, &emit) == AGS_INVALID);
     emit.attributes.len_bytes = 0;
-    emit.flags = 2;
+    emit.flags = 4;
     EXPECT(ags_stage_emit(stage, 0, &emit) == AGS_INVALID);
     emit.flags = 0;
-    emit.payload.len_bytes = (16u << 20) + 1;
+    emit.payload.len_bytes = (64u << 20) + 1;
     EXPECT(ags_stage_emit(stage, 0, &emit) == AGS_TOO_LARGE);
     emit.payload = bytes;
     EXPECT(ags_stage_emit(stage, 0, &emit) == AGS_OK);
@@ -166,6 +220,7 @@ static void with_a_stage(ags_stage *stage)
     EXPECT(ags_stage_get(stage, bytes, &value) == AGS_OK && value.data == NULL);
     EXPECT(ags_stage_put(stage, bytes, bytes) == AGS_OK && ags_stage_abort(stage) == AGS_OK);
     EXPECT(ags_stage_get(stage, bytes, &value) == AGS_OK && value.data == NULL);
+    iterate(stage);
     EXPECT(ags_stage_interrupt(stage) == AGS_OK && ags_stage_wait(stage, AGS_FOREVER) == AGS_INTERRUPTED);
 }
 

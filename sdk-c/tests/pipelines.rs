@@ -200,3 +200,22 @@ fn who_read_standard_input_first_is_told_what_to_declare() {
         assert!(sentence.contains("open it first, or declare `transport: shm`"), "{sentence}");
     }
 }
+
+/// State through a real agent: it grows over several extents, is full at the pipeline's limit and says so, and gives room back.
+#[test]
+fn state_grows_to_its_limit_and_shows_in_the_summary() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    compile_program(&crate_directory().join("tests/state.c"), &folder.join("state"));
+    let spec = "  - generate: {count: 200}\n  - parDo: state\n    name: state\n    command: [./state]\n    transport: shm\n    state: {limit: 160Mi}\n\
+                \x20 - file: {path: kept.txt}\n  - file: {path: rejected.txt}\n    from: [state.errors]\n";
+    let ended = run_pipeline(folder, spec, drop);
+    assert!(ended.status.success(), "{ended:?}");
+    let kept: usize = std::fs::read_to_string(folder.join("kept.txt")).unwrap().trim().parse().unwrap();
+    let rejected = std::fs::read_to_string(folder.join("rejected.txt")).unwrap().lines().count();
+    // A key takes 1088 bytes: 154 records fill 160 MiB.
+    assert!((140_000..155_000).contains(&kept), "{kept} keys were kept, {rejected} records rejected");
+    assert_eq!(kept, (200 - rejected) * 1000, "each record's keys are there, all or none");
+    let full = format!("state: 1 keys in 8.0 MiB of state, 160 MiB are the limit; full {rejected} times");
+    assert!(ended.words.contains(&full), "{full} is not in: {}", ended.words);
+}

@@ -16,6 +16,8 @@ use rustix::net::{
 
 use crate::commit::PageShape;
 use crate::limits::{CONTROL_DESCRIPTORS_MAX, CONTROL_MESSAGE_BYTES_MAX, ROUTE_NODES_MAX};
+use crate::state::StateShape;
+use crate::version::FEATURE_STATE_EXTENTS;
 
 /// Descriptors that came or go with a message.
 pub type Descriptors = Vec<OwnedFd>;
@@ -122,8 +124,8 @@ pub struct Routes {
     pub nodes: Vec<RouteNode>,
 }
 
-/// What a stage is given. Descriptors: commit page, session page, bell, state (if `state_bytes` > 0), then the data
-/// segment of each output.
+/// What a stage is given. Descriptors: commit page, session page, bell, the extents of its state, then the data segment of
+/// each output.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Grant {
     /// The version that is spoken from here on.
@@ -140,8 +142,10 @@ pub struct Grant {
     pub worker: u32,
     /// Shape of its commit page.
     pub shape: PageShape,
-    /// Length of its state segment; 0 = none.
-    pub state_bytes: u64,
+    /// How much keyed state it may have. Without [`FEATURE_STATE_EXTENTS`] among the features the one extent that there is.
+    pub state: StateShape,
+    /// How many extents of it there are.
+    pub state_extents: u32,
     /// The largest payload it may emit.
     pub record_bytes_max: u64,
     /// Its inputs.
@@ -213,6 +217,11 @@ pub enum Event {
         /// The text.
         text: String,
     },
+    /// Stage: its keyed state needs one more extent soon; the answer is [`Message::StateExtent`].
+    StateWanted {
+        /// How many it has.
+        extents: u32,
+    },
     /// Agent to supervisor: start the program now.
     Start {
         /// Whether the shim is to be its stage, or the program opens the SDK itself.
@@ -254,6 +263,13 @@ pub enum Message {
     Ready,
     /// Agent: a neighbour.
     Peer(Peer),
+    /// Agent: the next extent of the stage's keyed state, with its descriptor; or why there is none now.
+    StateExtent {
+        /// The number of the extent.
+        extent: u32,
+        /// Why it could not be made; none = here it is.
+        refusal: Option<String>,
+    },
     /// Either.
     Event(Event),
 }
@@ -339,23 +355,7 @@ impl Control {
         descriptors: &[BorrowedFd<'_>],
         flags: SendFlags,
     ) -> Result<(), ControlError> {
-        let bytes = encode(message);
-        if bytes.len() > CONTROL_MESSAGE_BYTES_MAX || descriptors.len() > CONTROL_DESCRIPTORS_MAX {
-            return Err(ControlError::TooLong(bytes.len()));
-        }
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(CONTROL_DESCRIPTORS_MAX))];
-        let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        if !descriptors.is_empty() {
-            ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
-        }
-        loop {
-            match sendmsg(&self.socket, &[IoSlice::new(&bytes)], &mut ancillary, flags) {
-                Ok(_) => return Ok(()),
-                Err(rustix::io::Errno::INTR) => {}
-                Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => return Err(ControlError::Closed),
-                Err(error) => return Err(io::Error::from(error).into()),
-            }
-        }
+        send_packet(self.socket.as_fd(), &encode(message), descriptors, flags)
     }
 
     /// Takes the next message; `None` when there is none yet. Never blocks.
@@ -378,34 +378,66 @@ impl Control {
     }
 
     fn receive_with(&self, flags: RecvFlags) -> Result<(Message, Descriptors), ControlError> {
-        let mut bytes = vec![0_u8; CONTROL_MESSAGE_BYTES_MAX];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(CONTROL_DESCRIPTORS_MAX))];
-        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-        let received = loop {
-            match recvmsg(
-                &self.socket,
-                &mut [IoSliceMut::new(&mut bytes)],
-                &mut ancillary,
-                flags | RecvFlags::CMSG_CLOEXEC,
-            ) {
-                Ok(received) => break received,
-                Err(rustix::io::Errno::INTR) => {}
-                Err(rustix::io::Errno::CONNRESET) => return Err(ControlError::Closed),
-                Err(error) => return Err(io::Error::from(error).into()),
-            }
-        };
-        let mut descriptors = Vec::new();
-        for message in ancillary.drain() {
-            if let RecvAncillaryMessage::ScmRights(rights) = message {
-                descriptors.extend(rights);
-            }
-        }
-        if received.bytes == 0 {
-            return Err(ControlError::Closed);
-        }
-        let message = decode(bytes.get(..received.bytes).unwrap_or_default())?;
-        Ok((message, descriptors))
+        let (bytes, descriptors) = receive_packet(self.socket.as_fd(), flags)?;
+        Ok((decode(&bytes)?, descriptors))
     }
+}
+
+/// Sends one packet with descriptors on a SOCK_SEQPACKET socket. Blocks as `flags` say.
+///
+/// # Errors
+/// [`ControlError`].
+pub fn send_packet(
+    socket: BorrowedFd<'_>,
+    bytes: &[u8],
+    descriptors: &[BorrowedFd<'_>],
+    flags: SendFlags,
+) -> Result<(), ControlError> {
+    if bytes.len() > CONTROL_MESSAGE_BYTES_MAX || descriptors.len() > CONTROL_DESCRIPTORS_MAX {
+        return Err(ControlError::TooLong(bytes.len()));
+    }
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(CONTROL_DESCRIPTORS_MAX))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() {
+        ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
+    }
+    loop {
+        match sendmsg(socket, &[IoSlice::new(bytes)], &mut ancillary, flags) {
+            Ok(_) => return Ok(()),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => return Err(ControlError::Closed),
+            Err(error) => return Err(io::Error::from(error).into()),
+        }
+    }
+}
+
+/// Receives one packet with its descriptors, close-on-exec. Blocks as `flags` say.
+///
+/// # Errors
+/// [`ControlError`].
+pub fn receive_packet(socket: BorrowedFd<'_>, flags: RecvFlags) -> Result<(Vec<u8>, Descriptors), ControlError> {
+    let mut bytes = vec![0_u8; CONTROL_MESSAGE_BYTES_MAX];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(CONTROL_DESCRIPTORS_MAX))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let received = loop {
+        match recvmsg(socket, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, flags | RecvFlags::CMSG_CLOEXEC) {
+            Ok(received) => break received,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(rustix::io::Errno::CONNRESET) => return Err(ControlError::Closed),
+            Err(error) => return Err(io::Error::from(error).into()),
+        }
+    };
+    let mut descriptors = Vec::new();
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            descriptors.extend(rights);
+        }
+    }
+    if received.bytes == 0 {
+        return Err(ControlError::Closed);
+    }
+    bytes.truncate(received.bytes);
+    Ok((bytes, descriptors))
 }
 
 const TYPE_HELLO: u16 = 1;
@@ -414,6 +446,7 @@ const TYPE_GRANT: u16 = 3;
 const TYPE_MAPPED: u16 = 4;
 const TYPE_READY: u16 = 5;
 const TYPE_PEER: u16 = 6;
+const TYPE_STATE_EXTENT: u16 = 7;
 const TYPE_PROGRAM_STARTED: u16 = 16;
 const TYPE_PROGRAM_ENDED: u16 = 17;
 const TYPE_PROGRAM_NOT_STARTED: u16 = 18;
@@ -423,6 +456,7 @@ const TYPE_START: u16 = 21;
 const TYPE_YIELD: u16 = 22;
 const TYPE_YIELDED: u16 = 23;
 const TYPE_STOP: u16 = 24;
+const TYPE_STATE_WANTED: u16 = 25;
 
 #[derive(Default)]
 struct Writer(Vec<u8>);
@@ -533,7 +567,7 @@ fn encode(message: &Message) -> Vec<u8> {
                 .u64(grant.generation)
                 .string(&grant.name)
                 .u32(grant.worker);
-            body.shape(&grant.shape).u64(grant.state_bytes).u64(grant.record_bytes_max);
+            body.shape(&grant.shape).u64(grant.state.extent_len_bytes(0)).u64(grant.record_bytes_max);
             body.len(grant.inputs.len());
             for input in &grant.inputs {
                 body.u64(input.ring).string(&input.from).u64(input.capacity).u64(input.large_capacity);
@@ -559,6 +593,9 @@ fn encode(message: &Message) -> Vec<u8> {
                 for (expression, main, errors) in &node.keyed {
                     body.string(expression).u32(*main).u32(*errors);
                 }
+            }
+            if grant.features & FEATURE_STATE_EXTENTS != 0 {
+                body.u64(grant.state.limit_bytes).u64(grant.state.extent_bytes).u32(grant.state_extents);
             }
             TYPE_GRANT
         }
@@ -591,6 +628,14 @@ fn encode(message: &Message) -> Vec<u8> {
         Message::Event(Event::Note { text }) => {
             body.string(text);
             TYPE_NOTE
+        }
+        Message::StateExtent { extent, refusal } => {
+            body.u32(*extent).u32(u32::from(refusal.is_some())).string(refusal.as_deref().unwrap_or_default());
+            TYPE_STATE_EXTENT
+        }
+        Message::Event(Event::StateWanted { extents }) => {
+            body.u32(*extents);
+            TYPE_STATE_WANTED
         }
         Message::Event(Event::Start { shim_is_stage }) => {
             body.u32(u32::from(*shim_is_stage));
@@ -667,6 +712,11 @@ fn decode(bytes: &[u8]) -> Result<Message, ControlError> {
             text: reader.string()?,
         }),
         TYPE_NOTE => Message::Event(Event::Note { text: reader.string()? }),
+        TYPE_STATE_EXTENT => {
+            let (extent, is_refused, reason) = (reader.u32()?, reader.flag()?, reader.string()?);
+            Message::StateExtent { extent, refusal: is_refused.then_some(reason) }
+        }
+        TYPE_STATE_WANTED => Message::Event(Event::StateWanted { extents: reader.u32()? }),
         TYPE_START => Message::Event(Event::Start { shim_is_stage: reader.flag()? }),
         TYPE_YIELD => Message::Event(Event::Yield),
         TYPE_YIELDED => Message::Event(Event::Yielded { given_up: reader.flag()?, taken_bytes: reader.u64()? }),
@@ -679,15 +729,17 @@ fn decode(bytes: &[u8]) -> Result<Message, ControlError> {
 fn decode_grant(reader: &mut Reader<'_>) -> Result<Grant, ControlError> {
     let version = reader.u16()?;
     reader.u16()?;
-    let grant = Grant {
+    let features = reader.u64()?;
+    let mut grant = Grant {
         version,
-        features: reader.u64()?,
+        features,
         stage: reader.u64()?,
         generation: reader.u64()?,
         name: reader.string()?,
         worker: reader.u32()?,
         shape: reader.shape()?,
-        state_bytes: reader.u64()?,
+        state: one_extent(reader.u64()?),
+        state_extents: 0,
         record_bytes_max: reader.u64()?,
         inputs: reader.list(28, |reader| {
             Ok(GrantInput {
@@ -719,13 +771,28 @@ fn decode_grant(reader: &mut Reader<'_>) -> Result<Grant, ControlError> {
             })?,
         },
     };
+    grant.state_extents = u32::from(grant.state.limit_bytes > 0);
+    if features & FEATURE_STATE_EXTENTS != 0 {
+        grant.state = StateShape { limit_bytes: reader.u64()?, extent_bytes: reader.u64()? };
+        grant.state_extents = reader.u32()?;
+    }
     check_grant(&grant)?;
     Ok(grant)
+}
+
+/// A state of one segment, as an agent grants it that knows no extents.
+fn one_extent(len_bytes: u64) -> StateShape {
+    StateShape { limit_bytes: len_bytes, extent_bytes: len_bytes.checked_next_power_of_two().unwrap_or(0) }
 }
 
 /// Every index in a grant is in range, so that who uses it need not ask again.
 fn check_grant(grant: &Grant) -> Result<(), ControlError> {
     let nodes = &grant.routes.nodes;
+    let has_extents = u64::from(grant.state_extents) <= grant.state.extents_max()
+        && (grant.state_extents > 0) == (grant.state.extents_max() > 0);
+    if !grant.state.is_possible() || !has_extents {
+        return Err(ControlError::Malformed("a grant of keyed state that cannot be"));
+    }
     let fits = grant.inputs.len() <= grant.shape.inputs as usize
         && grant.outputs.len() <= grant.shape.outputs as usize
         && nodes.len() >= 2
@@ -756,13 +823,14 @@ mod tests {
         let node = |name: &str| RouteNode { name: name.into(), ..RouteNode::default() };
         Grant {
             version: 1,
-            features: 0,
+            features: FEATURE_STATE_EXTENTS,
             stage: 7,
             generation: 3,
             name: "pardo-2".into(),
             worker: 1,
             shape: PageShape::default(),
-            state_bytes: 4096,
+            state: StateShape { limit_bytes: 3 << 20, extent_bytes: 1 << 20 },
+            state_extents: 2,
             record_bytes_max: 1 << 24,
             inputs: vec![GrantInput { ring: 1, from: "a".into(), capacity: 4096, large_capacity: 4096 }],
             outputs: vec![GrantOutput { ring: 2, capacity: 4096, large_capacity: 4096, free: 64 }; 2],
@@ -812,6 +880,9 @@ mod tests {
             Message::Event(Event::Program(ProgramEvent::NotStarted { text: "no such file".into() })),
             Message::Event(Event::Violation { is_producer: false, index: 3, generation: 2, text: "tail".into() }),
             Message::Event(Event::Note { text: "hint".into() }),
+            Message::StateExtent { extent: 3, refusal: None },
+            Message::StateExtent { extent: 4, refusal: Some("too many open files".into()) },
+            Message::Event(Event::StateWanted { extents: 3 }),
             Message::Event(Event::Start { shim_is_stage: true }),
             Message::Event(Event::Yield),
             Message::Event(Event::Yielded { given_up: true, taken_bytes: 0 }),
@@ -839,7 +910,11 @@ mod tests {
 
     #[test]
     fn a_grant_with_an_index_out_of_range_is_refused() {
-        let spoil: [fn(&mut Grant); 5] = [
+        let spoil: [fn(&mut Grant); 9] = [
+            |grant| grant.state_extents = 4,
+            |grant| grant.state_extents = 0,
+            |grant| grant.state.extent_bytes = 3,
+            |grant| grant.state.limit_bytes = u64::MAX,
             |grant| grant.routes.nodes[0].edges[0].rings[0] = 9,
             |grant| grant.routes.nodes[0].edges[0].owners[0] = 2,
             |grant| grant.routes.nodes[0].keyed[0].1 = 0,
@@ -851,6 +926,23 @@ mod tests {
             spoil(&mut bad);
             assert!(decode(&encode(&Message::Grant(Box::new(bad)))).is_err());
         }
+    }
+
+    /// What an agent and a library of version 1.0 say and understand: one segment of state, its length where it always was.
+    #[test]
+    fn a_grant_without_the_feature_has_one_extent_in_the_old_words() {
+        let mut old = grant();
+        old.features = 0;
+        let bytes = encode(&Message::Grant(Box::new(old.clone())));
+        let mut new = old.clone();
+        new.features = FEATURE_STATE_EXTENTS;
+        assert_eq!(encode(&Message::Grant(Box::new(new))).len(), bytes.len() + 20, "only that is behind it");
+        let Message::Grant(read) = decode(&bytes).unwrap() else { panic!("a grant") };
+        assert_eq!(read.state, StateShape { limit_bytes: 1 << 20, extent_bytes: 1 << 20 });
+        assert_eq!((read.state_extents, &read.routes), (1, &old.routes));
+        // An agent of 1.0 granted 256 MiB at once.
+        assert!(one_extent(256 << 20).is_possible() && one_extent(256 << 20).extents_max() == 1);
+        assert!(one_extent(0).is_possible() && !one_extent(u64::MAX).is_possible());
     }
 
     #[test]

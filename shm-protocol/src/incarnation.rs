@@ -4,7 +4,7 @@
 //! and a forked child of the dead process may still hold the old mapping. Generation g+1 goes on with the epoch and the
 //! positions of g; unread bytes are copied to the same positions, so a reader simply switches at its head.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::bell::Bell;
 use crate::commit::{CommitError, CommitPage, CommitPageReader, PageShape, Slot, StageState};
@@ -13,7 +13,8 @@ use crate::memory::{Access, Mapping, RingMapping};
 use crate::ring::{RingViolation, copy_unread};
 use crate::segment::{Kind, Segment, SegmentError};
 use crate::session::{SessionPage, session_len_bytes};
-use crate::version;
+use crate::state::StateShape;
+use crate::version::{FEATURE_STATE_EXTENTS, FEATURES_INCOMPATIBLE};
 
 /// What stays the same for all incarnations of a stage.
 #[derive(Clone, Debug)]
@@ -26,8 +27,10 @@ pub struct StageSpec {
     pub worker: u32,
     /// Shape of its commit page.
     pub shape: PageShape,
-    /// Length of its state segment; 0 = none.
-    pub state_bytes: u64,
+    /// How much keyed state it may have.
+    pub state: StateShape,
+    /// Whether a later agent may take the stage over while it runs: its session page then stays writable for the agent's user.
+    pub is_kept: bool,
     /// The largest payload that it may emit.
     pub record_bytes_max: u64,
     /// Its inputs.
@@ -50,6 +53,14 @@ pub enum IncarnationError {
     /// The dead stage's rings are not what a stage writes.
     #[error("the dead stage left an impossible ring: {0}")]
     Ring(#[from] RingViolation),
+    /// The stage asked for an extent of state that it may not have.
+    #[error("the state of the stage is at its limit of {extents_max} extents, {limit_bytes} bytes")]
+    StateLimit {
+        /// How many it may have.
+        extents_max: u64,
+        /// How much that is.
+        limit_bytes: u64,
+    },
     /// The kernel refused.
     #[error(transparent)]
     System(#[from] std::io::Error),
@@ -64,6 +75,21 @@ pub struct ReaderPosition {
     pub free: u64,
 }
 
+/// The descriptors of an incarnation that outlived its agent.
+#[derive(Debug)]
+pub struct KeptDescriptors {
+    /// The commit page.
+    pub commit: OwnedFd,
+    /// The session page.
+    pub session: OwnedFd,
+    /// The bell.
+    pub bell: OwnedFd,
+    /// The extents of keyed state, in order.
+    pub state: Vec<OwnedFd>,
+    /// The data segments, in order.
+    pub outputs: Vec<OwnedFd>,
+}
+
 /// The agent's side of one incarnation.
 #[derive(Debug)]
 pub struct Incarnation {
@@ -72,10 +98,12 @@ pub struct Incarnation {
     commit: Segment,
     reader: CommitPageReader<Mapping>,
     session_segment: Segment,
+    /// What the stage is given of it.
+    session_descriptor: OwnedFd,
     session: SessionPage<Mapping>,
     bell: Bell,
     outputs: Vec<Segment>,
-    state: Option<Segment>,
+    state: Vec<Segment>,
     free: Vec<u64>,
 }
 
@@ -116,14 +144,21 @@ impl Incarnation {
         CommitPage::create(commit.map(Access::Writable)?, shape, slot);
         let session_segment = Segment::create(Kind::Session, session_len_bytes(&shape) as u64, owner, generation)?;
         let session = SessionPage::new(session_segment.map(Access::Writable)?, shape);
-        // Written by the agent only, and the agent has its mapping: no further one for writing, ever.
-        session_segment.seal()?;
-        let state = match before.and_then(|before| before.state.as_ref()) {
-            Some(state) => Some(state.duplicate()?),
-            // Its successor must be able to write it: no FUTURE_WRITE.
-            None if spec.state_bytes > 0 => Some(Segment::create(Kind::State, spec.state_bytes, owner, generation)?),
-            None => None,
+        let session_descriptor = if spec.is_kept {
+            session_segment.read_only()?
+        } else {
+            // Written by the agent only, and the agent has its mapping: no further one for writing, ever.
+            session_segment.seal()?;
+            session_segment.descriptor().try_clone_to_owned()?
         };
+        // Its successor must be able to write it: no FUTURE_WRITE.
+        let mut state = Vec::with_capacity(1);
+        for extent in before.map_or(&[][..], |before| &before.state) {
+            state.push(extent.duplicate()?);
+        }
+        if state.is_empty() && spec.state.extents_max() > 0 {
+            state.push(Segment::create_state(owner, generation, 0, spec.state.extent_len_bytes(0))?);
+        }
         let reader = CommitPageReader::new(commit.map(Access::ReadOnly)?, shape);
         Ok(Self {
             generation,
@@ -131,12 +166,78 @@ impl Incarnation {
             commit,
             reader,
             session_segment,
+            session_descriptor,
             session,
             bell: Bell::new()?,
             outputs,
             state,
             free,
         })
+    }
+
+    /// Takes an incarnation over from a dead agent: the descriptors are those that [`Incarnation::kept`] named. Which of them
+    /// are what they should be, the caller has looked up in its journal.
+    ///
+    /// # Errors
+    /// [`IncarnationError`] when one is missing or is no such segment.
+    pub fn adopt(spec: &StageSpec, generation: u64, kept: KeptDescriptors) -> Result<Self, IncarnationError> {
+        let shape = spec.shape;
+        let commit = Segment::adopt(kept.commit, Kind::Commit)?;
+        let session_segment = Segment::adopt(kept.session, Kind::Session)?;
+        for (segment, expected) in [(&commit, shape.len_bytes()), (&session_segment, session_len_bytes(&shape))] {
+            let (found, expected) = (segment.len_bytes(), expected as u64);
+            if found < expected {
+                return Err(SegmentError::TooShort { found, expected }.into());
+            }
+        }
+        let session = SessionPage::resume(session_segment.map(Access::Writable)?, shape);
+        let reader = CommitPageReader::new(commit.map(Access::ReadOnly)?, shape);
+        let mut outputs = Vec::with_capacity(kept.outputs.len());
+        for output in kept.outputs {
+            outputs.push(Segment::adopt(output, Kind::Data)?);
+        }
+        let mut state = Vec::with_capacity(kept.state.len());
+        for extent in kept.state {
+            state.push(Segment::adopt(extent, Kind::State)?);
+        }
+        let session_descriptor = session_segment.read_only()?;
+        Ok(Self {
+            generation,
+            shape,
+            reader,
+            // Only a grant says it, and this one was granted long ago.
+            free: vec![0; outputs.len()],
+            commit,
+            session_segment,
+            session_descriptor,
+            session,
+            bell: Bell::adopt(kept.bell),
+            outputs,
+            state,
+        })
+    }
+
+    /// What somebody has to keep so that a later agent can take this incarnation over: names and descriptors.
+    #[must_use]
+    pub fn kept(&self) -> Vec<(String, BorrowedFd<'_>)> {
+        let mut kept = vec![
+            ("commit".to_owned(), self.commit.descriptor()),
+            ("session".to_owned(), self.session_segment.descriptor()),
+            ("bell".to_owned(), self.bell.descriptor()),
+        ];
+        let extents = self.state.iter().enumerate();
+        kept.extend(extents.map(|(index, extent)| (format!("state-{index}"), extent.descriptor())));
+        let outputs = self.outputs.iter().enumerate();
+        kept.extend(outputs.map(|(index, output)| (format!("output-{index}"), output.descriptor())));
+        kept
+    }
+
+    /// Whether the stage has mapped its segments, so that nobody else can write them.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn is_sealed(&self) -> Result<bool, IncarnationError> {
+        Ok(self.commit.is_sealed()?)
     }
 
     /// Which incarnation this is.
@@ -162,23 +263,60 @@ impl Incarnation {
         self.bell.ring();
     }
 
-    /// The grant, and the descriptors that go with it.
+    /// Extents of keyed state that there are.
     #[must_use]
-    pub fn grant(&self, spec: &StageSpec, protocol_version: u16) -> (Grant, Vec<BorrowedFd<'_>>) {
-        let mut descriptors = vec![self.commit.descriptor(), self.session_segment.descriptor(), self.bell.descriptor()];
-        descriptors.extend(self.state.as_ref().map(Segment::descriptor));
+    pub fn state_extents(&self) -> usize {
+        self.state.len()
+    }
+
+    /// The descriptor of an extent of keyed state.
+    #[must_use]
+    pub fn state_extent(&self, extent: u32) -> Option<BorrowedFd<'_>> {
+        self.state.get(extent as usize).map(Segment::descriptor)
+    }
+
+    /// Makes the next extent of keyed state, within the limit; its successors get it too. The number and the descriptor.
+    ///
+    /// # Errors
+    /// [`IncarnationError::StateLimit`], and what the kernel says.
+    pub fn grow_state(&mut self, spec: &StageSpec) -> Result<(u32, BorrowedFd<'_>), IncarnationError> {
+        let extent = u32::try_from(self.state.len()).unwrap_or(u32::MAX);
+        let len_bytes = spec.state.extent_len_bytes(u64::from(extent));
+        if len_bytes == 0 {
+            let StateShape { limit_bytes, .. } = spec.state;
+            return Err(IncarnationError::StateLimit { extents_max: spec.state.extents_max(), limit_bytes });
+        }
+        self.state.push(Segment::create_state(spec.stage, self.generation, extent, len_bytes)?);
+        let made = self.state.last().map(Segment::descriptor);
+        Ok((extent, made.ok_or(std::io::Error::from(std::io::ErrorKind::NotFound))?))
+    }
+
+    /// Whether a client that knows these features can be granted the stage: its state may have grown beyond what it knows.
+    #[must_use]
+    pub fn can_be_granted_to(&self, features: u64) -> bool {
+        self.state.len() <= 1 || features & FEATURE_STATE_EXTENTS != 0
+    }
+
+    /// The grant to a client that knows `features`, and the descriptors that go with it. Ask
+    /// [`Incarnation::can_be_granted_to`] first.
+    #[must_use]
+    pub fn grant(&self, spec: &StageSpec, protocol_version: u16, features: u64) -> (Grant, Vec<BorrowedFd<'_>>) {
+        let features = features & FEATURES_INCOMPATIBLE;
+        let mut descriptors = vec![self.commit.descriptor(), self.session_descriptor.as_fd(), self.bell.descriptor()];
+        descriptors.extend(self.state.iter().map(Segment::descriptor));
         descriptors.extend(self.outputs.iter().map(Segment::descriptor));
         let outputs =
             spec.outputs.iter().zip(&self.free).map(|(output, free)| GrantOutput { free: *free, ..output.clone() });
         let grant = Grant {
             version: protocol_version,
-            features: version::FEATURES_INCOMPATIBLE,
+            features,
             stage: spec.stage,
             generation: self.generation,
             name: spec.name.clone(),
             worker: spec.worker,
             shape: self.shape,
-            state_bytes: self.state.as_ref().map_or(0, Segment::len_bytes),
+            state: spec.state,
+            state_extents: u32::try_from(self.state.len()).unwrap_or(u32::MAX),
             record_bytes_max: spec.record_bytes_max,
             inputs: spec.inputs.clone(),
             outputs: outputs.collect(),

@@ -32,7 +32,7 @@ pub mod header {
     pub const GENERATION: usize = 56;
     /// u64: the stage that owns it.
     pub const OWNER: usize = 64;
-    /// u64: the ring (data segments), else 0.
+    /// u64: the ring (data segments), the number of the extent (state), else 0.
     pub const RING: usize = 72;
     /// u64: capacity of the ring (data segments).
     pub const RING_CAPACITY: usize = 80;
@@ -83,6 +83,12 @@ pub mod commit {
     pub const STATISTICS_UNDONE: usize = STATISTICS + 24;
     /// Monotonic time in ns since when the oldest of these is unfinished; 0 = none.
     pub const STATISTICS_UNDONE_SINCE: usize = STATISTICS + 32;
+    /// Keys with a value in the keyed state.
+    pub const STATISTICS_STATE_KEYS: usize = STATISTICS + 64;
+    /// Bytes of its blocks that hold something; those that are free for reuse are not among them.
+    pub const STATISTICS_STATE_BYTES: usize = STATISTICS + 72;
+    /// Puts and deletes that found it full.
+    pub const STATISTICS_STATE_FULL: usize = STATISTICS + 80;
     /// Where the mirrors begin.
     pub const MIRRORS: usize = 4096;
     /// Distance of two mirrors.
@@ -111,7 +117,7 @@ pub mod slot {
     pub const ATTEMPTS: usize = 40;
     /// u64: number of state extents.
     pub const STATE_EXTENTS: usize = 48;
-    /// u64: bytes of state in use, behind which nothing was written.
+    /// u64: bytes of state that were ever in use, all extents together.
     pub const STATE_USED: usize = 56;
     /// u64: monotonic time of this commit in ns.
     pub const COMMITTED_AT: usize = 64;
@@ -243,7 +249,7 @@ pub mod record {
     pub const FLAG_RESERVED: u32 = 128;
 }
 
-/// Keyed state: blocks in a row.
+/// Keyed state: extents of blocks in a row.
 pub mod state {
     /// Where the first block begins in an extent.
     pub const BLOCKS_OFFSET: usize = 4096;
@@ -270,7 +276,7 @@ pub mod state {
 }
 
 const _: () = assert!(batch::HEADER_LEN as u64 == BATCH_ALIGN);
-const _: () = assert!(commit::STATISTICS_UNDONE_SINCE + 8 <= commit::MIRRORS);
+const _: () = assert!(commit::STATISTICS_STATE_FULL + 8 <= commit::MIRRORS);
 const _: () = assert!(header::LARGE_CAPACITY + 8 <= header::LEN);
 
 #[cfg(test)]

@@ -35,10 +35,10 @@ pub use clock::{monotonic_ns, realtime_ns};
 pub use commit::{CommitError, CommitPage, CommitPageReader, InputSlot, OutputSlot, PageShape, Slot, StageState};
 pub use control::{
     Control, ControlError, Descriptors, Event, Grant, GrantInput, GrantOutput, Hello, Message, Peer, ProgramEvent,
-    RefusalCode, Role, RouteEdge, RouteNode, Routes,
+    RefusalCode, Role, RouteEdge, RouteNode, Routes, receive_packet, send_packet,
 };
 pub use histogram::{BUCKETS, Histogram, HistogramView, bucket_of, bucket_upper_ns};
-pub use incarnation::{Incarnation, IncarnationError, ReaderPosition, StageSpec};
+pub use incarnation::{Incarnation, IncarnationError, KeptDescriptors, ReaderPosition, StageSpec};
 pub use key::{KEY_GROUPS, hash_key, key_group};
 pub use memory::{Access, Bytes, Mapping, RingMapping, Words};
 pub use record::{
@@ -48,4 +48,4 @@ pub use record::{
 pub use ring::{Consumer, EmitError, Producer, ReadPosition, RingViolation, Savepoint, Way, copy_unread};
 pub use segment::{Kind, Segment, SegmentError};
 pub use session::{SessionPage, SessionReader, session_len_bytes};
-pub use state::{KeyedState, StateError, StateSummary};
+pub use state::{ExtentBytes, KeyedState, StateCursor, StateError, StateShape, StateSummary};

@@ -1,7 +1,11 @@
 //! Every bound of the protocol, each with the reason for its number.
 
-/// The largest payload of one record: what a line of a ParDo may be, 16 MiB.
-pub const RECORD_PAYLOAD_BYTES_MAX: usize = 16 << 20;
+/// The largest payload of one record: a picture, a model, a chunk of a log. It goes by descriptor and is not copied by a hop.
+pub const RECORD_PAYLOAD_BYTES_MAX: usize = 64 << 20;
+/// What readers took that did not know [`crate::version::FEATURE_LARGE_RECORDS`].
+pub const RECORD_PAYLOAD_BYTES_MAX_BEFORE: usize = 16 << 20;
+/// The largest value of keyed state: it is copied, and a commit waits for it.
+pub const STATE_VALUE_BYTES_MAX: usize = 16 << 20;
 /// The largest key: keys are for routing, and travel with every record.
 pub const KEY_BYTES_MAX: usize = 64 << 10;
 /// The largest attribute list of a record: trace context and user headers.
@@ -17,7 +21,8 @@ pub const RING_CAPACITY_BYTES_MIN: u64 = 4096;
 /// The largest ring.
 pub const RING_CAPACITY_BYTES_MAX: u64 = 1 << 30;
 /// Room for large records beside a ring: sparse, so it costs nothing until a record needs it; holds three of the largest.
-pub const LARGE_CAPACITY_BYTES: u64 = 64 << 20;
+/// While one at a time is on its way, the same pages are used again and again.
+pub const LARGE_CAPACITY_BYTES: u64 = 256 << 20;
 /// A record with a longer body than this share of the ring goes by descriptor.
 pub const LARGE_RECORD_RING_SHARE: u64 = 4;
 
@@ -53,22 +58,44 @@ pub const COUNTERS_MAX: u32 = 64;
 /// The opaque area of a slot: what a sink remembers of its file.
 pub const OPAQUE_BYTES_MAX: u32 = 1024;
 
-/// State of one stage: sparse, so unused room costs nothing.
-pub const STATE_BYTES_MAX: u64 = 256 << 20;
+/// State of one stage unless the pipeline says otherwise: 10 million keys of 16 bytes with values of 8 take 640 MB. Extents are
+/// sparse and made when they are needed, so unused room costs nothing.
+pub const STATE_BYTES: u64 = 1 << 30;
+/// The least state that may be asked for.
+pub const STATE_BYTES_MIN: u64 = 64 << 10;
+/// The most state of one stage: blocks are numbered in 30 bits, in units of 64 bytes.
+pub const STATE_BYTES_MAX: u64 = 64 << 30;
+/// State grows by this much at a time: page by page it is the kernel's work anyway, and an extent costs the agent one message,
+/// a descriptor, and the stage one mmap. Four of the largest values fit.
+pub const STATE_EXTENT_BYTES: u64 = 64 << 20;
+/// Extents of one stage. All their descriptors go with one grant, beside those of 64 outputs; more state has larger extents.
+pub const STATE_EXTENTS_MAX: u32 = 64;
+/// Of a state at its limit this share is kept for deletes, which need a block until they are committed ...
+pub const STATE_DELETES_SHARE: u64 = 64;
+/// ... and at most this much: more tombstones than that are not in one commit.
+pub const STATE_DELETES_BYTES_MAX: u64 = 1 << 20;
+/// Keys that one batch of an iteration shows at most, so that the C library's own list stays small.
+pub const STATE_BATCH_ENTRIES_MAX: usize = 4096;
+/// An iteration's batch ends with the entry that makes it this long.
+pub const STATE_BATCH_BYTES: usize = 1 << 20;
+/// A stage whose agent could not give it an extent asks again after this time, when it still needs one: what was missing
+/// (descriptors, memory) does not come back within milliseconds.
+pub const STATE_ASK_AGAIN_NS: u64 = 1_000_000_000;
 
 /// Records that a stage may hold without having finished them.
 pub const UNDONE_RECORDS_MAX: usize = 1 << 20;
 
-/// How long a sleeper sleeps before it looks again by itself. A lost or stolen wake-up costs at most this much;
-/// four looks a second cost nothing that can be measured.
-pub const SLEEP_NS_MAX: u64 = 250_000_000;
+/// How long a sleeper sleeps before it looks again by itself. A lost or stolen wake-up costs at most this much. On a busy
+/// virtual machine one wake-up of an idle processor was accounted at up to 1 ms, so four looks a second of each of six
+/// threads took 2.6% of a core; one look takes 0.6%.
+pub const SLEEP_NS_MAX: u64 = 1_000_000_000;
 /// The longest spin before a sleep. A wake costs 17-22 us on the measured machines (notes/shm.md, 1).
 pub const SPIN_NS_MAX: u64 = 20_000;
 
 /// One message on the control socket, without its descriptors.
 pub const CONTROL_MESSAGE_BYTES_MAX: usize = 128 << 10;
-/// Descriptors in one message: the kernel's SCM_MAX_FD is 253.
-pub const CONTROL_DESCRIPTORS_MAX: usize = 80;
+/// Descriptors in one message: pages, bell, 64 outputs and 64 extents of state. The kernel's SCM_MAX_FD is 253.
+pub const CONTROL_DESCRIPTORS_MAX: usize = 144;
 /// How often a slot is read again while its stage goes on committing.
 pub const SLOT_READ_TRIES: u32 = 64;
 /// Nodes in the routing table of one stage.
@@ -77,3 +104,6 @@ pub const ROUTE_NODES_MAX: usize = 1024;
 const _: () = assert!(RING_CAPACITY_BYTES.is_power_of_two() && LARGE_CAPACITY_BYTES.is_power_of_two());
 const _: () =
     assert!(LARGE_CAPACITY_BYTES >= 3 * (RECORD_PAYLOAD_BYTES_MAX + KEY_BYTES_MAX + ATTRIBUTES_BYTES_MAX) as u64);
+const _: () = assert!(3 + OUTPUTS_MAX as usize + STATE_EXTENTS_MAX as usize <= CONTROL_DESCRIPTORS_MAX);
+const _: () = assert!(STATE_BYTES_MAX / STATE_EXTENTS_MAX as u64 / 64 * STATE_EXTENTS_MAX as u64 <= 1 << 30);
+const _: () = assert!(STATE_EXTENT_BYTES >= 2 * (STATE_VALUE_BYTES_MAX + KEY_BYTES_MAX) as u64);

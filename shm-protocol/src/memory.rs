@@ -122,6 +122,7 @@ impl Mapping {
         self.base.as_ptr()
     }
 
+    #[inline]
     fn word(&self, offset: usize) -> &AtomicU64 {
         assert!(
             offset.is_multiple_of(8) && offset + 8 <= self.len_bytes,

@@ -44,6 +44,8 @@ pub(crate) struct Chooser {
     /// ... and of the other one.
     other_cost: u64,
     next_trial_ns: u64,
+    /// What a batch took lately.
+    mean_ns: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,6 +84,7 @@ impl Chooser {
             chosen_cost: 0,
             other_cost: 0,
             next_trial_ns: 0,
+            mean_ns: 0,
         }
     }
 
@@ -119,8 +122,11 @@ impl Chooser {
         if first {
             return;
         }
-        let mean_ns = self.stretch.time_ns / self.stretch.batches.max(1);
-        if self.stretch.batches > 0 && since_ns > PAUSE_NS_MIN.max(mean_ns * PAUSE_FACTOR) {
+        // The first batch of a stretch is compared with the stretch before it.
+        if let Some(mean_ns) = self.stretch.time_ns.checked_div(self.stretch.batches) {
+            self.mean_ns = mean_ns;
+        }
+        if since_ns > PAUSE_NS_MIN.max(self.mean_ns * PAUSE_FACTOR) {
             // A processor that was taken away, or a program that did something else: this batch says nothing.
             return;
         }

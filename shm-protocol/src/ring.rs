@@ -128,6 +128,8 @@ pub struct Producer<B> {
     large_free: u64,
     large_published: u64,
     claim: Option<Claim>,
+    /// A part of the room for large records in which somebody writes a payload that is not emitted yet: begin and end.
+    reserved: Option<(u64, u64)>,
     /// `cursor` may not go beyond it before the reader frees more.
     room_end: u64,
     /// The longest payload of a record that lies in the ring, whatever else the record carries.
@@ -211,6 +213,7 @@ impl<B: Bytes> Producer<B> {
             large_free,
             large_published,
             claim: None,
+            reserved: None,
         };
         producer.open_batch(0, large_published);
         Ok(producer)
@@ -565,18 +568,23 @@ impl<B: Bytes> Producer<B> {
             let limit_bytes = usize::try_from(self.bytes.large_capacity()).unwrap_or(usize::MAX);
             return Err(EmitError::TooLarge { part: "payload for this ring", len_bytes: payload_len, limit_bytes });
         }
-        let large_end = self.cursor.large_cursor + if large { large_len(payload_len) } else { 0 };
+        let large_begin = if large { self.next_large() } else { self.cursor.large_cursor };
+        let large_end = large_begin + if large { large_len(payload_len) } else { 0 };
+        let large_free = if large { self.large_free_at(large_begin) } else { self.large_free };
         let done = *self.done();
         let pending = self.cursor.cursor - done.cursor;
         if pending + need + SLACK_BYTES + BATCH_ALIGN > capacity
-            || large_end - done.large_cursor > self.bytes.large_capacity()
+            || (large && large_end - done.large_cursor.max(large_free) > self.bytes.large_capacity())
         {
             return Err(EmitError::BatchFull);
         }
         if self.cursor.cursor + need + SLACK_BYTES > self.free + capacity
-            || large_end - self.large_free > self.bytes.large_capacity()
+            || (large && large_end - large_free > self.bytes.large_capacity())
         {
             return Err(EmitError::Full);
+        }
+        if large {
+            self.large_free = large_free;
         }
 
         let position = self.cursor.cursor;
@@ -595,7 +603,7 @@ impl<B: Bytes> Producer<B> {
         if large {
             head.set_large();
         }
-        let payload_position = if large { self.cursor.large_cursor } else { at };
+        let payload_position = if large { large_begin } else { at };
         self.claim = Some(Claim {
             payload_position,
             large,
@@ -638,9 +646,89 @@ impl<B: Bytes> Producer<B> {
             self.cursor.data_bytes += payload_len as u64;
         }
         if claim.large {
-            self.cursor.large_cursor += large_len(payload_len);
+            self.cursor.large_cursor = claim.payload_position + large_len(payload_len);
             self.cursor.large_count += 1;
             self.large.push_back((self.cursor.cursor, self.cursor.large_cursor));
+        }
+    }
+
+    /// Where the next large payload begins: behind the last one and behind what is reserved; where nothing is on its way, at
+    /// the begin of the room, so that one record at a time always uses the same pages.
+    fn next_large(&self) -> u64 {
+        let begin = self.cursor.large_cursor.max(self.reserved.map_or(0, |(_, end)| end));
+        if self.large.is_empty() && self.reserved.is_none() {
+            begin.next_multiple_of(self.bytes.large_capacity())
+        } else {
+            begin
+        }
+    }
+
+    /// Below this the room is free, if the next payload begins at `large_begin`: all of it before, when nothing is on its way.
+    fn large_free_at(&self, large_begin: u64) -> u64 {
+        match (self.large.front(), self.reserved) {
+            (None, None) => large_begin,
+            (None, Some((begin, _))) => self.large_free.max(begin.min(large_begin)),
+            (Some(_), _) => self.large_free,
+        }
+    }
+
+    /// Keeps room for a payload that somebody writes in place: its position in the room for large records. `None`: it is not
+    /// so long that it goes there, or another one is reserved; then it is copied when it is emitted.
+    ///
+    /// # Errors
+    /// [`EmitError::Full`] and [`EmitError::TooLarge`].
+    pub fn reserve_large(&mut self, payload_len: usize) -> Result<Option<u64>, EmitError> {
+        if payload_len > RECORD_PAYLOAD_BYTES_MAX || large_len(payload_len) > self.bytes.large_capacity() {
+            let limit_bytes =
+                RECORD_PAYLOAD_BYTES_MAX.min(usize::try_from(self.bytes.large_capacity()).unwrap_or(usize::MAX));
+            return Err(EmitError::TooLarge { part: "payload", len_bytes: payload_len, limit_bytes });
+        }
+        if payload_len <= self.plain_len_max || self.reserved.is_some() {
+            return Ok(None);
+        }
+        let begin = self.next_large();
+        let end = begin + large_len(payload_len);
+        if end - self.large_free_at(begin) > self.bytes.large_capacity() {
+            return Err(EmitError::Full);
+        }
+        self.large_free = self.large_free_at(begin);
+        self.reserved = Some((begin, end));
+        Ok(Some(begin))
+    }
+
+    /// Gives what was reserved back.
+    pub fn release_large(&mut self) {
+        self.reserved = None;
+    }
+
+    /// Emits the first `payload_len` bytes of what was reserved. `false`: another large record was emitted meanwhile, so that
+    /// this one must be copied behind it; nothing was changed then.
+    ///
+    /// # Errors
+    /// [`EmitError`]; nothing was changed then.
+    pub fn emit_reserved(&mut self, fields: &RecordFields<'_>, payload_len: usize) -> Result<bool, EmitError> {
+        let Some((begin, end)) = self.reserved else { return Ok(false) };
+        let is_large = payload_len > self.plain_len_max && large_len(payload_len) <= end - begin;
+        if !is_large || self.cursor.large_cursor > begin {
+            return Ok(false);
+        }
+        self.begin_pending();
+        // Taken for the next payload's place, which is just where it is.
+        self.reserved = None;
+        let before = (self.cursor.large_cursor, self.large_free);
+        self.cursor.large_cursor = begin;
+        let claimed = self.make_room(fields, payload_len);
+        match (&claimed, self.claim) {
+            (Ok(_), Some(Claim { large: true, payload_position, .. })) if payload_position == begin => {
+                self.commit_claim(payload_len);
+                Ok(true)
+            }
+            _ => {
+                self.claim = None;
+                self.reserved = Some((begin, end));
+                (self.cursor.large_cursor, self.large_free) = before;
+                claimed.map(|_| false)
+            }
         }
     }
 

@@ -11,7 +11,8 @@ use crate::layout::{DATA_OFFSET, header};
 use crate::limits::{RING_CAPACITY_BYTES_MAX, RING_CAPACITY_BYTES_MIN};
 use crate::memory::{Access, Mapping, RingMapping};
 use crate::version::{
-    FEATURES_COMPATIBLE, FEATURES_INCOMPATIBLE, FEATURES_READ_ONLY_COMPATIBLE, LAYOUT_MAJOR, LAYOUT_MINOR,
+    FEATURE_STATE_EXTENTS, FEATURES_COMPATIBLE, FEATURES_INCOMPATIBLE, FEATURES_READ_ONLY_COMPATIBLE, LAYOUT_MAJOR,
+    LAYOUT_MINOR,
 };
 
 /// What a segment holds.
@@ -118,7 +119,7 @@ impl Segment {
             (header::MAGIC, header::MAGIC_VALUE),
             (header::KIND_AND_VERSION, u64::from(kind as u32) | version),
             (header::HEADER_LEN, header::LEN as u64),
-            (header::FEATURES_INCOMPATIBLE, FEATURES_INCOMPATIBLE),
+            (header::FEATURES_INCOMPATIBLE, 0),
             (header::FEATURES_READ_ONLY_COMPATIBLE, FEATURES_READ_ONLY_COMPATIBLE),
             (header::FEATURES_COMPATIBLE, FEATURES_COMPATIBLE),
             (header::SEGMENT_LEN, len_bytes),
@@ -147,6 +148,22 @@ impl Segment {
             (header::RING_CAPACITY, capacity),
             (header::LARGE_CAPACITY, large_capacity),
         ])?;
+        Ok(segment)
+    }
+
+    /// Makes an extent of keyed state. It is sparse: unused room costs no memory.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn create_state(owner: u64, generation: u64, extent: u32, len_bytes: u64) -> Result<Self, SegmentError> {
+        let segment = Self::create(Kind::State, len_bytes, owner, generation)?;
+        if extent > 0 {
+            // Who knows only states of one segment must not take this for a whole one.
+            segment.write_words(&[
+                (header::RING, u64::from(extent)),
+                (header::FEATURES_INCOMPATIBLE, FEATURE_STATE_EXTENTS),
+            ])?;
+        }
         Ok(segment)
     }
 
@@ -196,6 +213,45 @@ impl Segment {
         // In one call: after SEAL nothing can be added.
         fcntl_add_seals(&self.descriptor, SealFlags::FUTURE_WRITE | SealFlags::SEAL).map_err(io::Error::from)?;
         Ok(())
+    }
+
+    /// A descriptor of the segment through which it can be mapped for reading only. For a segment that cannot be sealed
+    /// because a successor of its owner must write it: who has another user id than the owner cannot open it again for
+    /// writing (mode 0600).
+    ///
+    /// # Errors
+    /// What the kernel says; it needs /proc.
+    pub fn read_only(&self) -> Result<OwnedFd, SegmentError> {
+        let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&self.descriptor));
+        let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC;
+        Ok(rustix::fs::open(path, flags, Mode::empty()).map_err(io::Error::from)?)
+    }
+
+    /// Device and inode: what a journal knows a segment by.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn identity(&self) -> Result<(u64, u64), SegmentError> {
+        let found = fstat(&self.descriptor).map_err(io::Error::from)?;
+        Ok((found.st_dev, found.st_ino))
+    }
+
+    /// Whose segment it is and of which incarnation: the stage and the generation in its header. Its owner can write them, so
+    /// they are compared with what a journal says and not believed.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn owner(&self) -> Result<(u64, u64), SegmentError> {
+        Ok((self.read_word(header::OWNER)?, self.read_word(header::GENERATION)?))
+    }
+
+    /// Whether nobody can map it for writing any more.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn is_sealed(&self) -> Result<bool, SegmentError> {
+        let seals = fcntl_get_seals(&self.descriptor).map_err(io::Error::from)?;
+        Ok(seals.contains(SealFlags::FUTURE_WRITE))
     }
 
     /// Maps the whole segment as words.

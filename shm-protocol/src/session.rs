@@ -9,6 +9,9 @@ use crate::commit::PageShape;
 use crate::layout::session;
 use crate::memory::Words;
 
+/// More messages than an agent has ever sent without announcing them: it announces each right after sending it.
+const UNANNOUNCED_MAX: u64 = 16;
+
 /// Length of a session page for a shape.
 #[must_use]
 pub fn session_len_bytes(shape: &PageShape) -> usize {
@@ -36,6 +39,19 @@ impl<W: Words> SessionPage<W> {
     /// A view of a fresh page.
     pub fn new(words: W, shape: PageShape) -> Self {
         Self { words, shape, epoch: 0, attention: 0 }
+    }
+
+    /// The view of an agent that takes a page over from its predecessor, which is dead. Whatever the predecessor put on the
+    /// control socket and had no time to announce is announced now: a stage that looks for more messages than there are
+    /// finds none, which harms nobody.
+    pub fn resume(words: W, shape: PageShape) -> Self {
+        let (epoch, attention) =
+            (words.load(session::EPOCH, Ordering::Acquire), words.load(session::ATTENTION, Ordering::Acquire));
+        let attention = attention.wrapping_add(UNANNOUNCED_MAX << session::ATTENTION_COUNT_SHIFT);
+        let mut page = Self { words, shape, epoch, attention };
+        page.words.store(session::ATTENTION, attention, Ordering::Release);
+        page.publish();
+        page
     }
 
     /// Says that the producer of an input died, and how far it had published.

@@ -23,15 +23,16 @@ use crate::key::{hash_key, key_group};
 use crate::layout::{commit, session, slot};
 use crate::limits::{
     COMMIT_BYTES_MAX, COMMIT_RECORDS_MAX, ERROR_REASON_BYTES_MAX, KEY_BYTES_MAX, PUBLICATION_GAP_NS, SLEEP_NS_MAX,
-    SPIN_NS_MAX, STREAM_RECORDS_MIN, UNDONE_RECORDS_MAX,
+    SPIN_NS_MAX, STATE_ASK_AGAIN_NS, STATE_BATCH_BYTES, STATE_BATCH_ENTRIES_MAX, STREAM_RECORDS_MIN,
+    UNDONE_RECORDS_MAX,
 };
-use crate::memory::{Access, Mapping, RingMapping, Words};
+use crate::memory::{Access, Bytes, Mapping, RingMapping, Words};
 use crate::publication::Chooser;
 use crate::record::{Origin, RecordFields, RecordKind, RecordView, attributes_encode};
 use crate::ring::{Consumer, EmitError, Producer, ReadPosition, RingViolation, Savepoint, Way};
 use crate::segment::{Kind, Segment, SegmentError};
 use crate::session::{SessionReader, session_len_bytes};
-use crate::state::{KeyedState, StateError};
+use crate::state::{KeyedState, StateCursor, StateError};
 use crate::undone::{Undone, UndoneQueue};
 use crate::version;
 
@@ -39,6 +40,9 @@ use crate::version;
 pub const PROTOCOL_VERSION_MIN: u16 = 1;
 /// The newest of them.
 pub const PROTOCOL_VERSION_MAX: u16 = 1;
+
+/// What calls for state say when there is none.
+const NO_STATE: StageError = StageError::Misuse("this stage has no state");
 
 /// Index of the main output in [`Stage::emit`].
 pub const OUTPUT_MAIN: usize = 0;
@@ -118,8 +122,8 @@ pub enum OpenError {
 /// Why a call on a stage failed.
 #[derive(Debug, thiserror::Error)]
 pub enum StageError {
-    /// An output ring is full: wait, then try again.
-    #[error("an output ring is full: wait, then try again")]
+    /// An output ring is full, or the state waits for its next extent: wait, then try again.
+    #[error("an output ring is full, or the keyed state is about to grow: wait, then try again")]
     Full,
     /// What was emitted since the last done fills a ring: call done, or abort and take fewer.
     #[error("what was emitted since the last done fills a ring: call done, or abort and take fewer records")]
@@ -191,6 +195,23 @@ pub struct Received {
     pub generation: u64,
     /// The record.
     pub view: RecordView,
+}
+
+/// Room for a large payload that is written in place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InPlace {
+    ring: usize,
+    position: u64,
+    len: usize,
+}
+
+impl InPlace {
+    /// How much room it is.
+    #[must_use]
+    #[expect(clippy::len_without_is_empty, reason = "no room is never reserved")]
+    pub fn len(&self) -> usize {
+        self.len
+    }
 }
 
 /// How records get into the rings.
@@ -293,6 +314,19 @@ struct Output {
 }
 
 impl Output {
+    /// Emits what was written in place. Behind another large record it is copied: those lie in the order of their records.
+    #[cold]
+    fn emit_in_place(&mut self, fields: &RecordFields<'_>, place: &InPlace) -> Result<(), EmitError> {
+        if self.producer.emit_reserved(fields, place.len)? {
+            return Ok(());
+        }
+        let mut payload = vec![0; place.len];
+        self.producer.bytes().read_large(place.position, &mut payload);
+        self.producer.emit(fields, &payload)?;
+        self.producer.release_large();
+        Ok(())
+    }
+
     /// The reader's positions: its mirrors, or where it died if that is further.
     fn heard(&self) -> Option<(u64, u64)> {
         let neighbour = self.neighbour.as_ref()?;
@@ -358,6 +392,10 @@ pub struct Stage {
     outputs: Vec<Output>,
     router: Router,
     state: Option<KeyedState>,
+    /// A put found no room, and the next extent is on its way.
+    waits_for_state: bool,
+    /// When an extent of state was refused last; it is asked for again later.
+    state_refused_at_ns: u64,
     undone: UndoneQueue,
     undone_user_records: usize,
     undone_since_ns: u64,
@@ -384,6 +422,8 @@ pub struct Stage {
     sleeps: u64,
     spin_ns: u64,
     lane: Lane,
+    /// The payload that is being emitted lies in its ring already.
+    in_place: Option<InPlace>,
     end_argument: u64,
     key_scratch: Vec<u8>,
     changed_inputs: Vec<usize>,
@@ -448,11 +488,14 @@ impl Stage {
         let session = map_page(next()?, Kind::Session, session_len_bytes(&grant.shape), Access::ReadOnly)?;
         let session = SessionReader::new(session, grant.shape);
         let bell = Bell::adopt(next()?);
-        let state = if grant.state_bytes > 0 {
-            let segment = Segment::adopt(next()?, Kind::State)?;
-            Some(KeyedState::attach(segment.map(Access::Writable)?, page.epoch())?)
-        } else {
-            None
+        let mut extents = Vec::with_capacity(grant.state_extents as usize);
+        for extent in 0..grant.state_extents {
+            let len_bytes = grant.state.extent_len_bytes(u64::from(extent));
+            extents.push(map_page(next()?, Kind::State, usize::try_from(len_bytes).unwrap_or(0), Access::Writable)?);
+        }
+        let state = match grant.state_extents {
+            0 => None,
+            _ => Some(KeyedState::attach(extents, grant.state, page.epoch())?),
         };
         let mut outputs = Vec::with_capacity(grant.outputs.len());
         for (index, output) in grant.outputs.iter().enumerate() {
@@ -519,6 +562,8 @@ impl Stage {
             outputs,
             router,
             state,
+            waits_for_state: false,
+            state_refused_at_ns: 0,
             undone: UndoneQueue::new(),
             undone_user_records: 0,
             undone_since_ns: 0,
@@ -538,6 +583,7 @@ impl Stage {
             sleeps: 0,
             spin_ns: 0,
             lane: Lane::default(),
+            in_place: None,
             end_argument: 0,
             key_scratch: Vec::new(),
             changed_inputs: Vec::new(),
@@ -812,6 +858,7 @@ impl Stage {
         }
         if emit.finishes
             && emit.attributes.is_empty()
+            && self.in_place.is_none()
             && let Some(index) = self.emit_plain(output, emit, nth.is_none(), payload)
         {
             let is_due = self.careful || self.output_is_done(index);
@@ -969,6 +1016,7 @@ impl Stage {
         if emit.finishes
             && self.pending_outputs.is_empty()
             && self.counted.is_empty()
+            && self.in_place.is_none()
             && let Some(Some((ring, counter))) = self.router.direct.get(output).copied()
             && let Some(to) = self.outputs.get_mut(ring)
             && to.producer.emit_done(&fields, payload).is_ok()
@@ -1036,7 +1084,11 @@ impl Stage {
     fn emit_node(&mut self, node: usize, fields: &RecordFields<'_>, payload: &[u8]) -> Result<(), (EmitError, usize)> {
         if let Some(Some((ring, counter))) = self.router.direct.get(node).copied() {
             let Some(output) = self.outputs.get_mut(ring) else { return Ok(()) };
-            output.producer.emit(fields, payload).map_err(|error| (error, ring))?;
+            let emitted = match &self.in_place {
+                None => output.producer.emit(fields, payload),
+                Some(place) => output.emit_in_place(fields, place),
+            };
+            emitted.map_err(|error| (error, ring))?;
             if !output.has_pending {
                 output.has_pending = true;
                 self.pending_outputs.push(ring);
@@ -1088,6 +1140,73 @@ impl Stage {
                 self.counted.push(counter);
             }
             *count += 1;
+        }
+    }
+
+    /// Keeps room for a payload in the ring itself, so that emitting it copies nothing. `None`: copy it. That is so for what is
+    /// not large, for an output that leads to several rings or takes a key from the payload, and while another one is kept.
+    ///
+    /// # Errors
+    /// [`StageError::TooLarge`]; [`StageError::Full`]: wait, and try again.
+    pub fn reserve(&mut self, output: usize, len: usize) -> Result<Option<InPlace>, StageError> {
+        if len as u64 > self.grant.record_bytes_max {
+            let limit_bytes = usize::try_from(self.grant.record_bytes_max).unwrap_or(usize::MAX);
+            return Err(StageError::TooLarge(EmitError::TooLarge { part: "payload", len_bytes: len, limit_bytes }));
+        }
+        let Some(Some((ring, _))) = self.router.direct.get(output).copied() else { return Ok(None) };
+        let Some(to) = self.outputs.get_mut(ring) else { return Ok(None) };
+        let mut reserved = to.producer.reserve_large(len);
+        if reserved == Err(EmitError::Full) {
+            self.commit()?;
+            self.refresh_output(ring);
+            let Some(to) = self.outputs.get_mut(ring) else { return Ok(None) };
+            reserved = to.producer.reserve_large(len);
+        }
+        match reserved {
+            Ok(position) => {
+                self.blocked_on = None;
+                Ok(position.map(|position| InPlace { ring, position, len }))
+            }
+            Err(EmitError::TooLarge { .. }) => Ok(None),
+            Err(EmitError::Full | EmitError::BatchFull) => {
+                self.blocked_on = Some(ring);
+                Err(StageError::Full)
+            }
+        }
+    }
+
+    /// The mapping and the offset in it where a reserved payload is to be written; its room is contiguous. Nobody else reads
+    /// it before it is emitted and committed.
+    #[must_use]
+    pub fn reserved_place(&self, place: &InPlace) -> Option<(&RingMapping, usize)> {
+        let mapping = self.outputs.get(place.ring)?.producer.bytes();
+        Some((mapping, mapping.offset_of_large(place.position)))
+    }
+
+    /// Emits the first `len` bytes of what was written in place, with everything else as [`Stage::emit`] does.
+    ///
+    /// # Errors
+    /// As [`Stage::emit`]; the room stays reserved then.
+    pub fn emit_reserved(
+        &mut self,
+        output: usize,
+        emit: &Emit<'_>,
+        place: &InPlace,
+        len: usize,
+    ) -> Result<(), StageError> {
+        if len > place.len {
+            return Err(StageError::Misuse("more was written than was reserved"));
+        }
+        self.in_place = Some(InPlace { len, ..*place });
+        let emitted = self.emit_outside_lane(output, emit, &[]);
+        self.in_place = None;
+        emitted
+    }
+
+    /// Gives reserved room back.
+    pub fn release(&mut self, place: &InPlace) {
+        if let Some(output) = self.outputs.get_mut(place.ring) {
+            output.producer.release_large();
         }
     }
 
@@ -1317,6 +1436,7 @@ impl Stage {
         self.pending_reaches = 0;
         // Whoever gives the record up does not wait for its room any more.
         self.blocked_on = None;
+        self.waits_for_state = false;
         self.page.restore_sequence(self.sequence_at_done);
         for nth in 0..self.undone.len() {
             if let Some(entry) = self.undone.get_mut(nth) {
@@ -1373,7 +1493,11 @@ impl Stage {
             }
         }
         if let Some(state) = &self.state {
-            self.page.set_state_used(1, state.summary().used_bytes as u64);
+            let (keys, used_bytes, free_bytes) = state.sizes();
+            self.page.set_state_used(state.extents() as u64, used_bytes as u64);
+            let live_bytes = used_bytes - free_bytes - crate::layout::state::BLOCKS_OFFSET;
+            self.page.set_statistic(commit::STATISTICS_STATE_KEYS, keys as u64);
+            self.page.set_statistic(commit::STATISTICS_STATE_BYTES, live_bytes as u64);
         }
         for input in &self.changed_inputs {
             self.page.set_free(*input, u64::MAX);
@@ -1381,6 +1505,9 @@ impl Stage {
         self.page.commit(now);
         if let Some(state) = &mut self.state {
             state.committed(self.page.epoch());
+            if state.wants_extent() {
+                self.ask_for_extent();
+            }
         }
         for index in self.changed_inputs.iter().copied() {
             let Some(input) = self.inputs.get_mut(index) else { break };
@@ -1465,12 +1592,18 @@ impl Stage {
     pub fn prepare_sleep(&mut self) -> Result<bool, StageError> {
         let session_before = self.session_seen;
         self.commit()?;
+        if self.waits_for_state {
+            // Nothing, unless the agent's socket was full before.
+            self.ask_for_extent();
+        }
         // A decision of the agent that this very commit noticed is a reason to look again: the caller has not seen it yet.
         if self.session_seen != session_before || self.is_something_there() || self.spin() {
             return Ok(false);
         }
         self.sleeps += 1;
         let reason = match (self.blocked_on, self.wants_input) {
+            // The agent rings whatever the reason is.
+            _ if self.waits_for_state => 0,
             (Some(_), _) => commit::ANNOUNCE_ROOM,
             (None, true) => commit::ANNOUNCE_INPUT,
             (None, false) => 0,
@@ -1497,10 +1630,10 @@ impl Stage {
         self.wants_input = wants_input;
     }
 
-    /// Whether an emit found an output full and has not succeeded since.
+    /// Whether an emit found an output full, or a put the state waiting for its next extent, and has not succeeded since.
     #[must_use]
     pub fn is_blocked(&self) -> bool {
-        self.blocked_on.is_some()
+        self.blocked_on.is_some() || self.waits_for_state
     }
 
     /// Readable when the stage should look again.
@@ -1545,6 +1678,10 @@ impl Stage {
     fn is_something_there(&self) -> bool {
         if self.session.epoch() != self.session_seen {
             return true;
+        }
+        if self.waits_for_state {
+            // Only the agent's answer ends it, and that is in the session's epoch.
+            return false;
         }
         if let Some(output) = self.blocked_on.and_then(|ring| self.outputs.get(ring)) {
             return output
@@ -1601,27 +1738,123 @@ impl Stage {
     /// The value of a key in the stage's state, changes that are not committed included; copied to the end of `value_out`.
     ///
     /// # Errors
-    /// [`StageError::Misuse`] when the stage has no state.
+    /// [`StageError::Misuse`] when the stage has no state; [`StageError::State`] when it is damaged.
     pub fn state_get(&self, key: &[u8], value_out: &mut Vec<u8>) -> Result<bool, StageError> {
-        Ok(self.state.as_ref().ok_or(StageError::Misuse("this stage has no state"))?.get_into(key, value_out))
+        Ok(self.state.as_ref().ok_or(NO_STATE)?.get_into(key, value_out)?)
     }
 
-    /// Sets the value of a key. It counts with the `done` of the record that is worked on.
+    /// Sets the value of a key. It counts with the `done` of the record that is worked on. Never blocks.
     ///
     /// # Errors
-    /// [`StageError::State`] when the state is full; [`StageError::Misuse`] when the stage has none.
+    /// [`StageError::Full`] while the state's next extent is on its way (what was done is committed then; wait and put again);
+    /// [`StageError::State`] when its limit is reached, or the agent could not give more; [`StageError::Misuse`] when the stage
+    /// has none. Nothing was changed then.
+    #[inline]
     pub fn state_put(&mut self, key: &[u8], value: &[u8]) -> Result<(), StageError> {
         self.leave_lane();
-        Ok(self.state.as_mut().ok_or(StageError::Misuse("this stage has no state"))?.put(key, value)?)
+        match self.state.as_mut().ok_or(NO_STATE)?.put(key, value) {
+            Ok(()) => Ok(()),
+            Err(error) => self.state_has_no_room(error, |state| state.put(key, value)),
+        }
     }
 
     /// Takes a key away. It counts with the `done` of the record that is worked on.
     ///
     /// # Errors
-    /// As [`Stage::state_put`].
+    /// As [`Stage::state_put`]: until it is committed a delete takes room.
     pub fn state_delete(&mut self, key: &[u8]) -> Result<(), StageError> {
         self.leave_lane();
-        Ok(self.state.as_mut().ok_or(StageError::Misuse("this stage has no state"))?.delete(key)?)
+        match self.state.as_mut().ok_or(NO_STATE)?.delete(key) {
+            Ok(()) => Ok(()),
+            Err(error) => self.state_has_no_room(error, |state| state.delete(key)),
+        }
+    }
+
+    /// A change found no room. A commit frees what done changes have replaced and takes an extent that has come; then it is
+    /// tried once more, and then the caller hears what to do.
+    #[cold]
+    fn state_has_no_room(
+        &mut self,
+        error: StateError,
+        change: impl Fn(&mut KeyedState) -> Result<(), StateError>,
+    ) -> Result<(), StageError> {
+        if matches!(error, StateError::TooLarge { .. } | StateError::Damaged { .. }) {
+            return Err(error.into());
+        }
+        let is_long_ago = monotonic_ns().saturating_sub(self.state_refused_at_ns) >= STATE_ASK_AGAIN_NS;
+        if let (StateError::Refused { .. }, true, Some(state)) = (&error, is_long_ago, &mut self.state) {
+            state.forget_refusal();
+        }
+        self.commit()?;
+        let Some(state) = &mut self.state else { return Err(NO_STATE) };
+        match change(state) {
+            Ok(()) => {
+                self.waits_for_state = false;
+                Ok(())
+            }
+            Err(StateError::Growing { .. }) => {
+                self.waits_for_state = true;
+                self.ask_for_extent();
+                Err(StageError::Full)
+            }
+            Err(error) => {
+                self.waits_for_state = false;
+                if matches!(error, StateError::Full { .. } | StateError::Refused { .. }) {
+                    self.page.add_statistic(commit::STATISTICS_STATE_FULL, 1);
+                }
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Asks the agent for the next extent, unless that is under way. Never blocks: an agent that does not listen just now is
+    /// asked by the next commit.
+    #[cold]
+    fn ask_for_extent(&mut self) {
+        let Some(state) = self.state.as_mut().filter(|state| !state.is_asked()) else { return };
+        let event = Event::StateWanted { extents: u32::try_from(state.extents()).unwrap_or(u32::MAX) };
+        if self.control.try_send(&Message::Event(event), &[]).is_ok() {
+            state.asked();
+        }
+    }
+
+    /// Takes the agent's answer. An extent that cannot be mapped is as if it was refused; the agent keeps it for the successor.
+    fn take_extent(&mut self, extent: u32, refusal: Option<String>, descriptors: Descriptors) {
+        let Some(state) = &mut self.state else { return };
+        self.waits_for_state = false;
+        let taken = match refusal {
+            Some(reason) => Err(reason),
+            None if extent as usize != state.extents() => {
+                Err(format!("extent {extent} came, {} was due", state.extents()))
+            }
+            None => {
+                let len_bytes = usize::try_from(self.grant.state.extent_len_bytes(u64::from(extent))).unwrap_or(0);
+                let descriptor = descriptors.into_iter().next().ok_or("it came without its descriptor".to_owned());
+                descriptor.and_then(|descriptor| {
+                    let mapping = map_page(descriptor, Kind::State, len_bytes, Access::Writable);
+                    state.add_extent(mapping.map_err(|error| error.to_string())?).map_err(|error| error.to_string())
+                })
+            }
+        };
+        if let Err(reason) = taken {
+            state.refuse_extent(reason);
+            self.state_refused_at_ns = monotonic_ns();
+        }
+    }
+
+    /// Shows keys of the stage's state with their values from a cursor on, one batch (at most `entries_max`, and about
+    /// [`STATE_BATCH_BYTES`] bytes); the cursor behind it. See [`KeyedState::iterate`] for what may change between two batches.
+    ///
+    /// # Errors
+    /// [`StageError::Misuse`] when the stage has no state; [`StageError::State`] when it is damaged.
+    pub fn state_iterate(
+        &self,
+        cursor: StateCursor,
+        entries_max: usize,
+        show: impl FnMut(&[u8], &[u8]),
+    ) -> Result<StateCursor, StageError> {
+        let state = self.state.as_ref().ok_or(NO_STATE)?;
+        Ok(state.iterate(cursor, entries_max.min(STATE_BATCH_ENTRIES_MAX), STATE_BATCH_BYTES, show)?)
     }
 
     /// The stage's state, if it has one.
@@ -1691,6 +1924,9 @@ impl Stage {
         while self.messages_seen < messages {
             match self.control.try_receive()? {
                 Some((Message::Peer(peer), descriptors)) => self.attach(&peer, descriptors)?,
+                Some((Message::StateExtent { extent, refusal }, descriptors)) => {
+                    self.take_extent(extent, refusal, descriptors);
+                }
                 Some(_) => {}
                 None => break,
             }

@@ -20,7 +20,8 @@ use std::process::{Child, Command, ExitCode};
 
 use argo_streams_shm_protocol::stage::{BelongsTo, Emit, KeyChoice, OUTPUT_MAIN, Received, Stage, StageError};
 use argo_streams_shm_protocol::{
-    Access, Control, KeyedState, Kind, Role, Segment, StageState, hash_key, monotonic_ns, wait_readable,
+    Access, Control, KeyedState, Kind, Role, Segment, StageState, StateCursor, StateShape, hash_key, monotonic_ns,
+    wait_readable,
 };
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -225,7 +226,25 @@ fn state_words<const N: usize>(stage: &Stage, key: &[u8]) -> Result<[u64; N], St
 fn put_words(stage: &mut Stage, key: &[u8], words: &[u64], padding: usize) -> Result<(), String> {
     let mut value: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
     value.resize(value.len() + padding, 0xee);
-    stage.state_put(key, &value).map_err(|error| text(&error))
+    loop {
+        match stage.state_put(key, &value) {
+            Ok(()) => return Ok(()),
+            // The next extent is on its way. What was emitted and put for the record so far stays.
+            Err(StageError::Full) => stage.wait(PATIENCE_NS).map_err(|error| text(&error))?,
+            Err(error) => return Err(text(&error)),
+        };
+    }
+}
+
+/// Many keys of changing length, so that the state grows while it is killed.
+fn put_visitor(stage: &mut Stage, n: u64, random: &mut Random) -> Result<(), String> {
+    let visitor = [b"visitor".as_slice(), &(n % 400).to_le_bytes()].concat();
+    if random.below(4) == 0 {
+        // A key that comes and goes, so that tombstones take part.
+        stage.state_delete(&visitor).map_err(|error| text(&error))
+    } else {
+        put_words(stage, &visitor, &[n], usize::try_from(random.below(2000)).expect("small"))
+    }
 }
 
 fn combine(
@@ -249,13 +268,7 @@ fn combine(
     // Values of changing size, so that blocks move.
     put_words(stage, &key, &[sum, count], usize::try_from(random.below(400)).expect("small"))?;
     if random.below(6) == 0 {
-        // A key that comes and goes, so that tombstones take part.
-        let visitor = [b"visitor".as_slice(), &key].concat();
-        if random.below(2) == 0 {
-            stage.state_delete(&visitor).map_err(|error| text(&error))?
-        } else {
-            put_words(stage, &visitor, &[n], 8)?
-        }
+        put_visitor(stage, n, random)?;
     }
     Ok(true)
 }
@@ -274,6 +287,9 @@ fn check(stage: &mut Stage, _: usize, record: &Received, bytes: &[u8], random: &
         ));
     }
     put_words(stage, &key, &[sum, count, n], usize::try_from(random.below(100)).expect("small"))?;
+    if random.below(6) == 0 {
+        put_visitor(stage, n, random)?;
+    }
     Ok(true)
 }
 
@@ -306,7 +322,10 @@ impl Run {
     fn new(seed: u64) -> Self {
         let memfds_before = memfds();
         let agent = TestAgent::chain(3, (64 << 10, 1 << 20), |stage, spec| {
-            spec.state_bytes = if stage == 0 { 0 } else { 4 << 20 }
+            if stage > 0 {
+                // Small extents, so that many kills come while the state grows.
+                spec.state = StateShape { limit_bytes: 4 << 20, extent_bytes: 64 << 10 };
+            }
         });
         let directory = std::env::temp_dir().join(format!("argo-streams-kills-{}", std::process::id()));
         std::fs::create_dir_all(&directory).expect("a directory for sockets");
@@ -467,18 +486,27 @@ impl Run {
         }
         for stage in [1, 2] {
             let worker = &self.agent.workers[stage];
-            let (_, descriptors) = worker.incarnation.grant(&worker.spec, 1);
-            let segment = Segment::adopt(descriptors[3].try_clone_to_owned().expect("a descriptor"), Kind::State)
-                .expect("a state");
-            let state = KeyedState::attach(segment.map(Access::Writable).expect("a mapping"), slots[stage].epoch)
-                .expect("a state");
-            let mut found = HashMap::new();
-            state.for_each(|key, value| {
-                if key.len() == 8 {
-                    let (words, _) = value.as_chunks::<8>();
-                    found.insert(key.to_vec(), [u64::from_le_bytes(words[0]), u64::from_le_bytes(words[1])]);
-                }
+            let (grant, descriptors) = worker.incarnation.grant(&worker.spec, 1, u64::MAX);
+            let extents = descriptors.iter().skip(3).take(grant.state_extents as usize).map(|descriptor| {
+                let descriptor = descriptor.try_clone_to_owned().expect("a descriptor");
+                Segment::adopt(descriptor, Kind::State).expect("an extent").map(Access::Writable).expect("a mapping")
             });
+            let state = KeyedState::attach(extents.collect(), grant.state, slots[stage].epoch).expect("a state");
+            let summary = state.summary();
+            println!("state of the {}: {summary:?}", ROLES[stage]);
+            if summary.extents < 2 {
+                self.failures.push(format!("the state of the {} did not grow", ROLES[stage]));
+            }
+            let (mut found, mut cursor) = (HashMap::new(), StateCursor::all());
+            while !cursor.is_over {
+                let show = |key: &[u8], value: &[u8]| {
+                    if key.len() == 8 {
+                        let (words, _) = value.as_chunks::<8>();
+                        found.insert(key.to_vec(), [u64::from_le_bytes(words[0]), u64::from_le_bytes(words[1])]);
+                    }
+                };
+                cursor = state.iterate(cursor, 5, 1 << 20, show).expect("no damage");
+            }
             if found != expected {
                 self.failures.push(format!("the sums of the {} are {found:?}, expected {expected:?}", ROLES[stage]));
             }

@@ -1,4 +1,4 @@
-//! Every interleaving of the ring, the commit page, the session page and the sleep, by loom, within a bound of preemptions:
+//! Every interleaving of the ring, the commit page, the session page, the keyed state and the sleep, by loom, within a bound of preemptions:
 //!
 //!     RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom cargo test --release -p argo-streams-shm-protocol --test loom
 //!
@@ -16,10 +16,10 @@
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
-use argo_streams_shm_protocol::layout::{commit, session, slot};
+use argo_streams_shm_protocol::layout::{commit, session, slot, state};
 use argo_streams_shm_protocol::{
-    Bytes, CommitPage, CommitPageReader, Consumer, PageShape, Producer, ReadPosition, RecordFields, SessionPage,
-    SessionReader, Slot, Words, session_len_bytes,
+    Bytes, CommitPage, CommitPageReader, Consumer, ExtentBytes, KeyedState, PageShape, Producer, ReadPosition,
+    RecordFields, SessionPage, SessionReader, Slot, StateShape, Words, session_len_bytes,
 };
 use loom::cell::UnsafeCell;
 use loom::sync::Arc;
@@ -40,6 +40,8 @@ enum Without {
     AcquireOfMirrorAt(usize),
     /// Fences of this kind.
     Fences(Ordering),
+    /// The release of every store, and the release fences: for two orders that each would do.
+    Releases,
     /// Stores of 0 to this offset (the session page's "generation away" before new positions).
     ZeroAt(usize),
     /// The look at the session page after a commit.
@@ -84,12 +86,8 @@ impl Words for Shared {
     }
 
     fn store(&self, offset: usize, value: u64, order: Ordering) {
-        let order = if [Without::ReleaseAt(offset), Without::ReleaseOfMirrorAt(offset / 128)].contains(&self.0.without)
-        {
-            Ordering::Relaxed
-        } else {
-            order
-        };
+        let taken_away = [Without::ReleaseAt(offset), Without::ReleaseOfMirrorAt(offset / 128), Without::Releases];
+        let order = if taken_away.contains(&self.0.without) { Ordering::Relaxed } else { order };
         if value == 0 && self.0.without == Without::ZeroAt(offset) {
             return;
         }
@@ -102,7 +100,8 @@ impl Words for Shared {
     }
 
     fn fence(&self, order: Ordering) {
-        let is_mirrors = order == Ordering::Release && matches!(self.0.without, Without::ReleaseOfMirrorAt(_));
+        let is_mirrors =
+            order == Ordering::Release && matches!(self.0.without, Without::ReleaseOfMirrorAt(_) | Without::Releases);
         if self.0.without != Without::Fences(order) && !is_mirrors {
             fence(order);
         }
@@ -464,4 +463,174 @@ fn two_deaths_in_a_row() {
             Without::Fences(Ordering::Acquire),
         ],
     );
+}
+
+const STATE: StateShape = StateShape { limit_bytes: 65536, extent_bytes: 65536 };
+/// Two blocks of a line each: a key and a value of 8 bytes.
+const BLOCKS: [usize; 2] = [state::BLOCKS_OFFSET, state::BLOCKS_OFFSET + 64];
+const KEY: [u8; 8] = *b"the key!";
+
+fn tag(block: usize) -> usize {
+    BLOCKS[block] + state::TAG
+}
+
+fn value_word(block: usize) -> usize {
+    BLOCKS[block] + state::BYTES + 8
+}
+
+/// The extent of the stage at work.
+struct Extent(Shared);
+
+impl Words for Extent {
+    fn load(&self, offset: usize, order: Ordering) -> u64 {
+        self.0.load(offset, order)
+    }
+    fn store(&self, offset: usize, value: u64, order: Ordering) {
+        self.0.store(offset, value, order);
+    }
+    fn fence(&self, order: Ordering) {
+        self.0.fence(order);
+    }
+}
+
+impl ExtentBytes for Extent {
+    fn len_bytes(&self) -> usize {
+        65536
+    }
+    fn read(&self, _: usize, _: &mut [u8]) {
+        unreachable!("words only")
+    }
+    fn write(&self, _: usize, _: &[u8]) {
+        unreachable!("words only")
+    }
+}
+
+/// What a kill left: these words as they were read, in this order; the rest does not change while the models run.
+struct Left {
+    words: Mutex<BTreeMap<usize, u64>>,
+    rest: Shared,
+}
+
+impl Left {
+    fn take(extent: &Arc<Page>, offsets: impl IntoIterator<Item = usize>, order: Ordering) -> Self {
+        let rest = Shared(Arc::clone(extent));
+        let words = offsets.into_iter().map(|offset| (offset, rest.load(offset, order))).collect();
+        Self { words: Mutex::new(words), rest }
+    }
+
+    /// What a successor finds that attaches to it as of an epoch.
+    fn value(self, epoch: u64) -> Option<u64> {
+        let state = KeyedState::attach(vec![self], STATE, epoch).unwrap();
+        let mut value = Vec::new();
+        state.get_into(&KEY, &mut value).unwrap().then(|| u64::from_le_bytes(value.try_into().unwrap()))
+    }
+}
+
+impl Words for Left {
+    fn load(&self, offset: usize, order: Ordering) -> u64 {
+        let left = self.words.lock().unwrap().get(&offset).copied();
+        left.unwrap_or_else(|| self.rest.load(offset, order))
+    }
+    fn store(&self, offset: usize, value: u64, _: Ordering) {
+        self.words.lock().unwrap().insert(offset, value);
+    }
+    fn fence(&self, _: Ordering) {}
+}
+
+impl ExtentBytes for Left {
+    fn len_bytes(&self) -> usize {
+        65536
+    }
+    fn read(&self, _: usize, _: &mut [u8]) {
+        unreachable!("words only")
+    }
+    fn write(&self, _: usize, _: &[u8]) {
+        unreachable!("words only")
+    }
+}
+
+/// A stage with a committed value in each epoch: `Stage::state_put`, `Stage::done`, `Stage::commit`.
+struct Keeper {
+    page: CommitPage<Shared>,
+    state: KeyedState<Extent>,
+}
+
+impl Keeper {
+    fn commit(&mut self) {
+        self.state.mark_done();
+        self.page.commit(0);
+        self.state.committed(self.page.epoch());
+    }
+
+    fn put(&mut self, value: u64) {
+        self.state.put(&KEY, &value.to_le_bytes()).unwrap();
+    }
+}
+
+fn keeper(page: &Arc<Page>, extent: &Arc<Page>) -> Keeper {
+    let state = KeyedState::attach(vec![Extent(Shared(Arc::clone(extent)))], STATE, 0).unwrap();
+    Keeper { page: create(page, at(0)), state }
+}
+
+/// Wherever the stage is killed, its successor finds the value that was committed with the epoch that it finds: all of that
+/// epoch is there, and nothing that was written behind it.
+fn a_committed_value_is_found(without: Without) {
+    let words = [tag(0), tag(1), value_word(0), value_word(1)];
+    let (page, extent) = (Page::new(&[commit::EPOCH], without), Page::new(&words, without));
+    let mut keeper = keeper(&page, &extent);
+    // Both blocks are there before: 1 was in the first, 2 is in the second.
+    keeper.put(1);
+    keeper.commit();
+    keeper.put(2);
+    keeper.commit();
+    let seen = reader(&page);
+    let writer = thread::spawn(move || {
+        keeper.put(3);
+        keeper.commit();
+        // In the block of 2, which the last commit freed.
+        keeper.put(4);
+    });
+    // A kill is an instant, and this reader takes its time: what it read is one instant's if the epoch is still the same.
+    let epoch = seen.epoch();
+    let left = Left::take(&extent, words, Ordering::Relaxed);
+    seen.words().fence(Ordering::Acquire);
+    if seen.words().load(commit::EPOCH, Ordering::Relaxed) == epoch {
+        assert_eq!(left.value(epoch), Some(epoch), "value and epoch");
+    }
+    writer.join().unwrap();
+}
+
+#[test]
+fn state_and_commit() {
+    holds_and_needs(
+        3,
+        a_committed_value_is_found,
+        &[Without::ReleaseAt(commit::EPOCH), Without::Fences(Ordering::Release), Without::Fences(Ordering::Acquire)],
+    );
+}
+
+/// A key that was deleted stays deleted: the version before is never found without its tombstone.
+fn a_tombstone_is_outlived_by_nothing(without: Without) {
+    // The later words first: joining the two free blocks is the last thing that is done.
+    let words = [BLOCKS[0] + state::BLOCK_LEN, tag(0), tag(1)];
+    let (page, extent) = (Page::new(&[], without), Page::new(&words, without));
+    let mut keeper = keeper(&page, &extent);
+    keeper.put(1);
+    keeper.commit();
+    keeper.put(2);
+    keeper.commit();
+    // The tombstone is in the first block, the version before in the second; committed, and nothing freed yet.
+    keeper.state.delete(&KEY).unwrap();
+    keeper.state.mark_done();
+    keeper.page.commit(0);
+    let writer = thread::spawn(move || keeper.state.committed(3));
+    // What a kill leaves is all that was stored up to some store: who reads the later words first misses nothing before them.
+    let left = Left::take(&extent, words, Ordering::Acquire);
+    assert_eq!(left.value(3), None, "a deleted key came back");
+    writer.join().unwrap();
+}
+
+#[test]
+fn state_and_tombstones() {
+    holds_and_needs(3, a_tombstone_is_outlived_by_nothing, &[Without::Releases]);
 }

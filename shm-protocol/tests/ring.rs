@@ -81,6 +81,10 @@ enum Step {
     ConsumerReborn,
     ProducerReborn,
     Way(Way),
+    /// Reserves room for this record's payload, emits these meanwhile, and then the record, from there or as a copy.
+    Reserved(Record, Vec<Record>),
+    /// Reserves and gives back.
+    ReservedAndReleased(Record),
 }
 
 fn kinds() -> impl Strategy<Value = RecordKind> {
@@ -157,6 +161,9 @@ fn steps(payload_max: usize) -> impl Strategy<Value = Step> {
         5 => (1..12_usize).prop_map(Step::Acknowledge),
         1 => Just(Step::ConsumerReborn),
         1 => Just(Step::ProducerReborn),
+        2 => (records(payload_max), proptest::collection::vec(records(payload_max), 0..3))
+            .prop_map(|(record, meanwhile)| Step::Reserved(record, meanwhile)),
+        1 => records(payload_max).prop_map(Step::ReservedAndReleased),
         2 => prop_oneof![Just(Way::Ordinary), Just(Way::Streamed)].prop_map(Step::Way),
     ]
 }
@@ -239,6 +246,31 @@ impl World {
             Step::Seal => self.seal(),
             Step::Read(count) => self.read(count),
             Step::Acknowledge(count) => self.acknowledge(count),
+            Step::Reserved(record, meanwhile) => {
+                let Ok(Some(position)) = self.producer.reserve_large(record.payload_len) else { return };
+                self.heap.write_large(position, &record.payload());
+                for other in meanwhile {
+                    if self.producer.emit(&other.fields(), &other.payload()).is_ok() {
+                        self.pending.push(other);
+                    }
+                }
+                match self.producer.emit_reserved(&record.fields(), record.payload_len) {
+                    Ok(true) => self.pending.push(record),
+                    Ok(false) => {
+                        if self.producer.emit(&record.fields(), &record.payload()).is_ok() {
+                            self.pending.push(record);
+                        }
+                        self.producer.release_large();
+                    }
+                    Err(_refused) => self.producer.release_large(),
+                }
+            }
+            Step::ReservedAndReleased(record) => {
+                if let Ok(Some(position)) = self.producer.reserve_large(record.payload_len) {
+                    self.heap.write_large(position, &record.payload());
+                    self.producer.release_large();
+                }
+            }
             Step::Way(way) => self.producer.set_way(way),
             Step::ConsumerReborn => {
                 self.consumer = Consumer::new(self.heap.clone(), self.acknowledged, self.producer.published()).unwrap();
@@ -476,7 +508,7 @@ impl World {
 #[test]
 fn a_record_in_a_huge_ring_keeps_its_flags() {
     // A quarter of this ring is more than a record's length field holds: such a record goes to the room for large records.
-    let heap = Heap::new(128 << 20, 32 << 20);
+    let heap = Heap::new(128 << 20, 64 << 20);
     let mut producer = Producer::new(heap.clone(), 0, 0, 0).unwrap();
     let payload = vec![7; RECORD_PAYLOAD_BYTES_MAX];
     let key = [1; 100];

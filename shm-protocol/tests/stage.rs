@@ -17,10 +17,11 @@ use argo_streams_shm_protocol::stage::{
     BelongsTo, Emit, KeyChoice, KeyEvaluator, OUTPUT_ERRORS, OUTPUT_MAIN, OpenError, Received, Stage, StageError,
     Waited,
 };
+use argo_streams_shm_protocol::version::FEATURE_STATE_EXTENTS;
 use argo_streams_shm_protocol::{
     Access, Bell, CommitPage, CommitPageReader, Control, EmitError, Event, Grant, Kind, Mapping, Message, PageShape,
-    Peer, Producer, RecordFields, RecordKind, RefusalCode, RingMapping, Role, RouteEdge, Segment, StageState, Words,
-    attributes_iter, hash_key, key_group,
+    Peer, Producer, RecordFields, RecordKind, RefusalCode, RingMapping, Role, RouteEdge, Segment, StageState,
+    StateError, StateShape, Words, attributes_iter, hash_key, key_group,
 };
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
@@ -31,7 +32,7 @@ use agent::{Edge, Phase, TestAgent, node, shape, spec};
 
 const SECOND: u64 = 1_000_000_000;
 const SMALL: (u64, u64) = (4096, 4096);
-const ROOMY: (u64, u64) = (1 << 20, 64 << 20);
+const ROOMY: (u64, u64) = (1 << 20, 256 << 20);
 const OWN: Emit<'static> = Emit {
     belongs_to: BelongsTo::Nothing,
     key: KeyChoice::None,
@@ -679,7 +680,11 @@ fn stop_and_revoke_come_through_the_session_page() {
 
 #[test]
 fn state_counts_with_its_record_and_passes_to_the_successor() {
-    let mut agent = TestAgent::chain(2, SMALL, |stage, spec| spec.state_bytes = if stage == 1 { 1 << 20 } else { 0 });
+    let mut agent = TestAgent::chain(2, SMALL, |stage, spec| {
+        if stage == 1 {
+            spec.state = StateShape::with_limit(1 << 20);
+        }
+    });
     let [mut source, mut sink] = <[Stage; 2]>::try_from(open_all(&mut agent)).unwrap();
     assert!(matches!(source.state_put(b"k", b"v"), Err(StageError::Misuse(_))));
     let get = |stage: &Stage| {
@@ -709,6 +714,173 @@ fn state_counts_with_its_record_and_passes_to_the_successor() {
     drop(sink);
     agent.recover(1);
     assert_eq!(get(&open(&mut agent, 1)), None);
+}
+
+/// Two small extents, of four.
+const GROWING: StateShape = StateShape { limit_bytes: 256 << 10, extent_bytes: 64 << 10 };
+
+fn with_growing_state(stage: usize, spec: &mut argo_streams_shm_protocol::StageSpec) {
+    if stage == 1 {
+        spec.state = GROWING;
+    }
+}
+
+fn put_number(stage: &mut Stage, number: u64) -> Result<(), StageError> {
+    stage.state_put(&number.to_le_bytes(), &[7; 10])
+}
+
+fn has_number(stage: &Stage, number: u64) -> bool {
+    stage.state_get(&number.to_le_bytes(), &mut Vec::new()).unwrap()
+}
+
+fn statistic(agent: &TestAgent, stage: usize, word: usize) -> u64 {
+    agent.workers[stage].incarnation.page().statistic(word)
+}
+
+/// A stage that commits as it goes gets its extents before it needs them, up to the limit; then full is an answer and counted.
+#[test]
+fn state_grows_ahead_of_need_until_its_limit() {
+    let mut agent = TestAgent::chain(2, SMALL, with_growing_state);
+    let [_source, mut sink] = <[Stage; 2]>::try_from(open_all(&mut agent)).unwrap();
+    let mut count = 0;
+    let full = loop {
+        match put_number(&mut sink, count) {
+            Ok(()) => count += 1,
+            Err(error) => break error,
+        }
+        sink.done(0).unwrap();
+        agent.hear(1).unwrap();
+    };
+    assert!(matches!(full, StageError::State(StateError::Full { limit_bytes: 262_144, .. })), "{full}");
+    assert!(!sink.is_blocked(), "nobody waits for what will not come");
+    assert_eq!(agent.workers[1].incarnation.state_extents(), 4);
+    assert_eq!(statistic(&agent, 1, commit::STATISTICS_STATE_FULL), 1);
+    assert_eq!(statistic(&agent, 1, commit::STATISTICS_STATE_KEYS), count);
+    assert_eq!(statistic(&agent, 1, commit::STATISTICS_STATE_BYTES), count * 64);
+    assert_eq!(agent.workers[1].incarnation.page().read().unwrap().state_extents, 4);
+    drop(sink);
+    agent.recover(1);
+    let sink = open(&mut agent, 1);
+    assert!((0..count).all(|number| has_number(&sink, number)) && !has_number(&sink, count));
+}
+
+/// An answer that takes its time: the put is told to wait, the wait ends with the answer and not before, and then it succeeds.
+#[test]
+fn a_put_before_its_extent_waits_like_an_emit_before_its_room() {
+    let mut agent = TestAgent::chain(2, SMALL, with_growing_state);
+    agent.gives_extents = false;
+    let [mut source, mut sink] = <[Stage; 2]>::try_from(open_all(&mut agent)).unwrap();
+    let mut count = 0;
+    while put_number(&mut sink, count).is_ok() {
+        count += 1;
+        sink.done(0).unwrap();
+    }
+    assert!(matches!(put_number(&mut sink, count), Err(StageError::Full)));
+    assert!(sink.is_blocked());
+    publish(&mut source, "input is no reason to try again");
+    assert_eq!(sink.wait(1_000_000).unwrap(), Waited::TimedOut);
+    agent.hear(1).unwrap();
+    let asked = agent.events.iter().filter(|event| **event == (1, Event::StateWanted { extents: 1 })).count();
+    assert_eq!(asked, 1, "once, ahead of need");
+    agent.give_extent(1, 1).unwrap();
+    assert_eq!(sink.wait(10 * SECOND).unwrap(), Waited::Ready);
+    assert!(!sink.is_blocked(), "a second wait would not be for it");
+    put_number(&mut sink, count).unwrap();
+    sink.done(0).unwrap();
+    assert_eq!(statistic(&agent, 1, commit::STATISTICS_STATE_FULL), 0);
+    // Killed before it took the next one: its successor finds it.
+    agent.give_extent(1, 2).unwrap();
+    drop(sink);
+    agent.recover(1);
+    let mut sink = open(&mut agent, 1);
+    assert_eq!(sink.state().unwrap().summary().extents, 3);
+    assert!((0..=count).all(|number| has_number(&sink, number)));
+    // Given up, so nobody waits for its room.
+    while put_number(&mut sink, count + 1).is_ok() {
+        count += 1;
+    }
+    assert!(sink.is_blocked());
+    sink.abort();
+    assert!(!sink.is_blocked());
+}
+
+/// The agent cannot give more: that is said with its reason, and counted; no put waits for ever.
+#[test]
+fn a_refused_extent_is_an_answer_with_its_reason() {
+    let mut agent = TestAgent::chain(2, SMALL, with_growing_state);
+    agent.gives_extents = false;
+    let [_source, mut sink] = <[Stage; 2]>::try_from(open_all(&mut agent)).unwrap();
+    let mut count = 0;
+    while put_number(&mut sink, count).is_ok() {
+        count += 1;
+    }
+    assert!(sink.is_blocked());
+    let refuse = |agent: &mut TestAgent, extent, refusal: Option<&str>| {
+        let message = Message::StateExtent { extent, refusal: refusal.map(str::to_owned) };
+        agent.workers[1].control.as_ref().unwrap().send(&message, &[]).unwrap();
+        agent.workers[1].incarnation.session().announce_message();
+        agent.workers[1].incarnation.publish_session();
+    };
+    // A refusal, an extent without its descriptor, one that was not due: the same to the put.
+    for (extent, refusal, said) in [
+        (1, Some("too many open files"), "too many open files"),
+        (1, None, "without its descriptor"),
+        (3, None, "was due"),
+    ] {
+        refuse(&mut agent, extent, refusal);
+        assert_eq!(sink.wait(10 * SECOND).unwrap(), Waited::Ready);
+        let error = put_number(&mut sink, count).unwrap_err();
+        assert!(matches!(error, StageError::State(StateError::Refused { .. })), "{error}");
+        assert!(error.to_string().contains(said), "{error}");
+        assert!(!sink.is_blocked());
+    }
+    assert_eq!(statistic(&agent, 1, commit::STATISTICS_STATE_FULL), 3);
+    assert!(agent.workers[1].incarnation.grow_state(&spec(2, 1, 0, SMALL)).is_err(), "no state, no extents");
+}
+
+/// A library of version 1.0 knows one segment of state: it is granted that in the words that it knows, and not more.
+#[test]
+fn an_older_library_gets_one_extent_or_a_refusal() {
+    let mut agent = TestAgent::chain(2, SMALL, with_growing_state);
+    let worker = &mut agent.workers[1];
+    assert!(worker.incarnation.can_be_granted_to(0));
+    let (grant, descriptors) = worker.incarnation.grant(&worker.spec, 1, 0);
+    assert_eq!((grant.features, descriptors.len()), (0, 4));
+    let segment = Segment::adopt(descriptors[3].try_clone_to_owned().unwrap(), Kind::State).unwrap();
+    assert_eq!(segment.len_bytes(), 64 << 10, "as long as the grant says in its old words");
+    worker.incarnation.grow_state(&worker.spec).unwrap();
+    assert!(!worker.incarnation.can_be_granted_to(0));
+    assert!(worker.incarnation.can_be_granted_to(FEATURE_STATE_EXTENTS));
+    let (grant, descriptors) = worker.incarnation.grant(&worker.spec, 1, u64::MAX);
+    assert_eq!((grant.features, grant.state_extents, descriptors.len()), (FEATURE_STATE_EXTENTS, 2, 5));
+}
+
+/// The state of a dead stage that wrote nonsense: its successor is refused with the reason, and nobody panics.
+#[test]
+fn a_damaged_state_refuses_its_successor_with_the_reason() {
+    let mut agent = TestAgent::chain(2, SMALL, with_growing_state);
+    let [_source, mut sink] = <[Stage; 2]>::try_from(open_all(&mut agent)).unwrap();
+    put_number(&mut sink, 1).unwrap();
+    sink.done(0).unwrap();
+    drop(sink);
+    let worker = &agent.workers[1];
+    let (_, descriptors) = worker.incarnation.grant(&worker.spec, 1, u64::MAX);
+    let segment = Segment::adopt(descriptors[3].try_clone_to_owned().unwrap(), Kind::State).unwrap();
+    segment.map(Access::Writable).unwrap().store(4096, 100, std::sync::atomic::Ordering::Relaxed);
+    drop(descriptors);
+    agent.recover(1);
+    let (ours, theirs) = pair();
+    agent.workers[1].control = Some(ours);
+    let opened = std::thread::scope(|scope| {
+        let opened = scope.spawn(move || Stage::open(theirs, Role::Stage, "test", keys, 10 * SECOND));
+        while !opened.is_finished() {
+            let _closed_when_refused = agent.hear(1);
+            std::thread::yield_now();
+        }
+        opened.join().unwrap()
+    });
+    let error = opened.expect_err("a refusal");
+    assert!(matches!(error, OpenError::State(StateError::Damaged { extent: 0, offset: 4096, .. })), "{error}");
 }
 
 #[test]
@@ -772,7 +944,7 @@ fn what_cannot_be_is_refused_at_the_door() {
     for (what, change) in cases {
         let agent = TestAgent::new(vec![spec(1, 0, 1, SMALL)], Vec::new());
         let error = open_with(|control| {
-            let (mut grant, descriptors) = agent.workers[0].incarnation.grant(&agent.workers[0].spec, 1);
+            let (mut grant, descriptors) = agent.workers[0].incarnation.grant(&agent.workers[0].spec, 1, u64::MAX);
             let mut descriptors: Vec<OwnedFd> =
                 descriptors.iter().map(|descriptor| descriptor.try_clone_to_owned().unwrap()).collect();
             change(&mut grant, &mut descriptors);

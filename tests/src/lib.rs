@@ -271,3 +271,11 @@ pub fn processes_with(argument: &str) -> Vec<i32> {
     })
     .collect()
 }
+
+/// Processes that run this program.
+#[must_use]
+pub fn processes_of(program: &Path) -> Vec<i32> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let ids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    ids.filter(|id| std::fs::read_link(format!("/proc/{id}/exe")).is_ok_and(|found| found == program)).collect()
+}

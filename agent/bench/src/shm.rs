@@ -13,7 +13,7 @@ use argo_streams_shm_protocol::stage::{
 };
 use argo_streams_shm_protocol::{
     Control, ControlError, Event, GrantInput, GrantOutput, Incarnation, IncarnationError, KEY_GROUPS, Message,
-    PageShape, Peer, ReaderPosition, RingMapping, Role, RouteEdge, RouteNode, Routes, Slot, StageSpec, monotonic_ns,
+    PageShape, Peer, ReaderPosition, RingMapping, Role, RouteEdge, RouteNode, Routes, Slot, StageSpec, StateShape, monotonic_ns,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -167,8 +167,8 @@ impl Serving {
             let Some(control) = &worker.control else { return Ok(()) };
             let Some((message, _)) = control.try_receive()? else { return Ok(()) };
             match message {
-                Message::Hello(_) => {
-                    let (grant, descriptors) = worker.incarnation.grant(&worker.spec, PROTOCOL_VERSION_MAX);
+                Message::Hello(hello) => {
+                    let (grant, descriptors) = worker.incarnation.grant(&worker.spec, PROTOCOL_VERSION_MAX, hello.features);
                     control.send(&Message::Grant(Box::new(grant)), &descriptors)?;
                 }
                 Message::Mapped => {
@@ -261,7 +261,8 @@ fn spec(stage: u64, name: &str, inputs: u32, outputs: u32) -> StageSpec {
         name: name.into(),
         worker: 0,
         shape,
-        state_bytes: 0,
+        state: StateShape::default(),
+        is_kept: false,
         record_bytes_max: RECORD_PAYLOAD_BYTES_MAX as u64,
         inputs: (0..inputs)
             .map(|input| GrantInput {

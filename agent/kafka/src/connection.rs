@@ -71,7 +71,7 @@ const RESERVED: &[(&str, &str)] = &[
     ("enable.partition.eof", "the source needs it to find the end of its input"),
     ("enable.idempotence", "the sink is always idempotent"),
     ("enable.gapless.guarantee", "the sink is always idempotent"),
-    ("transactional.id", "the sink does not use transactions yet"),
+    ("transactional.id", "write `transactions: true`; the id follows from the pipeline"),
     ("acks", "the sink always waits for all replicas in sync"),
     ("request.required.acks", "the sink always waits for all replicas in sync"),
     ("message.timeout.ms", "the sink tries for ever, so that nothing is lost"),

@@ -19,6 +19,7 @@ mod trouble;
 mod embedded;
 mod sink;
 mod source;
+mod transactions;
 
 pub use connection::{Connection, PropertyError, check_properties, check_property};
 pub use embedded::{Embedded, EmbeddedOptions, FillRecord, Filler, FillerOptions, FillerStatus};
@@ -27,3 +28,4 @@ pub use limits::{SINK_QUEUE_RECORDS, SOURCE_BATCH_BYTES, SOURCE_BATCH_RECORDS, S
 pub use signal::Notify;
 pub use sink::{Finished, RefusedRecord, Sink, SinkEvent, SinkOptions, SinkRecord};
 pub use source::{Source, SourceEvent, SourceOptions, SourceRecord, StartAt};
+pub use transactions::{MARK_BYTES_MAX, TransactionEvent, TransactionOptions, TransactionSink};

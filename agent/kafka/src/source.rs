@@ -43,7 +43,8 @@ pub struct SourceOptions {
     pub group: Option<String>,
     /// Stop at the ends that the partitions have when the source first reaches them, with [`SourceEvent::EndOfInput`].
     pub until_end: bool,
-    /// Partition and offset of its next record, in place of `start_at`; only without a group.
+    /// Partition and offset of its next record, in place of `start_at`. With a group: for the first time that the partition is
+    /// ours, if it is further than what the group has stored.
     pub start_offsets: Option<Vec<(i32, i64)>>,
     /// Batches that may wait for [`Source::try_next`].
     pub queue_batches: usize,

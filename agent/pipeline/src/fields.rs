@@ -202,6 +202,45 @@ pub(crate) fn whole(node: &Node, path: &str, range: std::ops::RangeInclusive<u64
     }
 }
 
+/// A size: bytes as a number, or with one of Kubernetes' binary units. `range_text` says what is possible, for people.
+pub(crate) fn size(
+    node: &Node,
+    path: &str,
+    range: std::ops::RangeInclusive<u64>,
+    range_text: &str,
+    report: &mut Report,
+) -> Option<u64> {
+    let size = size_bytes(node).filter(|size| range.contains(size));
+    if size.is_none() {
+        // `2G`, `2GB`, `2 GiB`: the digits are right, and which unit is meant hardly in doubt.
+        let text = node.as_text().unwrap_or_default();
+        let digits = text.trim_end_matches(|letter: char| !letter.is_ascii_digit());
+        let unit = text.get(digits.len()..).unwrap_or_default().trim().to_ascii_lowercase();
+        let meant = SIZE_UNITS.iter().find(|(name, _)| unit.starts_with(&name[..1].to_ascii_lowercase()));
+        let meant = meant.map(|(name, _)| format!("{digits}{name}")).filter(|meant| meant != text);
+        let is_number = !digits.is_empty() && digits.bytes().all(|digit| digit.is_ascii_digit());
+        let expected = format!("a size in Ki, Mi or Gi (or a number of bytes), {range_text}");
+        let suggestion = meant.filter(|_| is_number && size_bytes(node).is_none());
+        report.at(node.line, node.column, path, &describe(node), &expected, suggestion);
+    }
+    size
+}
+
+const SIZE_UNITS: [(&str, u64); 3] = [("Ki", 1 << 10), ("Mi", 1 << 20), ("Gi", 1 << 30)];
+
+/// The bytes of a size, if it is one.
+pub(crate) fn size_bytes(node: &Node) -> Option<u64> {
+    match &node.value {
+        Value::Number(Number { value: NumberValue::Whole(bytes), .. }) => Some(*bytes),
+        Value::Text(text) => {
+            let (digits, unit) = SIZE_UNITS.iter().find_map(|(name, unit)| Some((text.strip_suffix(name)?, *unit)))?;
+            let is_number = !digits.is_empty() && digits.bytes().all(|digit| digit.is_ascii_digit());
+            digits.parse::<u64>().ok().filter(|_| is_number)?.checked_mul(unit)
+        }
+        _ => None,
+    }
+}
+
 /// A number above 0.
 pub(crate) fn positive(node: &Node, path: &str, value_max: f64, report: &mut Report) -> Option<f64> {
     let value = match &node.value {

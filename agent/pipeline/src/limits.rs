@@ -14,6 +14,13 @@ pub const STEPS_MAX: usize = 256;
 pub const CONTAINERS_MAX: u16 = 64;
 /// Names in one `from`: no more than rings into one worker.
 pub const FROM_MAX: usize = 64;
+/// Keyed state of one worker unless the pipeline says otherwise. Room that is not used costs nothing; 10 million keys of 16
+/// bytes with values of 8 take 640 MB.
+pub const STATE_BYTES_DEFAULT: u64 = 1 << 30;
+/// The least that may be asked for: less would be a few thousand keys, and a slip of the unit.
+pub const STATE_BYTES_MIN: u64 = 1 << 20;
+/// The most: what the shared-memory protocol numbers. Beyond it use more containers.
+pub const STATE_BYTES_MAX: u64 = 64 << 30;
 /// Characters of a name: a DNS label, because a name becomes part of a Kubernetes name.
 pub const NAME_LENGTH_MAX: usize = 63;
 /// Bytes of a key expression. Compiling recurses with the text, and a key that needs more is a ParDo.

@@ -148,6 +148,7 @@ pub struct ParDo {
     pub(crate) acknowledgement: Acknowledgement,
     pub(crate) buffering: Buffering,
     pub(crate) containers: u16,
+    pub(crate) state_limit_bytes: u64,
 }
 
 impl ParDo {
@@ -185,6 +186,12 @@ impl ParDo {
     /// Parallel workers, 1 to [`CONTAINERS_MAX`](crate::limits::CONTAINERS_MAX).
     pub fn containers(&self) -> u16 {
         self.containers
+    }
+
+    /// How much keyed state each worker may have, from [`STATE_BYTES_MIN`](crate::limits::STATE_BYTES_MIN) to
+    /// [`STATE_BYTES_MAX`](crate::limits::STATE_BYTES_MAX).
+    pub fn state_limit_bytes(&self) -> u64 {
+        self.state_limit_bytes
     }
 }
 
@@ -280,9 +287,16 @@ pub struct KafkaSink {
     pub(crate) topic: String,
     pub(crate) bootstrap_servers: Option<String>,
     pub(crate) properties: Vec<(String, String)>,
+    pub(crate) transactions: bool,
 }
 
 impl KafkaSink {
+    /// Whether records are written in transactions: each once also when the agent dies, and seen by readers of committed
+    /// records when their transaction is.
+    pub fn transactions(&self) -> bool {
+        self.transactions
+    }
+
     /// The topic's name.
     pub fn topic(&self) -> &str {
         &self.topic

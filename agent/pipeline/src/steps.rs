@@ -5,12 +5,14 @@ use argo_streams_key::KeyPath;
 use crate::KeyExpression;
 use crate::error::{Report, quote};
 use crate::fields::{
-    Fields, any_text, boolean, choice, describe, fields, join, list, positive, text, unique_members, whole,
+    Fields, any_text, boolean, choice, describe, fields, join, list, positive, size, size_bytes, text, unique_members,
+    whole,
 };
 use crate::forms::{self, Form};
 use crate::limits::{
     COMMAND_WORDS_MAX, CONTAINERS_MAX, ENVIRONMENT_MAX, FROM_MAX, GENERATED_BYTES_MAX, GENERATED_KEYS_MAX,
-    KEY_BYTES_MAX, PROPERTIES_MAX, RECORDS_MAX, RECORDS_PER_SECOND_MAX, TEXT_BYTES_MAX, WORD_BYTES_MAX,
+    KEY_BYTES_MAX, PROPERTIES_MAX, RECORDS_MAX, RECORDS_PER_SECOND_MAX, STATE_BYTES_DEFAULT, STATE_BYTES_MAX,
+    STATE_BYTES_MIN, TEXT_BYTES_MAX, WORD_BYTES_MAX,
 };
 use crate::plan::{
     Acknowledgement, Buffering, FileSink, FileSource, Generate, Generator, GroupByKey, KafkaSink, KafkaSource, ParDo,
@@ -25,19 +27,20 @@ const SOURCES: [&str; 4] = ["kafka", "file", "generate", "stdin"];
 /// What may stand beside every kind.
 const SIBLINGS: [&str; 2] = ["name", "from"];
 /// What may stand beside parDo, and what it is.
-const PARDO_SIBLINGS: [(&str, &str); 6] = [
+const PARDO_SIBLINGS: [(&str, &str); 7] = [
     ("command", "what to start instead of the image's own command"),
     ("env", "variables of the program's environment"),
     ("transport", "how records reach the program"),
     ("ack", "when a record counts as done by the program"),
     ("buffering", "how the program's output is flushed"),
     ("containers", "how many of the program run in parallel"),
+    ("state", "how much keyed state one container may have"),
 ];
 /// Parts of the language that come with later versions.
 const LATER: [&str; 12] =
     ["window", "combine", "filter", "map", "mqtt", "udp", "tcp", "http", "scale", "resources", "onError", "framing"];
 
-const KAFKA: [&str; 5] = ["topic", "bootstrapServers", "startAt", "group", "properties"];
+const KAFKA: [&str; 6] = ["topic", "bootstrapServers", "startAt", "group", "transactions", "properties"];
 const FILE: [&str; 2] = ["path", "truncate"];
 const GENERATE: [&str; 6] = ["generator", "count", "recordsPerSecond", "seed", "keys", "sizeBytes"];
 
@@ -327,6 +330,10 @@ impl<'a> Reader<'a, '_> {
         let bootstrap_servers = self.bootstrap_servers(&fields);
         let start_at = fields.value("startAt").map_or(Some(StartAt::default()), |node| self.start_at(node));
         let group = self.optional_form(&fields, "group", "a consumer group's name", forms::group);
+        if let Some(key) = fields.key("transactions") {
+            let expected = "it on a sink only: a source reads committed records only, which `properties: {isolation.level: ...}` changes";
+            self.report.node(key, &join(&self.path, "transactions"), "\"transactions\" on a source", expected);
+        }
         let properties = self.properties(&fields);
         Some(KafkaSource {
             topic: topic?,
@@ -344,7 +351,16 @@ impl<'a> Reader<'a, '_> {
         let topic = self.topic(&fields);
         let bootstrap_servers = self.bootstrap_servers(&fields);
         let properties = self.properties(&fields);
-        Some(KafkaSink { topic: topic?, bootstrap_servers: bootstrap_servers?, properties: properties? })
+        let transactions = match fields.value("transactions") {
+            Some(node) => boolean(node, &join(&self.path, "transactions"), self.report),
+            None => Some(false),
+        };
+        Some(KafkaSink {
+            topic: topic?,
+            bootstrap_servers: bootstrap_servers?,
+            properties: properties?,
+            transactions: transactions?,
+        })
     }
 
     fn for_sources_only(&mut self, fields: &Fields<'a>, name: &str, reason: &str) {
@@ -578,6 +594,10 @@ impl<'a> Reader<'a, '_> {
             Some(node) => whole(node, &join(self.place, "containers"), 1..=u64::from(CONTAINERS_MAX), self.report),
             None => Some(1),
         };
+        let state_limit_bytes = match self.fields.value("state") {
+            Some(node) => self.state_limit(node),
+            None => Some(STATE_BYTES_DEFAULT),
+        };
         Some(ParDo {
             image: image?,
             command: command?,
@@ -586,7 +606,33 @@ impl<'a> Reader<'a, '_> {
             acknowledgement: acknowledgement?,
             buffering: buffering?,
             containers: u16::try_from(containers?).ok()?,
+            state_limit_bytes: state_limit_bytes?,
         })
+    }
+
+    /// `state: {limit: 2Gi}`
+    fn state_limit(&mut self, node: &'a Node) -> Option<u64> {
+        let path = join(self.place, "state");
+        let what = match (size_bytes(node), node.as_text()) {
+            (Some(_), Some(size)) => format!("a map, as state: {{limit: {size}}}"),
+            _ => "a map, as state: {limit: 2Gi}".to_owned(),
+        };
+        let misplaced = |name: &str| {
+            ["size", "bytes", "max", "sizeLimit"]
+                .contains(&name)
+                .then(|| (quote(name), "limit: SIZE, as limit: 2Gi".to_owned()))
+        };
+        let fields = fields(node, &path, &what, &["limit"], &misplaced, self.report)?;
+        match fields.value("limit") {
+            Some(limit) => size(
+                limit,
+                &join(&path, "limit"),
+                STATE_BYTES_MIN..=STATE_BYTES_MAX,
+                "from 1Mi to 64Gi, as 2Gi",
+                self.report,
+            ),
+            None => Some(STATE_BYTES_DEFAULT),
+        }
     }
 
     fn image(&mut self) -> Option<String> {

@@ -25,6 +25,7 @@ spec:
     env: &env
       - {name: LIMIT, value: \"5\"}
     containers: 4
+    state: {limit: 2Gi}
     ack: line
   - parDo: some-logger-image
     from: [combine, combine.errors]

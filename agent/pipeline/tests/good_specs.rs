@@ -1,6 +1,7 @@
 //! Near misses: specs that look odd and are right, each with what its plan must say.
 #![expect(clippy::panic, reason = "a helper of tests fails the test")]
 
+use argo_streams_pipeline::limits::STATE_BYTES_DEFAULT;
 use argo_streams_pipeline::limits::{FILE_BYTES_MAX, STEPS_MAX};
 use argo_streams_pipeline::{
     Acknowledgement, Buffering, Generator, Input, KeyExpression, Output, Plan, Sink, Source, StartAt, StepKind,
@@ -315,10 +316,12 @@ fn par_dos_with_everything() {
     ack: line
     buffering: block
     containers: 64
+    state: {limit: 1536Mi}
   - parDo: img
     env: []
     transport: shm
     ack: auto
+    state: {}
 ",
     );
     let StepKind::ParDo(par_do) = kind(&plan, 1) else { panic!("a parDo") };
@@ -328,8 +331,21 @@ fn par_dos_with_everything() {
     assert_eq!(environment, [("LIMIT", "5"), ("_x.y-z", "a\nb"), ("EMPTY", "")]);
     assert_eq!((par_do.transport(), par_do.acknowledgement()), (Transport::Stdio, Acknowledgement::Line));
     assert_eq!((par_do.buffering(), par_do.containers()), (Buffering::Block, 64));
+    assert_eq!(par_do.state_limit_bytes(), 1536 << 20);
     let StepKind::ParDo(par_do) = kind(&plan, 2) else { panic!("a parDo") };
     assert_eq!((par_do.transport(), par_do.acknowledgement()), (Transport::Shm, Acknowledgement::Auto));
+    assert_eq!(par_do.state_limit_bytes(), STATE_BYTES_DEFAULT);
+}
+
+#[test]
+fn sizes_of_state() {
+    for (limit, bytes) in
+        [("1Mi", 1 << 20), ("1024Ki", 1 << 20), ("1048576", 1 << 20), ("\"64Gi\"", 64 << 30), ("07Gi", 7 << 30)]
+    {
+        let plan = steps(&format!("  - stdin: {{}}\n  - parDo: a\n    state: {{limit: {limit}}}\n"));
+        let StepKind::ParDo(par_do) = kind(&plan, 1) else { panic!("a parDo") };
+        assert_eq!(par_do.state_limit_bytes(), bytes, "{limit}");
+    }
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! Cuts a program's output into lines.
 
-/// The longest line: the largest payload of a record.
-pub const LINE_BYTES_MAX: usize = argo_streams_shm_protocol::limits::RECORD_PAYLOAD_BYTES_MAX;
+/// The longest line. Records may be larger; a line is gathered in memory until its newline comes.
+pub const LINE_BYTES_MAX: usize = 16 << 20;
+const _: () = assert!(LINE_BYTES_MAX <= argo_streams_shm_protocol::limits::RECORD_PAYLOAD_BYTES_MAX);
 
 /// One line of output.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,6 +39,12 @@ impl LineSplitter {
     /// Gives the buffer back with what was read.
     pub fn put_buffer(&mut self, buffer: Vec<u8>) {
         self.buffer = buffer;
+    }
+
+    /// Bytes that came and belong to no line that was given out yet.
+    #[must_use]
+    pub fn pending_bytes(&self) -> u64 {
+        (self.buffer.len() - self.begin) as u64 + self.dropped
     }
 
     /// The next line, if there is a whole one.
@@ -115,8 +122,9 @@ mod tests {
     fn a_line_beyond_the_limit_is_counted_and_not_kept() {
         let mut splitter = LineSplitter::default();
         let chunk = vec![b'x'; 1 << 20];
-        for _ in 0..20 {
+        for round in 1..=20 {
             assert_eq!(feed(&mut splitter, &chunk), []);
+            assert_eq!(splitter.pending_bytes(), round << 20);
         }
         assert!(splitter.buffer.len() <= LINE_BYTES_MAX);
         assert_eq!(feed(&mut splitter, b"\nnext\n"), [Line::TooLong { len_bytes: 20 << 20 }, whole("next")]);

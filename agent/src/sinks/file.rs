@@ -16,6 +16,8 @@ use rustix::fs::{FlockOperation, flock};
 use super::{TAKE_RECORDS, append_line};
 use crate::internal::{Context, Internal, InternalError, measure};
 
+/// What may lie behind the committed length: one batch of the longest records, each with its error envelope's escapes.
+const AHEAD_BYTES_MAX: u64 = TAKE_RECORDS as u64 * 8 * (16 << 20);
 /// How long we wait before a write is tried again that the disk refused.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 
@@ -25,11 +27,12 @@ const RETRY_AFTER: Duration = Duration::from_millis(500);
 /// [`InternalError`].
 pub async fn run(context: Context, sink: FileSink) -> Result<(), InternalError> {
     let path = context.directory.join(sink.path());
-    let (file, mut len_bytes) = open(&path, sink.truncate())?;
+    let mut internal = Internal::open(context.control)?;
+    let before = Committed::read(&internal.stage.slot().opaque);
+    let (file, mut len_bytes) = open(&path, sink.truncate(), before)?;
     let identity = identity(&file).map_err(InternalError::io(format!("cannot look at {}", path.display())))?;
     let file = RegularFile::new(context.backend, file)
         .map_err(InternalError::io(format!("cannot open {}", path.display())))?;
-    let mut internal = Internal::open(context.control)?;
     let mut records = Vec::with_capacity(TAKE_RECORDS);
     let mut block = Vec::new();
     loop {
@@ -97,7 +100,54 @@ async fn write(
     }
 }
 
-fn open(path: &Path, truncate: bool) -> Result<(File, u64), InternalError> {
+/// What the slot says of the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Committed {
+    identity: [u64; 3],
+    len_bytes: u64,
+}
+
+impl Committed {
+    fn read(opaque: &[u8]) -> Option<Self> {
+        let words: Vec<u64> = opaque.as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word)).collect();
+        match words.as_slice() {
+            [device, inode, born, len_bytes] => {
+                Some(Self { identity: [*device, *inode, *born], len_bytes: *len_bytes })
+            }
+            _ => None,
+        }
+    }
+}
+
+/// Goes on in the file that an earlier agent wrote: what lies behind the committed length was never counted as done, and is
+/// written again.
+fn reopen(path: &Path, file: File, before: Committed) -> Result<(File, u64), InternalError> {
+    let refused = |text: String| {
+        InternalError::Refused(format!(
+            "{}: {text}; put the file back as it was, or remove the state directory to begin afresh",
+            path.display()
+        ))
+    };
+    let failed = |what: &str| InternalError::io(format!("{what} {}", path.display()));
+    let found = identity(&file).map_err(failed("cannot look at"))?;
+    if found != before.identity {
+        return Err(refused("it is another file than the one that was written before".to_owned()));
+    }
+    let len = file.metadata().map_err(failed("cannot look at"))?.len();
+    if len < before.len_bytes {
+        return Err(refused(format!("it has {len} bytes, and {} were written before", before.len_bytes)));
+    }
+    if len - before.len_bytes > AHEAD_BYTES_MAX {
+        return Err(refused(format!(
+            "it has {len} bytes, {} more than were written before: somebody else has written to it",
+            len - before.len_bytes
+        )));
+    }
+    file.set_len(before.len_bytes).map_err(failed("cannot cut what was not committed from"))?;
+    Ok((file, before.len_bytes))
+}
+
+fn open(path: &Path, truncate: bool, before: Option<Committed>) -> Result<(File, u64), InternalError> {
     let failed = |what: &str| InternalError::io(format!("{what} {}", path.display()));
     let file = OpenOptions::new()
         .read(true)
@@ -119,6 +169,9 @@ fn open(path: &Path, truncate: bool) -> Result<(File, u64), InternalError> {
             path.display()
         ))
     })?;
+    if let Some(before) = before {
+        return reopen(path, file, before);
+    }
     if truncate {
         file.set_len(0).map_err(failed("cannot truncate"))?;
         return Ok((file, 0));

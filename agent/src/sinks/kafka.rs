@@ -1,6 +1,7 @@
 //! `kafka` as a sink: an idempotent producer; a record counts as done when its delivery report is there.
 
 use argo_streams_kafka::{Sink, SinkEvent, SinkOptions, SinkRecord};
+use argo_streams_shm_protocol::stage::{Received, Stage};
 use argo_streams_shm_protocol::{Bell, attributes_iter};
 
 use super::TAKE_RECORDS;
@@ -53,20 +54,7 @@ pub async fn run(context: Context, options: SinkOptions) -> Result<(), InternalE
             records.clear();
             internal.stage.recv(&mut records, TAKE_RECORDS)?;
             for record in &records {
-                let (mut payload, mut key, mut attributes) = (Vec::new(), Vec::new(), Vec::new());
-                internal.stage.append_payload(record, &mut payload);
-                internal.stage.append_key(record, &mut key);
-                internal.stage.append_attributes(record, &mut attributes);
-                let headers = attributes_iter(&attributes)
-                    .map(|(name, value)| (String::from_utf8_lossy(name).into_owned(), value.to_vec()));
-                let timestamp_ms = Some(record.view.event_time_ns / 1_000_000).filter(|time| *time > 0);
-                waiting.push_back(SinkRecord {
-                    sequence,
-                    key: record.view.keyed.then_some(key),
-                    payload,
-                    timestamp_ms,
-                    headers: headers.collect(),
-                });
+                waiting.push_back(outgoing(&internal.stage, record, sequence));
                 ingest_times.push_back(record.view.ingest_time_ns);
                 sequence += 1;
                 moved = true;
@@ -90,7 +78,20 @@ pub async fn run(context: Context, options: SinkOptions) -> Result<(), InternalE
     Ok(internal.finish(false).await?)
 }
 
-fn hear(step: &str, topic: &str, internal: &mut Internal, event: SinkEvent) -> Result<(), InternalError> {
+/// A received record as it goes to a topic.
+pub(super) fn outgoing(stage: &Stage, record: &Received, sequence: u64) -> SinkRecord {
+    let (mut payload, mut key, mut attributes) = (Vec::new(), Vec::new(), Vec::new());
+    stage.append_payload(record, &mut payload);
+    stage.append_key(record, &mut key);
+    stage.append_attributes(record, &mut attributes);
+    let headers = attributes_iter(&attributes)
+        .map(|(name, value)| (String::from_utf8_lossy(name).into_owned(), value.to_vec()))
+        .collect();
+    let timestamp_ms = Some(record.view.event_time_ns / 1_000_000).filter(|time| *time > 0);
+    SinkRecord { sequence, key: record.view.keyed.then_some(key), payload, timestamp_ms, headers }
+}
+
+pub(super) fn hear(step: &str, topic: &str, internal: &mut Internal, event: SinkEvent) -> Result<(), InternalError> {
     match event {
         SinkEvent::Refused { sequence, error, .. } => {
             internal.stage.add_counter(COUNTER_ERRORS, 1);

@@ -1,4 +1,7 @@
 //! `file` as a source: a line is a record; `.gz` is read too. It ends at the end of the file.
+//!
+//! The committed slot holds how many (unpacked) bytes were handed on as whole lines: a later agent goes on there. A packed
+//! file is unpacked again up to that place.
 
 use std::io::Write;
 
@@ -18,11 +21,21 @@ pub async fn run(context: Context, source: FileSource) -> Result<(), InternalErr
     let path = context.directory.join(source.path());
     let failed = |what: &str| InternalError::io(format!("{what} {}", path.display()));
     let file = std::fs::File::open(&path).map_err(failed("cannot open"))?;
+    let len = file.metadata().map_err(failed("cannot look at"))?.len();
     let file = RegularFile::new(context.backend, file).map_err(failed("cannot open"))?;
     let mut internal = Internal::open(context.control)?;
     let mut splitter = LineSplitter::default();
     let mut decoder = source.is_gzip().then(|| MultiGzDecoder::new(Vec::new()));
-    let mut position = 0;
+    let done_before = internal.partition(0).unwrap_or(0);
+    if decoder.is_none() && done_before > len {
+        return Err(InternalError::Refused(format!(
+            "{} has {len} bytes, and {done_before} of it were read before: it was cut or replaced while no agent ran; put it back, or remove the state directory to begin afresh",
+            path.display()
+        )));
+    }
+    // What was read, in bytes of the file; what came of it, in bytes of lines; what of that is to be passed over.
+    let mut position = if decoder.is_some() { 0 } else { done_before };
+    let (mut unpacked, mut pass_over) = (position, done_before - position);
     loop {
         if internal.stage.is_stop_requested() {
             return Ok(internal.finish(true).await?);
@@ -36,21 +49,28 @@ pub async fn run(context: Context, source: FileSource) -> Result<(), InternalErr
         let count = result.map_err(failed("cannot read"))?;
         position += count as u64;
         match &mut decoder {
-            None => splitter.put_buffer(buffer),
+            None => {
+                unpacked += count as u64;
+                splitter.put_buffer(buffer);
+            }
             Some(decoder) => {
                 if count == 0 {
                     decoder.try_finish().map_err(failed("not a whole gzip file:"))?;
                 } else {
                     decoder.write_all(&buffer).map_err(failed("not a gzip file:"))?;
                 }
-                let mut lines = splitter.take_buffer();
-                lines.append(decoder.get_mut());
-                splitter.put_buffer(lines);
+                let lines = decoder.get_mut();
+                unpacked += lines.len() as u64;
+                let passed = lines.len().min(usize::try_from(pass_over).unwrap_or(usize::MAX));
+                pass_over -= passed as u64;
+                lines.drain(..passed);
+                let mut buffer = splitter.take_buffer();
+                buffer.append(lines);
+                splitter.put_buffer(buffer);
             }
         }
-        emit_lines(&mut internal, &mut splitter, count == 0, &context.name).await?;
-        internal.stage.change_slot(|slot| slot.partitions = vec![(0, position)]);
-        internal.stage.done(0)?;
+        emit_lines(&mut internal, &mut splitter, count == 0, &context.name, unpacked).await?;
+        internal.publish()?;
         if count == 0 {
             return Ok(internal.finish(false).await?);
         }

@@ -17,6 +17,13 @@ pub async fn run(context: Context, generate: Generate) -> Result<(), InternalErr
     let begin_ns = monotonic_ns();
     let mut count = 0_u64;
     let mut record = Record::default();
+    // What an earlier agent had handed on is made again and passed over: the generator is the same for the same seed.
+    let done_before = internal.stage.slot().next_sequence;
+    for _ in 0..done_before {
+        if !records.next_into(&mut record) {
+            break;
+        }
+    }
     while records.next_into(&mut record) {
         if let Some(rate) = generate.records_per_second() {
             // Each record has its time from the beginning on, so that a late one does not make all later ones late.

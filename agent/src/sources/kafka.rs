@@ -41,14 +41,20 @@ impl std::fmt::Debug for Hooks {
 ///
 /// # Errors
 /// [`InternalError`].
-pub async fn run(context: Context, options: SourceOptions, hooks: Hooks) -> Result<(), InternalError> {
+pub async fn run(context: Context, mut options: SourceOptions, hooks: Hooks) -> Result<(), InternalError> {
     let topic = options.topic.clone();
     let mut internal = Internal::open(context.control)?;
     let bell = internal.stage.bell_descriptor().try_clone_to_owned().map_err(InternalError::io("the stage's bell"))?;
     let bell = Bell::adopt(bell);
+    // What an earlier agent had committed to its slot is ahead of what the group has stored, and believed over it.
+    if !internal.partitions().is_empty() {
+        let numbers = internal.partitions().iter();
+        let offsets =
+            numbers.filter_map(|(partition, next)| Some((i32::try_from(*partition).ok()?, i64::try_from(*next).ok()?)));
+        options.start_offsets = Some(offsets.collect());
+    }
     let source = Source::start(options, Box::new(move || bell.ring()))
         .map_err(|error| InternalError::Refused(error.to_string()))?;
-    let mut offsets: Vec<(u64, u64)> = internal.stage.slot().partitions.clone();
     let mut ends_told = false;
     let is_stop = loop {
         if internal.stage.is_stop_requested() {
@@ -85,23 +91,19 @@ pub async fn run(context: Context, options: SourceOptions, hooks: Hooks) -> Resu
                         Err(error) => return Err(error.into()),
                     }
                     let (partition, next) = (record.partition.unsigned_abs().into(), record.offset.unsigned_abs() + 1);
-                    match offsets.iter_mut().find(|(known, _)| *known == partition) {
-                        Some(entry) => entry.1 = next,
-                        None => offsets.push((partition, next)),
-                    }
+                    internal.set_partition(partition, next);
                 }
-                internal.stage.change_slot(|slot| slot.partitions.clone_from(&offsets));
-                internal.stage.done(0)?;
+                internal.publish()?;
                 if let Some(progress) = &hooks.progress {
-                    for (partition, next) in &offsets {
+                    for (partition, next) in internal.partitions() {
                         progress(i32::try_from(*partition).unwrap_or(0), i64::try_from(*next).unwrap_or(0));
                     }
                 }
             }
             Some(SourceEvent::Revoked { partitions }) => {
                 // Their new owner goes on at what was committed; if they come back, so do we.
-                offsets.retain(|(known, _)| {
-                    !partitions.iter().any(|partition| u64::from(partition.unsigned_abs()) == *known)
+                internal.retain_partitions(|known| {
+                    !partitions.iter().any(|partition| u64::from(partition.unsigned_abs()) == known)
                 });
                 tracing::info!(step = context.name, topic, ?partitions, "partitions revoked");
             }

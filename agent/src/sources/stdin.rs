@@ -18,6 +18,7 @@ pub async fn run(context: Context) -> Result<(), InternalError> {
     let stream = Stream::new(context.backend, descriptor, Interest::READABLE).map_err(failed())?;
     let mut internal = Internal::open(context.control)?;
     let mut splitter = LineSplitter::default();
+    let mut taken = 0;
     loop {
         internal.wait_or(stream.readable()).await?;
         if internal.stage.is_stop_requested() {
@@ -39,8 +40,9 @@ pub async fn run(context: Context) -> Result<(), InternalError> {
             }
             result => result.map_err(failed())?,
         };
-        emit_lines(&mut internal, &mut splitter, count == 0, &context.name).await?;
-        internal.stage.done(0)?;
+        taken += count as u64;
+        emit_lines(&mut internal, &mut splitter, count == 0, &context.name, taken).await?;
+        internal.publish()?;
         if count == 0 {
             return Ok(internal.finish(false).await?);
         }

@@ -6,7 +6,7 @@ use argo_streams_shm_protocol::layout::session;
 use argo_streams_shm_protocol::stage::PROTOCOL_VERSION_MAX;
 use argo_streams_shm_protocol::{
     Control, ControlError, Event, GrantInput, GrantOutput, Incarnation, Message, PageShape, Peer, ReaderPosition,
-    RouteEdge, RouteNode, Routes, Slot, StageSpec,
+    RouteEdge, RouteNode, Routes, Slot, StageSpec, StateShape,
 };
 
 /// How far a worker is.
@@ -37,6 +37,8 @@ pub(crate) struct TestAgent {
     pub(crate) edges: Vec<Edge>,
     /// What stages said: who, and what.
     pub(crate) events: Vec<(usize, Event)>,
+    /// Whether stages get the extents that they ask for; else that is an event like others.
+    pub(crate) gives_extents: bool,
 }
 
 pub(crate) fn shape() -> PageShape {
@@ -60,8 +62,9 @@ pub(crate) fn spec(stage: u64, inputs: u32, outputs: u32, (capacity, large_capac
         name: format!("step-{stage}"),
         worker: 0,
         shape: shape(),
-        state_bytes: 0,
-        record_bytes_max: 16 << 20,
+        state: StateShape::default(),
+        is_kept: false,
+        record_bytes_max: 64 << 20,
         inputs: (0..inputs)
             .map(|input| GrantInput {
                 ring: stage * 100 + u64::from(input),
@@ -93,7 +96,7 @@ impl TestAgent {
             phase: Phase::Waiting,
             is_sealed: false,
         };
-        Self { workers: specs.into_iter().map(make).collect(), edges, events: Vec::new() }
+        Self { workers: specs.into_iter().map(make).collect(), edges, events: Vec::new(), gives_extents: true }
     }
 
     /// Stage 0 -> 1 -> 2 ..., one ring each.
@@ -113,9 +116,10 @@ impl TestAgent {
             let Some(control) = &self.workers[stage].control else { return Ok(()) };
             let Some((message, _)) = control.try_receive()? else { return Ok(()) };
             match message {
-                Message::Hello(_) => {
+                Message::Hello(hello) => {
                     let worker = &mut self.workers[stage];
-                    let (grant, descriptors) = worker.incarnation.grant(&worker.spec, PROTOCOL_VERSION_MAX);
+                    let (grant, descriptors) =
+                        worker.incarnation.grant(&worker.spec, PROTOCOL_VERSION_MAX, hello.features);
                     control_of(&worker.control).send(&Message::Grant(Box::new(grant)), &descriptors)?;
                     worker.phase = Phase::Granted;
                 }
@@ -127,10 +131,24 @@ impl TestAgent {
                     control_of(&worker.control).send(&Message::Ready, &[])?;
                     self.join(stage);
                 }
+                Message::Event(Event::StateWanted { extents }) if self.gives_extents => {
+                    self.give_extent(stage, extents)?
+                }
                 Message::Event(event) => self.events.push((stage, event)),
                 other => panic!("a stage sent {other:?}"),
             }
         }
+    }
+
+    /// The next extent of a stage's state.
+    pub(crate) fn give_extent(&mut self, stage: usize, extents: u32) -> Result<(), ControlError> {
+        let worker = &mut self.workers[stage];
+        assert_eq!(worker.incarnation.state_extents(), extents as usize, "an honest stage asks for the next one");
+        let (extent, descriptor) = worker.incarnation.grow_state(&worker.spec).unwrap();
+        control_of(&worker.control).send(&Message::StateExtent { extent, refusal: None }, &[descriptor])?;
+        worker.incarnation.session().announce_message();
+        worker.incarnation.publish_session();
+        Ok(())
     }
 
     fn join(&mut self, stage: usize) {

@@ -157,6 +157,8 @@ struct Worker<'a> {
     /// A commit is on its way; and when to try again after one that failed.
     commit_sent: bool,
     commit_not_before: Option<Instant>,
+    /// Where partitions go on that an earlier process had read from; each counts once.
+    given: BTreeMap<i32, i64>,
 }
 
 impl<'a> Worker<'a> {
@@ -169,6 +171,7 @@ impl<'a> Worker<'a> {
     ) -> Self {
         Self {
             consumer,
+            given: options.start_offsets.iter().flatten().copied().collect(),
             options,
             shared,
             events,
@@ -561,10 +564,18 @@ impl<'a> Worker<'a> {
 
     /// Where each partition is read on: at what is given, else at what the group has stored, else as `start_at` says.
     fn starts(&mut self, ids: &[i32]) -> Outcome<Vec<(i32, i64)>> {
-        let mut known: BTreeMap<i32, i64> = self.options.start_offsets.iter().flatten().copied().collect();
+        let mut known = self.given.clone();
         if self.options.group.is_some() && !ids.is_empty() {
             known = self.stored_offsets(ids)?;
             lock(&self.shared.stored).extend(known.iter().map(|(id, next)| (*id, *next)));
+            // What was handed on before and is not stored yet is not handed on again; but once a partition has been with
+            // another member, only what is stored counts.
+            for id in ids {
+                if let Some(next) = self.given.remove(id) {
+                    let stored = known.entry(*id).or_insert(next);
+                    *stored = next.max(*stored);
+                }
+            }
         }
         let open: Vec<i32> = ids.iter().copied().filter(|id| !known.contains_key(id)).collect();
         if let (StartAt::Time { unix_ms }, false) = (self.options.start_at, open.is_empty()) {
