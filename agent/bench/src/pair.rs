@@ -276,12 +276,12 @@ enum Wired {
 }
 
 impl Pair {
-    /// A pair on these two cores, or on the first two that this process may use. Blocks while another benchmark of the same
-    /// program goes on: two that spin on the same cores would wait for each other.
+    /// A pair on these two cores, or on the first two that this process may use. Blocks while another benchmark of this machine
+    /// goes on, and says so with `wait`: two that spin on the same cores in SCHED_FIFO would wait for each other.
     ///
     /// # Errors
-    /// [`PairError::Cores`], and a program that cannot be opened.
-    pub(crate) fn new(launch: Launch, cores: Option<[usize; 2]>) -> Result<Self, PairError> {
+    /// [`PairError::Cores`], and what the kernel says.
+    pub(crate) fn new(launch: Launch, cores: Option<[usize; 2]>, wait: impl FnOnce()) -> Result<Self, PairError> {
         let usable = processor::cores()
             .map_err(|error| PairError::System { attempted: "asking which cores may be used", error })?;
         let cores = match (cores, usable.as_slice()) {
@@ -476,6 +476,20 @@ fn judge(case: &Case, cores: usize, produced: &Outcome, consumed: Outcome, seen:
         placement,
         bells: seen.bells,
     }
+}
+
+/// Locks the kernel's list of the cores: a file that every program of the machine finds in the same place, and nobody else locks.
+fn take_turn(wait: impl FnOnce()) -> std::io::Result<std::fs::File> {
+    use rustix::fs::{FlockOperation, flock};
+    let cores = std::fs::File::open("/sys/devices/system/cpu/online")?;
+    match flock(&cores, FlockOperation::NonBlockingLockExclusive) {
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            wait();
+            flock(&cores, FlockOperation::LockExclusive)?;
+        }
+        locked => locked?,
+    }
+    Ok(cores)
 }
 
 /// The placement of a run from what was measured before and after it.

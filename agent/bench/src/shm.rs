@@ -13,7 +13,8 @@ use argo_streams_shm_protocol::stage::{
 };
 use argo_streams_shm_protocol::{
     Control, ControlError, Event, GrantInput, GrantOutput, Incarnation, IncarnationError, KEY_GROUPS, Message,
-    PageShape, Peer, ReaderPosition, RingMapping, Role, RouteEdge, RouteNode, Routes, Slot, StageSpec, StateShape, monotonic_ns,
+    PageShape, Peer, ReaderPosition, RingMapping, Role, RouteEdge, RouteNode, Routes, Slot, StageSpec, StateShape,
+    monotonic_ns,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -168,7 +169,8 @@ impl Serving {
             let Some((message, _)) = control.try_receive()? else { return Ok(()) };
             match message {
                 Message::Hello(hello) => {
-                    let (grant, descriptors) = worker.incarnation.grant(&worker.spec, PROTOCOL_VERSION_MAX, hello.features);
+                    let (grant, descriptors) =
+                        worker.incarnation.grant(&worker.spec, PROTOCOL_VERSION_MAX, hello.features);
                     control.send(&Message::Grant(Box::new(grant)), &descriptors)?;
                 }
                 Message::Mapped => {
