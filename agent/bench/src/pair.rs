@@ -289,9 +289,8 @@ impl Pair {
             (None, [first, second, ..]) => [*first, *second],
             _ => return Err(PairError::Cores { found: usable.len() }),
         };
-        let failed = |error| PairError::Start { program: launch.program.display().to_string(), error };
-        let turn = std::fs::File::open(&launch.program).map_err(failed)?;
-        rustix::fs::flock(&turn, rustix::fs::FlockOperation::LockExclusive).map_err(|error| failed(error.into()))?;
+        let turn =
+            take_turn(wait).map_err(|error| PairError::System { attempted: "waiting for the two cores", error })?;
         Ok(Self {
             launch,
             cores,
