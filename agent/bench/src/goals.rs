@@ -10,7 +10,7 @@ use crate::case::{Case, Publication, Reading, RingUse, Transport, Waiting};
 use crate::machine::Machine;
 use crate::pair::{Dropped, Launch, Pair, PairError, Placement, Run};
 use crate::report::median;
-use crate::survey::Progress;
+use crate::survey::{Progress, WAITING};
 
 /// Fewer runs than this judge nothing.
 pub(crate) const RUNS_MIN: usize = 5;
@@ -462,7 +462,7 @@ pub fn goals(
 ) -> Result<GoalReport, PairError> {
     let runs_wanted = runs.clamp(RUNS_MIN, GOAL_RUNS_MAX);
     let machine = Machine::look();
-    let mut pair = Pair::new(launch.clone(), cores)?;
+    let mut pair = Pair::new(launch.clone(), cores, || progress(Progress { what: WAITING, done: 0, all: 1 }))?;
     let contests = contests();
     let all = contests.len() + 1;
     let mut judged = Vec::new();

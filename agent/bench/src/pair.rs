@@ -14,7 +14,7 @@ use crate::channel::Fault;
 use crate::link::{Answer, Link, LinkError, Order, Outcome};
 use crate::processor;
 use crate::role::End;
-use crate::scratch::{NEAR_BELOW_NS, Scratch};
+use crate::scratch::{MOVED_FACTOR, NEAR_BELOW_NS, Scratch};
 use crate::shm::{Agent, AgentError, Seen};
 use crate::textbook;
 
@@ -276,12 +276,12 @@ enum Wired {
 }
 
 impl Pair {
-    /// A pair on these two cores, or on the first two that this process may use. Blocks while another benchmark of the same
-    /// program goes on: two that spin on the same cores would wait for each other.
+    /// A pair on these two cores, or on the first two that this process may use. Blocks while another benchmark of this machine
+    /// goes on, and says so with `wait`: two that spin on the same cores in SCHED_FIFO would wait for each other.
     ///
     /// # Errors
-    /// [`PairError::Cores`], and a program that cannot be opened.
-    pub(crate) fn new(launch: Launch, cores: Option<[usize; 2]>) -> Result<Self, PairError> {
+    /// [`PairError::Cores`], and what the kernel says.
+    pub(crate) fn new(launch: Launch, cores: Option<[usize; 2]>, wait: impl FnOnce()) -> Result<Self, PairError> {
         let usable = processor::cores()
             .map_err(|error| PairError::System { attempted: "asking which cores may be used", error })?;
         let cores = match (cores, usable.as_slice()) {
@@ -289,9 +289,8 @@ impl Pair {
             (None, [first, second, ..]) => [*first, *second],
             _ => return Err(PairError::Cores { found: usable.len() }),
         };
-        let failed = |error| PairError::Start { program: launch.program.display().to_string(), error };
-        let turn = std::fs::File::open(&launch.program).map_err(failed)?;
-        rustix::fs::flock(&turn, rustix::fs::FlockOperation::LockExclusive).map_err(|error| failed(error.into()))?;
+        let turn =
+            take_turn(wait).map_err(|error| PairError::System { attempted: "waiting for the two cores", error })?;
         Ok(Self {
             launch,
             cores,
@@ -456,13 +455,13 @@ fn judge(case: &Case, cores: usize, produced: &Outcome, consumed: Outcome, seen:
     };
     // Aeron's media driver needs a core too. Where there is no third one it takes from the two, which is what users get.
     let is_its_own_fault = case.transport == Transport::Aeron && cores == 2;
-    let [before, after] = produced.line_ns.map(Placement::of);
-    let placement = if before != after {
-        Err(Dropped::CoresMoved)
+    let placement = placement(produced.line_ns);
+    let placement = if placement.is_err() {
+        placement
     } else if case.waiting == Waiting::Spin && processor_share < PROCESSOR_SHARE_MIN && !is_its_own_fault {
         Err(Dropped::CoreLost)
     } else {
-        Ok(before)
+        placement
     };
     Run {
         case: *case,
@@ -475,6 +474,29 @@ fn judge(case: &Case, cores: usize, produced: &Outcome, consumed: Outcome, seen:
         is_burst: produced.is_burst && consumed.is_burst,
         placement,
         bells: seen.bells,
+    }
+}
+
+/// Locks the kernel's list of the cores: a file that every program of the machine finds in the same place, and nobody else locks.
+fn take_turn(wait: impl FnOnce()) -> std::io::Result<std::fs::File> {
+    use rustix::fs::{FlockOperation, flock};
+    let cores = std::fs::File::open("/sys/devices/system/cpu/online")?;
+    match flock(&cores, FlockOperation::NonBlockingLockExclusive) {
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            wait();
+            flock(&cores, FlockOperation::LockExclusive)?;
+        }
+        locked => locked?,
+    }
+    Ok(cores)
+}
+
+/// The placement of a run from what was measured before and after it.
+fn placement([before_ns, after_ns]: [f64; 2]) -> Result<Placement, Dropped> {
+    if before_ns.max(after_ns) > before_ns.min(after_ns) * MOVED_FACTOR {
+        Err(Dropped::CoresMoved)
+    } else {
+        Ok(Placement::of(f64::midpoint(before_ns, after_ns)))
     }
 }
 
@@ -492,5 +514,23 @@ fn sleep_ns(time_ns: u64) {
         };
         // A signal ends it early; then the rest is slept.
         let _woken = rustix::event::poll(&mut [], Some(&time));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_placement_is_what_both_measurements_say() {
+        for (line_ns, expected) in [
+            ([70.0, 90.0], Ok(Placement::Near)),
+            ([140.0, 200.0], Ok(Placement::Near)),
+            ([310.0, 350.0], Ok(Placement::Far)),
+            ([80.0, 330.0], Err(Dropped::CoresMoved)),
+            ([330.0, 80.0], Err(Dropped::CoresMoved)),
+        ] {
+            assert_eq!(placement(line_ns), expected, "{line_ns:?}");
+        }
     }
 }

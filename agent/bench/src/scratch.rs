@@ -15,9 +15,12 @@ const BALL: usize = 4096 + 512;
 const LEN_BYTES: u64 = 8192;
 
 /// A round trip of a cache line below this is between cores that share a cache. Seen were 60-90 ns (AMD, one core complex) and
-/// 120-155 ns (an Intel mesh, where a plain ring then runs at the speed of a shared cache) against 310-350 ns (AMD, two
-/// complexes), and nothing between.
-pub(crate) const NEAR_BELOW_NS: f64 = 200.0;
+/// 117-205 ns, changing by the minute (an Intel mesh under a busy host, where a plain ring ran at 50-100 million records a
+/// second, as only a shared cache allows), against 310-350 ns (AMD, two complexes, a plain ring at 4 million).
+pub(crate) const NEAR_BELOW_NS: f64 = 250.0;
+/// The cores were moved when one of two round trips took this many times the other: moves changed them by a factor of four,
+/// noise by a fifth.
+pub(crate) const MOVED_FACTOR: f64 = 1.5;
 
 const BATCHES: u64 = 20;
 const BATCH_TRIPS: u64 = 200;

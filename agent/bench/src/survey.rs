@@ -15,6 +15,8 @@ pub const RUNS_MAX: usize = 1000;
 pub(crate) const CASES_MAX: usize = 2000;
 /// The longest time that a producer may go on: a spinning run must not hold two cores for long.
 pub const TIME_MS_MAX: u64 = 2000;
+/// What a user reads meanwhile.
+pub(crate) const WAITING: &str = "another benchmark has the cores: waiting for it";
 /// Runs that do not count are repeated, but not for ever on a machine that is never quiet.
 const TRIES_PER_RUN: usize = 3;
 
@@ -147,7 +149,9 @@ impl Survey {
             return Err(SurveyError::Nothing(reasons.join("; ")));
         }
         let machine = Machine::look();
-        let mut pair = Pair::new(launch.clone(), self.cores)?;
+        let mut pair = Pair::new(launch.clone(), self.cores, || {
+            progress(Progress { what: WAITING, done: 0, all: self.runs * cases.len() });
+        })?;
         // Round by round and not case by case: a machine that changes slowly changes for all of them.
         let mut runs: Vec<Vec<Run>> = vec![Vec::new(); cases.len()];
         let mut failures: Vec<Option<String>> = vec![None; cases.len()];
