@@ -72,6 +72,9 @@ pub struct Kept {
     pub descriptors: Vec<OwnedFd>,
 }
 
+/// All that a dead agent left, by name.
+pub type Entries = BTreeMap<String, Kept>;
+
 /// The agent's end.
 #[derive(Debug)]
 pub struct Keeper {
@@ -85,7 +88,7 @@ impl Keeper {
     ///
     /// # Errors
     /// [`KeeperError`]; `None` when there is no keeper.
-    pub fn find(directory: &Path) -> Result<Option<(Self, BTreeMap<String, Kept>)>, KeeperError> {
+    pub fn find(directory: &Path) -> Result<Option<(Self, Entries)>, KeeperError> {
         let place = directory.display().to_string();
         let system = |what| {
             let place = place.clone();

@@ -1,6 +1,8 @@
 //! `argo-streams bench ring` as a user runs it: every transport of this build carries its records whole, and the report says
 //! what a machine reads. How fast it is, is no matter of a test.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests: a failure is a failed test")]
+
 use std::collections::BTreeSet;
 use std::process::{Command, Output};
 
