@@ -8,8 +8,8 @@ use std::collections::VecDeque;
 
 use crate::layout::{BATCH_ALIGN, DATA_OFFSET, batch, record};
 use crate::limits::{
-    ATTRIBUTES_BYTES_MAX, KEY_BYTES_MAX, LARGE_RECORD_RING_SHARE, RECORD_PAYLOAD_BYTES_MAX, STAGING_BYTES,
-    STREAM_BYTES_MIN, STREAM_IN_PLACE_BYTES_MIN,
+    ATTRIBUTES_BYTES_MAX, COMMIT_BYTES_MAX, KEY_BYTES_MAX, LARGE_RECORD_RING_SHARE, RECORD_PAYLOAD_BYTES_MAX,
+    STAGED_COMMIT_BYTES_MAX, STAGING_BYTES, STREAM_BYTES_MIN, STREAM_IN_PLACE_BYTES_MIN,
 };
 use crate::memory::Bytes;
 use crate::record::{
@@ -356,11 +356,16 @@ impl<B: Bytes> Producer<B> {
         true
     }
 
+    /// How long the open batch may become under backlog before it is to be published.
+    #[inline]
+    pub fn batch_bytes_max(&self) -> u64 {
+        if self.is_staged { STAGED_COMMIT_BYTES_MAX } else { COMMIT_BYTES_MAX }
+    }
+
     /// Where the lane of the open batch ends: so far [`Producer::append_in_lane`] may go without looking at anything else. It
-    /// is behind neither the room that the reader has freed, nor the place where the batch is assembled, nor `batch_bytes_max`.
-    pub fn lane_end(&self, batch_bytes_max: u64) -> u64 {
-        let batch = if self.is_staged { batch_bytes_max.min(STAGING_BYTES as u64) } else { batch_bytes_max };
-        self.room_end.min(self.published + BATCH_ALIGN + batch)
+    /// is behind neither the room that the reader has freed nor the length at which the batch is to be published.
+    pub fn lane_end(&self) -> u64 {
+        self.room_end.min(self.published + BATCH_ALIGN + self.batch_bytes_max())
     }
 
     /// The times that records of the open batch have if they do not say: event time and ingest time.

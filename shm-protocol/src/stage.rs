@@ -22,9 +22,8 @@ use crate::histogram::HistogramView;
 use crate::key::{hash_key, key_group};
 use crate::layout::{commit, session, slot};
 use crate::limits::{
-    COMMIT_BYTES_MAX, COMMIT_RECORDS_MAX, ERROR_REASON_BYTES_MAX, KEY_BYTES_MAX, PUBLICATION_GAP_NS, SLEEP_NS_MAX,
-    SPIN_NS_MAX, STATE_ASK_AGAIN_NS, STATE_BATCH_BYTES, STATE_BATCH_ENTRIES_MAX, STREAM_RECORDS_MIN,
-    UNDONE_RECORDS_MAX,
+    COMMIT_RECORDS_MAX, ERROR_REASON_BYTES_MAX, KEY_BYTES_MAX, PUBLICATION_GAP_NS, SLEEP_NS_MAX, SPIN_NS_MAX,
+    STATE_ASK_AGAIN_NS, STATE_BATCH_BYTES, STATE_BATCH_ENTRIES_MAX, STREAM_RECORDS_MIN, UNDONE_RECORDS_MAX,
 };
 use crate::memory::{Access, Bytes, Mapping, RingMapping, Words};
 use crate::publication::Chooser;
@@ -980,7 +979,7 @@ impl Stage {
                 .map_or(0, |direct| direct.counter as usize),
             left,
             taken: 0,
-            end: output.producer.lane_end(COMMIT_BYTES_MAX),
+            end: output.producer.lane_end(),
             len_max: usize::try_from(self.grant.record_bytes_max).unwrap_or(usize::MAX),
             event_time_ns,
         };
@@ -1318,7 +1317,7 @@ impl Stage {
             output.has_done = true;
             self.done_outputs.push(index);
         }
-        if output.producer.done_bytes() >= COMMIT_BYTES_MAX {
+        if output.producer.done_bytes() >= output.producer.batch_bytes_max() {
             return true;
         }
         if output.unlooked > 0 {
