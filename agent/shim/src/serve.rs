@@ -209,7 +209,16 @@ impl Shim {
                 // The stage has finished, or the agent is gone: so is our reason to be.
                 Err(ControlError::Closed) => {
                     self.let_program_end().await?;
-                    self.end_program(false).await?;
+                    // What it still wrote is committed while there is room for it. With the agent gone for good, a reader
+                    // may be gone as well: then no room ever comes.
+                    let patience = self.options.grace + GROUP_PATIENCE;
+                    if let Ok(ended) = tokio::time::timeout(patience, self.end_program(false)).await {
+                        ended?;
+                    } else {
+                        tracing::warn!(
+                            "the agent is gone and nobody reads: what the program wrote last is not handed on"
+                        );
+                    }
                     return Ok(());
                 }
                 Err(source) => return Err(ShimError::Control { socket: self.options.socket.clone(), source }),
