@@ -4,7 +4,7 @@ DEMO_SECONDS ?= 20
 PREFIX ?= /usr/local
 BINARY := target/release/argo-streams
 
-.PHONY: demo test test-rust test-loom check build examples install crash bench bench-peers setup-build setup-test setup-peers clean
+.PHONY: demo test test-rust test-loom check build examples install crash single-step bench bench-peers setup-build setup-test setup-peers clean
 
 build: setup-build
 	cargo build --release --workspace
@@ -46,6 +46,10 @@ check:
 # 200 random kills of ParDos while air-time runs from real Kafka to Kafka; exact sums, no id lost or doubled.
 crash: setup-test examples
 	AGS_KILLS=200 cargo test --release -p argo-streams-tests --test kafka -- --nocapture killed
+
+# A stage killed behind every instruction of a record, one process each: about 29,000 of them, two minutes.
+single-step: setup-test
+	AGS_SINGLE_STEP=all cargo test --release -p argo-streams-shm-protocol --test single_step
 
 bench: examples
 	cargo bench

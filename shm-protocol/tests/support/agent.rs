@@ -1,4 +1,5 @@
 //! The smallest agent: makes incarnations, hands them out over control sockets, joins neighbours, recovers the dead.
+#![allow(dead_code, reason = "each test program uses a part of it")]
 
 use std::os::fd::BorrowedFd;
 
@@ -110,20 +111,20 @@ impl TestAgent {
         Self::new(specs.collect(), edges)
     }
 
-    /// Reads what a stage sent so far. An error is the end of its socket.
+    /// Reads what a stage sent so far. An error is the end of its session: its socket is closed, or it sent what no stage sends.
     pub(crate) fn hear(&mut self, stage: usize) -> Result<(), ControlError> {
         loop {
             let Some(control) = &self.workers[stage].control else { return Ok(()) };
             let Some((message, _)) = control.try_receive()? else { return Ok(()) };
             match message {
-                Message::Hello(hello) => {
+                Message::Hello(hello) if self.workers[stage].phase == Phase::Waiting => {
                     let worker = &mut self.workers[stage];
                     let (grant, descriptors) =
                         worker.incarnation.grant(&worker.spec, PROTOCOL_VERSION_MAX, hello.features);
                     control_of(&worker.control).send(&Message::Grant(Box::new(grant)), &descriptors)?;
                     worker.phase = Phase::Granted;
                 }
-                Message::Mapped => {
+                Message::Mapped if self.workers[stage].phase == Phase::Granted => {
                     let worker = &mut self.workers[stage];
                     worker.incarnation.seal().unwrap();
                     worker.is_sealed = true;
@@ -135,7 +136,8 @@ impl TestAgent {
                     self.give_extent(stage, extents)?
                 }
                 Message::Event(event) => self.events.push((stage, event)),
-                other => panic!("a stage sent {other:?}"),
+                Message::Hello(_) | Message::Mapped => return Err(ControlError::Malformed("a handshake out of turn")),
+                _ => return Err(ControlError::Malformed("a stage sent what only an agent sends")),
             }
         }
     }
@@ -143,9 +145,18 @@ impl TestAgent {
     /// The next extent of a stage's state.
     pub(crate) fn give_extent(&mut self, stage: usize, extents: u32) -> Result<(), ControlError> {
         let worker = &mut self.workers[stage];
-        assert_eq!(worker.incarnation.state_extents(), extents as usize, "an honest stage asks for the next one");
-        let (extent, descriptor) = worker.incarnation.grow_state(&worker.spec).unwrap();
-        control_of(&worker.control).send(&Message::StateExtent { extent, refusal: None }, &[descriptor])?;
+        if worker.incarnation.state_extents() != extents as usize {
+            return Err(ControlError::Malformed("an honest stage asks for the next extent"));
+        }
+        match worker.incarnation.grow_state(&worker.spec) {
+            Ok((extent, descriptor)) => {
+                control_of(&worker.control).try_send(&Message::StateExtent { extent, refusal: None }, &[descriptor])?
+            }
+            Err(refusal) => {
+                let refusal = Some(refusal.to_string());
+                control_of(&worker.control).try_send(&Message::StateExtent { extent: extents, refusal }, &[])?;
+            }
+        }
         worker.incarnation.session().announce_message();
         worker.incarnation.publish_session();
         Ok(())
