@@ -142,6 +142,28 @@ impl TestAgent {
         }
     }
 
+    /// Connects a stage whose every answer is in its socket before it asks, so that one thread can be agent and stage:
+    /// [`argo_streams_shm_protocol::stage::Stage::open`] with the other end, then [`TestAgent::opened`].
+    pub(crate) fn answer_ahead(&mut self, stage: usize, control: Control) {
+        let worker = &mut self.workers[stage];
+        let (grant, descriptors) = worker.incarnation.grant(&worker.spec, PROTOCOL_VERSION_MAX, u64::MAX);
+        control.send(&Message::Grant(Box::new(grant)), &descriptors).unwrap();
+        control.send(&Message::Ready, &[]).unwrap();
+        worker.control = Some(control);
+    }
+
+    /// The stage of [`TestAgent::answer_ahead`] is open.
+    pub(crate) fn opened(&mut self, stage: usize) {
+        let worker = &mut self.workers[stage];
+        for _hello_and_mapped in 0..2 {
+            assert!(control_of(&worker.control).try_receive().unwrap().is_some(), "an open stage has said both");
+        }
+        worker.incarnation.seal().unwrap();
+        worker.is_sealed = true;
+        worker.phase = Phase::Live;
+        self.join(stage);
+    }
+
     /// The next extent of a stage's state.
     pub(crate) fn give_extent(&mut self, stage: usize, extents: u32) -> Result<(), ControlError> {
         let worker = &mut self.workers[stage];
