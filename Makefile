@@ -4,7 +4,7 @@ DEMO_SECONDS ?= 20
 PREFIX ?= /usr/local
 BINARY := target/release/argo-streams
 
-.PHONY: demo test test-rust test-loom check build examples install crash single-step bench bench-peers setup-build setup-test setup-peers clean
+.PHONY: demo test test-rust test-loom check build examples install crash single-step fuzz bench bench-peers setup-build setup-test setup-peers clean
 
 build: setup-build
 	cargo build --release --workspace
@@ -50,6 +50,14 @@ crash: setup-test examples
 # A stage killed behind every instruction of a record, one process each: about 29,000 of them, two minutes.
 single-step: setup-test
 	AGS_SINGLE_STEP=all cargo test --release -p argo-streams-shm-protocol --test single_step
+
+# Everything that parses foreign bytes, FUZZ_SECONDS each (nightly and `cargo install cargo-fuzz --locked`).
+FUZZ_SECONDS ?= 600
+fuzz:
+	for target in control ring commit state attributes; do \
+		(cd fuzz && CARGO_TARGET_DIR=$(CURDIR)/target-fuzz cargo +nightly fuzz run $$target -- \
+			-max_total_time=$(FUZZ_SECONDS) -print_final_stats=1) || exit 1; \
+	done
 
 bench: examples
 	cargo bench

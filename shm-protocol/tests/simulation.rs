@@ -2,7 +2,7 @@
 //! is killed in between two calls and how long it stays away, how slow the reader is, and so which rings are full. In the end
 //! every record came exactly once and in the order of its key, and every sum is exact.
 //!
-//! `AGS_SEEDS` (400) seeds; `AGS_SEED=n` runs that one alone, step for step as it was.
+//! `AGS_SEEDS` (250) seeds; `AGS_SEED=n` runs that one alone, step for step as it was.
 
 #![allow(
     clippy::unwrap_used,
@@ -383,7 +383,7 @@ fn nothing_is_lost_or_doubled_whatever_the_seed() {
         println!("{:?}", Simulation::run(seed));
         return;
     }
-    let seeds = number("AGS_SEEDS").unwrap_or(400);
+    let seeds = number("AGS_SEEDS").unwrap_or(250);
     let (mut made, mut kills, mut full) = (0, 0, 0);
     for seed in 0..seeds {
         let (more_made, more_kills, more_full, _) = Simulation::run(seed);
