@@ -645,6 +645,26 @@ mod stream {
 
     #[cfg(test)]
     mod tests {
+        /// A neighbour's mapping of what is sealed cannot be made writable afterwards, whoever asks.
+        #[test]
+        fn a_mapping_of_what_is_sealed_stays_read_only() {
+            use rustix::mm::{MprotectFlags, mprotect};
+
+            use crate::{Access, Kind, Mapping, Segment};
+
+            let segment = Segment::create(Kind::Commit, 8192, 1, 1).unwrap();
+            let owner = segment.map(Access::Writable).unwrap();
+            segment.seal().unwrap();
+            let neighbour = segment.map(Access::ReadOnly).unwrap();
+            let protect = |mapping: &Mapping| {
+                let flags = MprotectFlags::READ | MprotectFlags::WRITE;
+                // SAFETY: the whole of a mapping that its `Mapping` keeps alive; more rights take nothing away from anybody.
+                unsafe { mprotect(mapping.base.as_ptr().cast(), mapping.len_bytes, flags) }
+            };
+            assert_eq!(protect(&neighbour), Err(rustix::io::Errno::ACCESS));
+            assert_eq!(protect(&owner), Ok(()), "the refusal is for the seal, and not for the call");
+        }
+
         /// Every alignment of the target and every length around the steps, by each way that this processor has.
         #[test]
         fn copies_every_byte_and_no_other() {
