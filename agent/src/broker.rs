@@ -125,6 +125,9 @@ struct KeptWorker {
     start_at_ns: Option<u64>,
     shim_must_start: bool,
     uncertain_records: u64,
+    /// Who reads from it must know payloads of this length, under a later agent as well.
+    record_bytes_granted: u64,
+    state_full: u64,
 }
 
 #[derive(Debug)]
@@ -339,6 +342,8 @@ impl Broker {
             worker.start_at_ns = said.start_at_ns;
             worker.shim_must_start = said.shim_must_start;
             worker.uncertain_records = said.uncertain_records;
+            worker.record_bytes_granted = said.record_bytes_granted;
+            worker.state_full = said.state_full;
             worker.kept = said;
             workers.push(worker);
         }
@@ -462,6 +467,8 @@ impl Broker {
             start_at_ns: worker.start_at_ns,
             shim_must_start: worker.shim_must_start,
             uncertain_records: worker.uncertain_records,
+            record_bytes_granted: worker.record_bytes_granted,
+            state_full: worker.state_full,
         };
         if now != worker.kept {
             let bytes = serde_json::to_vec(&now).unwrap_or_default();

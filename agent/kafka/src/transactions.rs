@@ -244,6 +244,12 @@ impl Writer {
 
     /// Writes a batch; an aborted transaction is begun again until it is committed.
     fn write(&mut self, mut batch: Batch, number: i64) -> Result<(), Refusal> {
+        // What the client cannot write at all is refused as the other sink does it, before a transaction is begun for it.
+        let unnamed = |record: &mut SinkRecord| record.headers.iter().any(|(name, _)| name.as_bytes().contains(&0));
+        for record in batch.records.extract_if(.., unnamed).collect::<Vec<_>>() {
+            let sequence = record.sequence;
+            self.say(TransactionEvent::Sink(SinkEvent::Refused { sequence, error: RefusedRecord::HeaderName, record }));
+        }
         loop {
             match self.try_write(&batch, number) {
                 Ok(()) => return Ok(()),
@@ -321,9 +327,7 @@ impl Writer {
             if !record.headers.is_empty() {
                 let empty = OwnedHeaders::new_with_capacity(record.headers.len());
                 outgoing.headers = Some(record.headers.iter().fold(empty, |headers, (name, value)| {
-                    // A name with a zero byte cannot be said to the client.
-                    let name = name.replace('\0', "\u{fffd}");
-                    headers.insert(Header { key: &name, value: Some(value.as_slice()) })
+                    headers.insert(Header { key: name, value: Some(value.as_slice()) })
                 }));
             }
             let Err((error, _)) = self.producer.send(outgoing) else { return Ok(()) };
