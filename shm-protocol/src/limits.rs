@@ -32,8 +32,8 @@ pub const COMMIT_RECORDS_MAX: u64 = 256;
 pub const COMMIT_BYTES_MAX: u64 = 48 << 10;
 
 /// While records are finished faster than this one after the other, a starved reader gets them in batches that are at least
-/// this far apart: a publication costs the two sides a few transfers of cache lines, 0.3 to 0.6 us together where the cores are
-/// far apart, and publishing each of a stream of records alone made a fast reader cost two thirds of the throughput.
+/// this far apart: a publication costs the two sides a few transfers of cache lines, some 0.5 us with its few records where the cores
+/// are far apart, and publishing each of a stream of records alone made a fast reader cost two thirds of the throughput.
 pub const PUBLICATION_GAP_NS: u64 = 2_000;
 
 /// From so many records in one publication on, its stage is taken to be in the middle of a stream.

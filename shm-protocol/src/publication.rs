@@ -6,14 +6,15 @@
 //! and then it stays with the faster one until something changes.
 //!
 //! What is compared is the time of a byte over a stretch, waiting for the reader included: that is what the user gets. It
-//! counts only while the stage does nothing but fill this ring; a stretch with a pause in it is thrown away.
+//! counts only while the stage does nothing but fill this ring: a batch with a pause before it is left out, and a trickle ends the
+//! stretch.
 //!
 //! A state machine without a clock: times come in.
 
 use crate::ring::Way;
 
-/// A stretch has as many times the bytes of the ring: what is measured is the ring as it is when it has gone
-/// around in that way, not the lines that the other way left behind.
+/// A stretch is so many rings long: what is measured is the ring as it is when it has gone around in that way, not the lines
+/// that the other way left behind.
 const STRETCH_RINGS: u64 = 1;
 /// A batch that took this many times the mean of its stretch had a pause in it, of the program or of the processor.
 const PAUSE_FACTOR: u64 = 16;
@@ -23,8 +24,8 @@ const PAUSE_NS_MIN: u64 = 20_000;
 const GAIN_PART: u64 = 16;
 /// When the way in use takes this much longer (in eighths) than when it was chosen, the cores may have moved.
 const CHANGE_EIGHTHS: u64 = 10;
-/// Also without a sign the other way is tried again after so many times of what trying costs: at most 2% of the time goes
-/// into finding out.
+/// Also without a sign the other way is tried again after so many times of what trying costs: about 2% of the time, but
+/// for the least time below; the tests hold it to 5%.
 const TRIAL_SHARE: u64 = 50;
 /// ... but not before this many nanoseconds, and not later than [`TRIAL_NS_MAX`].
 const TRIAL_NS_MIN: u64 = 5_000_000;

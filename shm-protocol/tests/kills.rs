@@ -27,8 +27,11 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 #[path = "support/agent.rs"]
 mod agent;
+#[path = "support/random.rs"]
+mod random;
 
 use agent::{Phase, TestAgent};
+use random::Random;
 
 const KEYS: u64 = 17;
 const ROLES: [&str; 3] = ["source", "combiner", "sink"];
@@ -54,23 +57,6 @@ fn main() -> ExitCode {
     let failed = failures.len();
     println!("{} passed, {failed} failed", CHECKS - failed.min(CHECKS));
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
-/// splitmix64
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
-    }
 }
 
 // ---- what the three processes do ------------------------------------------------------------------------------------

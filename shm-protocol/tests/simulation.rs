@@ -24,8 +24,11 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 #[path = "support/agent.rs"]
 mod agent;
+#[path = "support/random.rs"]
+mod random;
 
 use agent::TestAgent;
+use random::Random;
 
 const SOURCE: usize = 0;
 const COMBINER: usize = 1;
@@ -36,23 +39,7 @@ const STEPS: u64 = 1500;
 const DRAIN_STEPS_MAX: u64 = 200_000;
 const SECOND: u64 = 1_000_000_000;
 
-/// splitmix64
-#[derive(Clone)]
-struct Random(u64);
-
 impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
-    }
-
     fn one_in(&mut self, bound: u64) -> bool {
         self.below(bound) == 0
     }
