@@ -24,6 +24,14 @@ const PAUSE_NS_MIN: u64 = 20_000;
 const GAIN_PART: u64 = 16;
 /// When the way in use takes this much longer (in eighths) than when it was chosen, the cores may have moved.
 const CHANGE_EIGHTHS: u64 = 10;
+/// ... if it does so for so many stretches in a row. A single one says nothing: on a Zen 4 machine one stretch in 70 was that
+/// far off by itself, and a trial for each of them cost a seventh of the throughput.
+const CHANGE_STRETCHES: u64 = 4;
+/// The other way has to win for so many stretches in a row. Once it lay in the caches by luck, it won the first and lost the
+/// thousand behind it.
+const TRIAL_STRETCHES: u64 = 2;
+/// A trial that costs so many times what is in use is over after a quarter of its stretch.
+const LOST_FACTOR: u64 = 2;
 /// Also without a sign the other way is tried again after so many times of what trying costs: about 2% of the time, but
 /// for the least time below; the tests hold it to 5%.
 const TRIAL_SHARE: u64 = 50;
@@ -45,6 +53,9 @@ pub(crate) struct Chooser {
     /// ... and of the other one.
     other_cost: u64,
     next_trial_ns: u64,
+    /// Stretches in a row that said the same against what is in use, and the sum of their costs.
+    doubts: u64,
+    doubts_cost: u64,
     /// What a batch took lately.
     mean_ns: u64,
 }
@@ -85,6 +96,8 @@ impl Chooser {
             chosen_cost: 0,
             other_cost: 0,
             next_trial_ns: 0,
+            doubts: 0,
+            doubts_cost: 0,
             mean_ns: 0,
         }
     }
@@ -134,7 +147,10 @@ impl Chooser {
         self.stretch.bytes += bytes;
         self.stretch.time_ns += since_ns;
         self.stretch.batches += 1;
-        if self.stretch.bytes >= self.stretch_bytes_min {
+        let has_lost = self.phase == Phase::Trying
+            && self.stretch.bytes >= self.stretch_bytes_min / 4
+            && self.stretch.cost() > self.chosen_cost.saturating_mul(LOST_FACTOR);
+        if self.stretch.bytes >= self.stretch_bytes_min || has_lost {
             self.stretch_is_over(now_ns);
         }
     }
@@ -145,6 +161,7 @@ impl Chooser {
             self.phase = Phase::Using;
         }
         self.stretch = Stretch { last_ns: now_ns, ..Stretch::default() };
+        (self.doubts, self.doubts_cost) = (0, 0);
     }
 
     fn stretch_is_over(&mut self, now_ns: u64) {
@@ -155,24 +172,41 @@ impl Chooser {
             Phase::Using => {
                 let is_new = self.chosen_cost == 0;
                 let (now, then) = (cost.saturating_mul(8), self.chosen_cost.saturating_mul(8));
-                let has_changed = now / 8 * CHANGE_EIGHTHS < then || now > then / 8 * CHANGE_EIGHTHS;
-                if is_new || has_changed || now_ns >= self.next_trial_ns {
-                    self.chosen_cost = cost;
-                    self.phase = Phase::Turning;
+                let differs = now / 8 * CHANGE_EIGHTHS < then || now > then / 8 * CHANGE_EIGHTHS;
+                if differs {
+                    self.doubt(cost);
                 } else {
                     // The figure follows slowly, so that many small steps are seen as well as one large one.
                     self.chosen_cost = (self.chosen_cost * 7 + cost) / 8;
+                    (self.doubts, self.doubts_cost) = (0, 0);
+                }
+                if is_new {
+                    self.chosen_cost = cost;
+                }
+                let has_changed = self.doubts >= CHANGE_STRETCHES;
+                if has_changed {
+                    self.chosen_cost = self.doubts_cost / self.doubts;
+                }
+                if is_new || has_changed || now_ns >= self.next_trial_ns {
+                    (self.doubts, self.doubts_cost) = (0, 0);
+                    self.phase = Phase::Turning;
                 }
             }
             Phase::Turning => self.phase = Phase::Trying,
             Phase::Trying => {
-                self.phase = Phase::Using;
-                if cost + cost / GAIN_PART < self.chosen_cost {
-                    (self.other_cost, self.chosen_cost) = (self.chosen_cost, cost);
+                let is_better = cost + cost / GAIN_PART < self.chosen_cost;
+                if is_better {
+                    self.doubt(cost);
+                    if self.doubts < TRIAL_STRETCHES {
+                        return;
+                    }
+                    (self.other_cost, self.chosen_cost) = (self.chosen_cost, self.doubts_cost / self.doubts);
                     self.way = other(self.way);
                 } else {
                     self.other_cost = cost;
                 }
+                (self.doubts, self.doubts_cost) = (0, 0);
+                self.phase = Phase::Using;
                 let share = took_ns.saturating_mul(2 * TRIAL_SHARE);
                 let excess = self.other_cost.saturating_sub(self.chosen_cost);
                 // What a trial costs is what it is slower, not what it takes.
@@ -180,6 +214,11 @@ impl Chooser {
                 self.next_trial_ns = now_ns + wait_ns.clamp(TRIAL_NS_MIN, TRIAL_NS_MAX);
             }
         }
+    }
+
+    fn doubt(&mut self, cost: u64) {
+        self.doubts += 1;
+        self.doubts_cost = self.doubts_cost.saturating_add(cost);
     }
 }
 
@@ -278,6 +317,32 @@ mod tests {
             cores.chooser.published(cores.now_ns, 128, false);
         }
         assert_eq!(cores.chooser.way(), Way::Streamed, "the next stream begins as the last one went");
+    }
+
+    /// Stretches that vary by themselves, as they do on a machine that others use as well, are no reason to try again.
+    #[test]
+    fn noise_is_not_taken_for_a_move() {
+        let mut random = 88_172_645_463_325_252_u64;
+        let mut cores = Cores::new(4_000, 1_300);
+        cores.run(10_000_000);
+        let (mut streamed, mut batches) = (0_u32, 0_u32);
+        for stretch in 0..10_000 {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            // One stretch in ten takes twice as long.
+            cores.streamed_ns = if random.is_multiple_of(10) { 2_600 } else { 1_300 };
+            for _ in 0..RING / BATCH {
+                batches += 1;
+                streamed += u32::from(cores.chooser.way() == Way::Streamed);
+                cores.batch();
+            }
+            assert_eq!(cores.chooser.way, Way::Streamed, "stretch {stretch}");
+        }
+        assert!(
+            f64::from(streamed) >= 0.98 * f64::from(batches),
+            "{streamed} of {batches} batches went the better way"
+        );
     }
 
     #[test]

@@ -23,7 +23,8 @@ use crate::key::{hash_key, key_group};
 use crate::layout::{commit, session, slot};
 use crate::limits::{
     COMMIT_RECORDS_MAX, ERROR_REASON_BYTES_MAX, KEY_BYTES_MAX, PUBLICATION_GAP_NS, SLEEP_NS_MAX, SPIN_NS_MAX,
-    STATE_ASK_AGAIN_NS, STATE_BATCH_BYTES, STATE_BATCH_ENTRIES_MAX, STREAM_RECORDS_MIN, UNDONE_RECORDS_MAX,
+    STATE_ASK_AGAIN_NS, STATE_BATCH_BYTES, STATE_BATCH_ENTRIES_MAX, STREAM_BYTES_MIN, STREAM_RECORDS_MIN,
+    UNDONE_RECORDS_MAX,
 };
 use crate::memory::{Access, Bytes, Mapping, RingMapping, Words};
 use crate::publication::Chooser;
@@ -1518,7 +1519,10 @@ impl Stage {
             output.unlooked = 0;
             if let Some((tail, records, bytes)) = output.producer.seal(now) {
                 let large_tail = output.producer.large_published();
-                output.chooser.published(now, tail - before, is_stream);
+                // One record that is long enough to be streamed tells as much as many short ones. Where ordinary stores are slow,
+                // a starved reader gets no more than that at once, and the ring would never find out.
+                let tells = is_stream || tail - before >= STREAM_BYTES_MIN as u64;
+                output.chooser.published(now, tail - before, tells);
                 output.producer.set_way(output.chooser.way());
                 let generation = self.grant.generation;
                 self.page.change_output(index, |slot| {
