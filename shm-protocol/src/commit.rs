@@ -632,6 +632,12 @@ impl<W: Words> CommitPageReader<W> {
         (acknowledged, free)
     }
 
+    /// Tells the processor that an input's positions are read soon.
+    #[inline]
+    pub fn prepare_acknowledgement(&self, input: usize) {
+        self.words.prepare_load(self.shape.input_mirror(input));
+    }
+
     /// The announce word (`ANNOUNCE_*`). The caller has published and then fenced (SeqCst): either it sees the
     /// announcement here, or the sleeper's second look sees what was published.
     #[inline]

@@ -25,6 +25,8 @@ pub trait Words {
     fn store(&self, offset: usize, value: u64, order: Ordering);
     /// A fence between loads and stores of this process's view.
     fn fence(&self, order: Ordering);
+    /// Tells the processor that the word at `offset` is read soon.
+    fn prepare_load(&self, _offset: usize) {}
 }
 
 /// Shared bytes at logical positions that wrap at the capacity.
@@ -53,8 +55,8 @@ pub trait Bytes {
     fn stream(&self, position: u64, from: &[u8]) {
         self.write(position, from);
     }
-    /// Tells the processor that the line at `position` is written soon.
-    fn prepare_write(&self, _position: u64) {}
+    /// Tells the processor that `len` bytes from `position` on are written soon.
+    fn prepare_write(&self, _position: u64, _len: u64) {}
     /// Moves `len` bytes that are not published yet; the places may overlap.
     fn shift(&self, from: u64, to: u64, len: usize);
     /// Copies large bytes out of the room for large records.
@@ -208,6 +210,12 @@ impl Words for Mapping {
     fn fence(&self, order: Ordering) {
         std::sync::atomic::fence(order);
     }
+
+    #[inline]
+    fn prepare_load(&self, offset: usize) {
+        let word = self.word(offset).as_ptr();
+        stream::prepare_read(word.cast::<u8>(), size_of::<u64>());
+    }
 }
 
 impl<W: Words + ?Sized> Words for &W {
@@ -222,6 +230,10 @@ impl<W: Words + ?Sized> Words for &W {
     #[inline]
     fn fence(&self, order: Ordering) {
         (**self).fence(order);
+    }
+    #[inline]
+    fn prepare_load(&self, offset: usize) {
+        (**self).prepare_load(offset);
     }
 }
 
@@ -413,8 +425,8 @@ impl<B: Bytes> Bytes for std::sync::Arc<B> {
         (**self).write_record(position, head, payload);
     }
     #[inline]
-    fn prepare_write(&self, position: u64) {
-        (**self).prepare_write(position);
+    fn prepare_write(&self, position: u64, len: u64) {
+        (**self).prepare_write(position, len);
     }
     fn shift(&self, from: u64, to: u64, len: usize) {
         (**self).shift(from, to, len);
@@ -484,9 +496,10 @@ impl Bytes for RingMapping {
     }
 
     #[inline]
-    fn prepare_write(&self, position: u64) {
-        let at = self.writable_at(self.offset_of(position), 1);
-        stream::prepare_write(at);
+    fn prepare_write(&self, position: u64, len: u64) {
+        let len = to_usize(len.min(self.capacity));
+        let at = self.writable_at(self.offset_of(position), len);
+        stream::prepare_write(at, len);
     }
 
     fn shift(&self, from: u64, to: u64, len: usize) {
@@ -572,16 +585,19 @@ mod stream {
         }
     }
 
-    /// Asks for the line at `at` in a state in which it can be written.
+    /// Asks for the lines from `at` on in a state in which they can be written.
     #[inline]
-    pub(super) fn prepare_write(at: *mut u8) {
+    pub(super) fn prepare_write(at: *mut u8, len: usize) {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: a prefetch of any address has no effect but on time.
-        unsafe {
-            _mm_prefetch::<_MM_HINT_ET0>(at.cast::<i8>());
+        for offset in (0..len).step_by(STEP) {
+            let line = at.wrapping_add(offset).cast::<i8>();
+            // SAFETY: a prefetch of any address has no effect but on time.
+            unsafe {
+                _mm_prefetch::<_MM_HINT_ET0>(line);
+            }
         }
         #[cfg(not(target_arch = "x86_64"))]
-        let _no_such_hint = at;
+        let _no_such_hint = (at, len);
     }
 
     /// Asks for the lines from `at` on.

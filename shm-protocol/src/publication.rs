@@ -1,21 +1,20 @@
-//! Which way a ring publishes its batches, found by measuring the ring itself.
+//! Which way a stage publishes its batches, found by measuring itself.
 //!
 //! Where writer and reader share a cache, ordinary stores at a record's place are up to twice as fast as streaming; where
 //! they do not, streaming is up to ten times as fast (notes/shm.md, 1b and 3). No table of processors knows which it is, and
-//! hosts move the cores several times a minute. So the ring compares: a stretch of batches one way, a stretch the other way,
+//! hosts move the cores several times a minute. So the stage compares: a stretch of batches one way, a stretch the other way,
 //! and then it stays with the faster one until something changes.
 //!
 //! What is compared is the time of a byte over a stretch, waiting for the reader included: that is what the user gets. It
-//! counts only while the stage does nothing but fill this ring: a batch with a pause before it is left out, and a trickle ends the
+//! counts only while the stage does nothing but fill its rings: a batch with a pause before it is left out, and a trickle ends the
 //! stretch.
 //!
 //! A state machine without a clock: times come in.
 
 use crate::ring::Way;
 
-/// A stretch is so many rings long: what is measured is the ring as it is when it has gone around in that way, not the lines
-/// that the other way left behind.
-const STRETCH_RINGS: u64 = 1;
+/// Of the rings of a stage with many, a stretch is this share long, or it would take too long to find out.
+const STRETCH_SHARE: u64 = 4;
 /// A batch that took this many times the mean of its stretch had a pause in it, of the program or of the processor.
 const PAUSE_FACTOR: u64 = 16;
 /// A pause is at least this long.
@@ -30,7 +29,8 @@ const CHANGE_STRETCHES: u64 = 4;
 /// The other way has to win for so many stretches in a row. Once it lay in the caches by luck, it won the first and lost the
 /// thousand behind it.
 const TRIAL_STRETCHES: u64 = 2;
-/// A trial that costs so many times what is in use is over after a quarter of its stretch.
+/// A trial that costs so many times what is in use is over after a quarter of its stretch; twice as much while the lines still
+/// are where the way in use left them.
 const LOST_FACTOR: u64 = 2;
 /// Also without a sign the other way is tried again after so many times of what trying costs: about 2% of the time, but
 /// for the least time below; the tests hold it to 5%.
@@ -40,7 +40,7 @@ const TRIAL_NS_MIN: u64 = 5_000_000;
 /// A ring that moved from far to near shows no sign, because streaming is as fast there: so it looks by itself.
 const TRIAL_NS_MAX: u64 = 250_000_000;
 
-/// The chooser of one ring.
+/// The chooser of the rings out of one stage.
 #[derive(Debug)]
 pub(crate) struct Chooser {
     is_fixed: bool,
@@ -85,11 +85,17 @@ impl Stretch {
 }
 
 impl Chooser {
-    /// For a ring of this capacity.
-    pub(crate) fn new(capacity: u64) -> Self {
+    /// For the rings out of one stage, with these capacities. A stretch is one ring long: what is measured is the ring as it is
+    /// when it has gone around in that way, not the lines that the other way left behind.
+    pub(crate) fn new(capacities: &[u64]) -> Self {
+        let sum = capacities.iter().fold(0, |sum: u64, capacity| sum.saturating_add(*capacity));
+        Self::with_stretch(capacities.iter().copied().max().unwrap_or(0).max(sum / STRETCH_SHARE))
+    }
+
+    fn with_stretch(stretch_bytes_min: u64) -> Self {
         Self {
             is_fixed: false,
-            stretch_bytes_min: capacity.saturating_mul(STRETCH_RINGS),
+            stretch_bytes_min,
             phase: Phase::Using,
             way: Way::Ordinary,
             stretch: Stretch::default(),
@@ -107,7 +113,7 @@ impl Chooser {
         *self = Self {
             way: way.unwrap_or_default(),
             is_fixed: way.is_some(),
-            ..Self::new(self.stretch_bytes_min / STRETCH_RINGS)
+            ..Self::with_stretch(self.stretch_bytes_min)
         };
     }
 
@@ -147,10 +153,14 @@ impl Chooser {
         self.stretch.bytes += bytes;
         self.stretch.time_ns += since_ns;
         self.stretch.batches += 1;
-        let has_lost = self.phase == Phase::Trying
+        let lost_factor = if self.phase == Phase::Turning { 2 * LOST_FACTOR } else { LOST_FACTOR };
+        let has_lost = self.phase != Phase::Using
             && self.stretch.bytes >= self.stretch_bytes_min / 4
-            && self.stretch.cost() > self.chosen_cost.saturating_mul(LOST_FACTOR);
+            && self.stretch.cost() > self.chosen_cost.saturating_mul(lost_factor);
         if self.stretch.bytes >= self.stretch_bytes_min || has_lost {
+            if has_lost {
+                self.phase = Phase::Trying;
+            }
             self.stretch_is_over(now_ns);
         }
     }
@@ -247,7 +257,7 @@ mod tests {
 
     impl Cores {
         fn new(ordinary_ns: u64, streamed_ns: u64) -> Self {
-            Self { ordinary_ns, streamed_ns, now_ns: 1, chooser: Chooser::new(RING), spent_ns: 0 }
+            Self { ordinary_ns, streamed_ns, now_ns: 1, chooser: Chooser::new(&[RING]), spent_ns: 0 }
         }
 
         fn batch(&mut self) {

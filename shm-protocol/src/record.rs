@@ -293,6 +293,14 @@ pub fn record_len_bytes(fields: &RecordFields<'_>, payload_len: usize) -> u64 {
     (record::HEAD_LEN + body) as u64 + 2 * BATCH_ALIGN
 }
 
+/// An origin as a record carries it: shard and emit index in one word, the sequence in the next.
+#[inline]
+fn origin_from_words(place: u64, sequence: u64) -> Origin {
+    #[expect(clippy::cast_possible_truncation, reason = "the two halves of a packed word")]
+    let (shard, emit_index) = (place as u32, (place >> 32) as u32);
+    Origin { shard, emit_index, sequence }
+}
+
 /// Rounds a length up to a multiple of 8.
 pub(crate) fn pad(len: usize) -> usize {
     len.next_multiple_of(8)
@@ -387,20 +395,26 @@ impl RecordView {
         self.large = false;
         self.payload_position = body;
         self.payload_len = usize::try_from(len).unwrap_or(usize::MAX);
-        // By far the most records say nothing that their batch does not say already, or that and a key.
+        // By far the most records say nothing that their batch does not say already, or that and a key, or those and their
+        // origin, because the keys of their source go several ways.
         if flags == 0 {
             return Ok(());
         }
-        if flags == record::FLAG_KEYED | record::FLAG_KEY_OR_ATTRIBUTES && len >= 8 {
-            let key_len = bytes.read_word(body);
-            let rest = len - 8;
+        let has_origin = flags & record::FLAG_ORIGIN != 0;
+        let fixed_len = if has_origin { 24 } else { 8 };
+        if flags & !record::FLAG_ORIGIN == record::FLAG_KEYED | record::FLAG_KEY_OR_ATTRIBUTES && len >= fixed_len {
+            let key_len = bytes.read_word(body + fixed_len - 8);
+            let rest = len - fixed_len;
             // Attributes, or a key that cannot be, are for the general way below.
             if key_len <= KEY_BYTES_MAX as u64 && key_len.next_multiple_of(RECORD_ALIGN) <= rest {
+                if has_origin {
+                    self.origin = origin_from_words(bytes.read_word(body), bytes.read_word(body + 8));
+                }
                 self.keyed = true;
-                self.key_position = body + 8;
+                self.key_position = body + fixed_len;
                 self.key_len = usize::try_from(key_len).unwrap_or(0);
                 let key_room = key_len.next_multiple_of(RECORD_ALIGN);
-                self.payload_position = body + 8 + key_room;
+                self.payload_position = body + fixed_len + key_room;
                 self.payload_len = usize::try_from(rest - key_room).unwrap_or(usize::MAX);
                 return Ok(());
             }
@@ -451,10 +465,8 @@ impl RecordView {
             view.ingest_time_ns = next();
         }
         if has(record::FLAG_ORIGIN) {
-            let word = next();
-            #[expect(clippy::cast_possible_truncation, reason = "the two halves of a packed word")]
-            let (shard, emit_index) = (word as u32, (word >> 32) as u32);
-            view.origin = Origin { shard, emit_index, sequence: next() };
+            let place = next();
+            view.origin = origin_from_words(place, next());
         }
         if has(record::FLAG_KEY_OR_ATTRIBUTES) {
             let word = next();

@@ -24,6 +24,9 @@ const SLACK_BYTES: u64 = 256;
 /// How much of a batch is asked for when it is opened.
 const PREPARE_BYTES: u64 = 4096;
 
+/// A short batch lies within this much: its header, and a record or two.
+const FIRST_LOOK_BYTES: u64 = 4 * BATCH_ALIGN;
+
 /// No honest ring gets here in centuries; below it, sums of positions and lengths do not overflow.
 const POSITION_MAX: u64 = 1 << 63;
 
@@ -449,39 +452,97 @@ impl<B: Bytes> Producer<B> {
         self.emit_any(fields, payload)
     }
 
-    /// The next most frequent record: a key and a payload. `false`: it is not that, or there is no room.
+    /// The next most frequent record: a key and a payload, and its origin where that does not follow the last record's, because
+    /// records with other keys went elsewhere in between. `false`: it is not that, or there is no room.
     #[inline]
     fn append_keyed(&mut self, fields: &RecordFields<'_>, key: &[u8], payload: &[u8]) -> bool {
-        let body_len = 8 + pad(key.len()) + payload.len();
-        let end = self.cursor.cursor + (record::HEAD_LEN + pad(body_len)) as u64;
         let says_no_more = fields.kind == RecordKind::Data
             && fields.attributes.is_empty()
-            && fields.origin.emit_index == 0
             && (self.cursor.records == 0
                 || (fields.event_time_ns == self.inherited.event_time_ns
-                    && fields.ingest_time_ns == self.inherited.ingest_time_ns
-                    && fields.origin == self.implicit_origin()));
-        if !says_no_more || body_len > self.plain_len_max || key.len() > KEY_BYTES_MAX || end > self.room_end {
+                    && fields.ingest_time_ns == self.inherited.ingest_time_ns));
+        if !says_no_more {
             return false;
         }
-        if self.cursor.records == 0 {
+        let is_first = self.cursor.records == 0;
+        let has_origin = !is_first && fields.origin != self.implicit_origin();
+        let body_len = keyed_body_len(has_origin, key, payload);
+        let end = self.cursor.cursor + (record::HEAD_LEN + pad(body_len)) as u64;
+        if (is_first && fields.origin.emit_index != 0)
+            || body_len > self.plain_len_max
+            || key.len() > KEY_BYTES_MAX
+            || end > self.room_end
+        {
+            return false;
+        }
+        if is_first {
             self.inherit(fields);
         }
         self.settle_place(end, payload.len());
-        let flags = u64::from((record::FLAG_KEYED | record::FLAG_KEY_OR_ATTRIBUTES) << record::FLAGS_SHIFT);
-        let head = body_len as u64 | flags | u64::from(fields.key_hash) << 32;
-        let mut begin = [0; 16];
-        begin[..8].copy_from_slice(&head.to_le_bytes());
-        begin[8..].copy_from_slice(&(key.len() as u64).to_le_bytes());
+        self.put_keyed(end, has_origin.then_some(fields.origin), key, fields.key_hash, payload);
+        true
+    }
+
+    /// As [`Producer::append_in_lane`] for a record with a key, which may lie between records that went into other rings:
+    /// `origin` is its own. `false` also when the open batch is empty or has other times.
+    #[inline(always)]
+    pub fn append_keyed_in_lane(
+        &mut self,
+        (event_time_ns, ingest_time_ns): (i64, u64),
+        origin: Origin,
+        (key, key_hash): (&[u8], u32),
+        len_max: usize,
+        payload: &[u8],
+    ) -> bool {
+        let has_origin = origin != self.implicit_origin();
+        let body_len = keyed_body_len(has_origin, key, payload);
+        let end = self.cursor.cursor + (record::HEAD_LEN + pad(body_len)) as u64;
+        if self.cursor.records == 0
+            || self.pending.is_some()
+            || event_time_ns != self.inherited.event_time_ns
+            || ingest_time_ns != self.inherited.ingest_time_ns
+            || payload.len() > len_max
+            || key.len() > KEY_BYTES_MAX
+            || body_len > self.plain_len_max.min(STREAM_IN_PLACE_BYTES_MIN - 1)
+            || end > self.lane_end()
+        {
+            return false;
+        }
+        self.put_keyed(end, has_origin.then_some(origin), key, key_hash, payload);
+        true
+    }
+
+    #[inline(always)]
+    fn put_keyed(&mut self, end: u64, origin: Option<Origin>, key: &[u8], key_hash: u32, payload: &[u8]) {
+        let body_len = keyed_body_len(origin.is_some(), key, payload) as u64;
+        let flags = record::FLAG_KEYED | record::FLAG_KEY_OR_ATTRIBUTES;
+        let head = |flags: u32| body_len | u64::from(flags << record::FLAGS_SHIFT) | u64::from(key_hash) << 32;
         let position = self.cursor.cursor;
-        self.put(position, &begin);
-        self.put(position + 16, key);
-        self.put_payload(position + 16 + pad(key.len()) as u64, payload);
+        let key_len = (key.len() as u64).to_le_bytes();
+        let mut begin = [0; 32];
+        let begin = match origin {
+            None => {
+                begin[..8].copy_from_slice(&head(flags).to_le_bytes());
+                begin[8..16].copy_from_slice(&key_len);
+                &begin[..16]
+            }
+            Some(origin) => {
+                let place = u64::from(origin.shard) | u64::from(origin.emit_index) << 32;
+                begin[..8].copy_from_slice(&head(flags | record::FLAG_ORIGIN).to_le_bytes());
+                begin[8..16].copy_from_slice(&place.to_le_bytes());
+                begin[16..24].copy_from_slice(&origin.sequence.to_le_bytes());
+                begin[24..].copy_from_slice(&key_len);
+                &begin[..]
+            }
+        };
+        self.put(position, begin);
+        let key_position = position + begin.len() as u64;
+        self.put(key_position, key);
+        self.put_payload(key_position + pad(key.len()) as u64, payload);
         self.cursor.cursor = end;
         self.cursor.records += 1;
         self.cursor.data_records += 1;
         self.cursor.data_bytes += payload.len() as u64;
-        true
     }
 
     /// Whether the record needs no more than the 8 bytes of its head.
@@ -846,6 +907,10 @@ impl<B: Bytes> Producer<B> {
         if !self.is_staged {
             self.bytes.write(self.published, &header.encode());
         }
+        if end - self.published <= FIRST_LOOK_BYTES {
+            // A trickle: the reader still has the lines that the next batch will be written to, and there is time to take them back.
+            self.bytes.prepare_write(end, FIRST_LOOK_BYTES);
+        }
         self.published = end;
         self.large_published = done.large_cursor;
         self.inherited.origin = inherited_origin(&header, done.records);
@@ -1025,6 +1090,10 @@ impl<B: Bytes> Consumer<B> {
         if tail < self.tail || tail > high || tail > POSITION_MAX || !tail.is_multiple_of(BATCH_ALIGN) {
             return Err(RingViolation::Tail { found: tail, low: self.tail, high });
         }
+        if self.tail == self.position && tail > self.tail {
+            // The head of the batch and its first records are asked for together, and not one after the other.
+            self.bytes.prepare_read(self.tail, FIRST_LOOK_BYTES.min(tail - self.tail));
+        }
         self.tail = tail;
         Ok(())
     }
@@ -1132,6 +1201,12 @@ fn walk<B: Bytes>(bytes: &B, from: u64, to: u64, mut show: impl FnMut(&RecordVie
         position = batch_end;
     }
     Ok(())
+}
+
+/// What stands behind the head of a record with a key: its origin if it has one of its own, the length of the key, both of them.
+#[inline(always)]
+fn keyed_body_len(has_origin: bool, key: &[u8], payload: &[u8]) -> usize {
+    8 + if has_origin { 16 } else { 0 } + pad(key.len()) + payload.len()
 }
 
 /// Room for large records is given out in lines.

@@ -304,12 +304,6 @@ struct Output {
     has_pending: bool,
     /// Whether it is in [`Stage::done_outputs`].
     has_done: bool,
-    /// When records were published last.
-    published_at_ns: u64,
-    /// So many more records may be finished before the reader's position is looked at again.
-    unlooked: u64,
-    /// How its batches go into the ring.
-    chooser: Chooser,
     ended: bool,
 }
 
@@ -325,6 +319,16 @@ impl Output {
         self.producer.emit(fields, &payload)?;
         self.producer.release_large();
         Ok(())
+    }
+
+    /// [`Output::heard`] will be asked soon.
+    #[inline]
+    fn prepare_heard(&self) {
+        if let Some(neighbour) = &self.neighbour
+            && !self.producer.is_starved()
+        {
+            neighbour.page.prepare_acknowledgement(neighbour.index);
+        }
     }
 
     /// The reader's positions: its mirrors, or where it died if that is further.
@@ -377,15 +381,20 @@ enum Commit {
 /// every other call does first.
 #[derive(Debug, Default)]
 struct Lane {
-    ring: usize,
+    /// `None`: each record has a key of its own, and goes where that leads.
+    ring: Option<usize>,
     counter: usize,
     /// So many more records; 0 = there is no lane.
     left: u64,
     /// So many were appended.
     taken: u64,
+    /// Where the ring's lane ends.
     end: u64,
     len_max: usize,
     event_time_ns: i64,
+    /// For records with keys, whose origin does not always follow from the record before: where the first of them came from.
+    origin: Origin,
+    ingest_time_ns: u64,
 }
 
 struct Router {
@@ -439,6 +448,10 @@ pub struct Stage {
     own_time_ns: u64,
     /// When a look at the clock found the next publication due; 0 = none did.
     looked_at_ns: u64,
+    /// When something was published last.
+    published_at_ns: u64,
+    /// So many more records may be finished before the clock and the readers' positions are looked at again.
+    unlooked: u64,
     /// One more than the number of the latest undone record that something pending belongs to; 0 = none.
     pending_reaches: usize,
     sequence_at_done: u64,
@@ -450,6 +463,9 @@ pub struct Stage {
     sleeps: u64,
     spin_ns: u64,
     lane: Lane,
+    /// How batches go into the rings. One for all of them: the time that it compares is the stage's, and of one ring in sixteen
+    /// it would hardly show.
+    chooser: Chooser,
     /// The payload that is being emitted lies in its ring already.
     in_place: Option<InPlace>,
     end_argument: u64,
@@ -535,14 +551,11 @@ impl Stage {
             let entry = page.slot().outputs.get(index).copied().unwrap_or_default();
             let producer = Producer::new(ring, entry.tail, output.free, entry.large_tail)?;
             outputs.push(Output {
-                chooser: Chooser::new(output.capacity),
                 producer,
                 neighbour: None,
                 final_acknowledgement: (0, 0),
                 has_pending: false,
                 has_done: false,
-                published_at_ns: 0,
-                unlooked: 0,
                 ended: entry.has_ended(),
             });
         }
@@ -575,6 +588,7 @@ impl Stage {
             counted: Vec::new(),
         };
         let careful = page.slot().attempts > 0;
+        let ring_capacities: Vec<u64> = grant.outputs.iter().map(|output| output.capacity).collect();
         Ok(Self {
             control,
             pending_counts: vec![0; grant.shape.counters as usize],
@@ -601,6 +615,8 @@ impl Stage {
             counted: Vec::new(),
             own_time_ns: 0,
             looked_at_ns: 0,
+            published_at_ns: 0,
+            unlooked: 0,
             pending_reaches: 0,
             sequence_at_done: 0,
             uncommitted_records: 0,
@@ -611,6 +627,7 @@ impl Stage {
             sleeps: 0,
             spin_ns: 0,
             lane: Lane::default(),
+            chooser: Chooser::new(&ring_capacities),
             in_place: None,
             end_argument: 0,
             key_scratch: Vec::new(),
@@ -642,13 +659,18 @@ impl Stage {
     /// How records get into the output rings; [`Publication::Adaptive`] unless somebody measures.
     pub fn set_publication(&mut self, publication: Publication) {
         self.leave_lane();
+        self.chooser.fix(match publication {
+            Publication::Adaptive => None,
+            Publication::Ordinary => Some(Way::Ordinary),
+            Publication::Streamed => Some(Way::Streamed),
+        });
+        self.take_way();
+    }
+
+    /// The rings go the way that is chosen, each from its next batch on.
+    fn take_way(&mut self) {
         for output in &mut self.outputs {
-            output.chooser.fix(match publication {
-                Publication::Adaptive => None,
-                Publication::Ordinary => Some(Way::Ordinary),
-                Publication::Streamed => Some(Way::Streamed),
-            });
-            output.producer.set_way(output.chooser.way());
+            output.producer.set_way(self.chooser.way());
         }
     }
 
@@ -765,7 +787,14 @@ impl Stage {
                 }
                 refreshed = true;
                 let tail = neighbour.page.tail(neighbour.index).max(input.final_tail);
+                if tail == consumer.tail() {
+                    break;
+                }
                 consumer.take_tail(tail).map_err(|violation| (taken, violation))?;
+                if let [output] = self.outputs.as_slice() {
+                    // What is received will be emitted, and then it matters whether that one's reader is starved.
+                    output.prepare_heard();
+                }
                 continue;
             }
             entry.received.input = index;
@@ -846,16 +875,43 @@ impl Stage {
             && emit.finishes
             && emit.belongs_to == BelongsTo::Nothing
             && emit.attributes.is_empty()
-            && !matches!(emit.key, KeyChoice::Set(_))
             && emit.event_time_ns.is_none_or(|time_ns| time_ns == self.lane.event_time_ns)
-            && let Some(to) = self.outputs.get_mut(self.lane.ring)
-            && to.producer.append_in_lane(self.lane.end, self.lane.len_max, payload)
+            && self.emit_in_lane(emit.key, payload)
         {
             self.lane.left -= 1;
             self.lane.taken += 1;
             return Ok(());
         }
         self.emit_outside_lane(output, emit, payload)
+    }
+
+    /// `false`: this record cannot go there; nothing was done then.
+    #[inline(always)]
+    fn emit_in_lane(&mut self, key: KeyChoice<'_>, payload: &[u8]) -> bool {
+        match (self.lane.ring, key) {
+            (Some(ring), KeyChoice::Inherit | KeyChoice::None) => self
+                .outputs
+                .get_mut(ring)
+                .is_some_and(|to| to.producer.append_in_lane(self.lane.end, self.lane.len_max, payload)),
+            (None, KeyChoice::Set(key)) => {
+                let key_hash = upper_half(hash_key(key));
+                let Some(direct) = self.router.direct.get(OUTPUT_MAIN).and_then(Option::as_ref) else { return false };
+                let ring = direct.ring(Some(key_hash), &mut self.router.spread);
+                let Some(to) = ring.and_then(|ring| self.outputs.get_mut(ring)) else { return false };
+                let Lane { event_time_ns, ingest_time_ns, origin, len_max, taken, .. } = self.lane;
+                let origin = Origin { sequence: origin.sequence.wrapping_add(taken), ..origin };
+                // The first record of a ring is for the long way: it puts the ring among those that have something.
+                to.has_done
+                    && to.producer.append_keyed_in_lane(
+                        (event_time_ns, ingest_time_ns),
+                        origin,
+                        (key, key_hash),
+                        len_max,
+                        payload,
+                    )
+            }
+            (None, KeyChoice::Inherit | KeyChoice::None) | (Some(_), KeyChoice::Set(_)) => false,
+        }
     }
 
     #[inline(never)]
@@ -892,7 +948,7 @@ impl Stage {
             let is_due = self.careful || self.output_is_done(index);
             self.finish_records(usize::from(nth.is_some()), is_due)?;
             if nth.is_none() {
-                self.enter_lane(index);
+                self.enter_lane(index, false);
             }
             return Ok(());
         }
@@ -934,8 +990,7 @@ impl Stage {
             if matches!(emit.key, KeyChoice::Set(_)) {
                 return None;
             }
-            let shard = u32::try_from(self.grant.stage & 0xffff_ffff).unwrap_or(0);
-            let origin = Origin { shard, emit_index: 0, sequence: self.page.slot().next_sequence };
+            let origin = self.own_origin();
             let now = self.own_time();
             (emit.event_time_ns.unwrap_or(now.cast_signed()), now, origin)
         } else {
@@ -963,26 +1018,24 @@ impl Stage {
 
     /// Opens a lane behind a record of the stage's own that was emitted into this ring and finished.
     #[inline]
-    fn enter_lane(&mut self, ring: usize) {
+    fn enter_lane(&mut self, ring: usize, is_keyed: bool) {
         let Some(output) = self.outputs.get(ring) else { return };
         let (event_time_ns, ingest_time_ns) = output.producer.inherited_times();
-        let left = output.unlooked.min(COMMIT_RECORDS_MAX.saturating_sub(self.uncommitted_records + 1));
+        let left = self.unlooked.min(self.batch_records_max().saturating_sub(self.uncommitted_records + 1));
         if left == 0 || output.producer.done_records() == 0 || ingest_time_ns != self.own_time_ns {
             return;
         }
+        let direct = self.router.direct.get(OUTPUT_MAIN).and_then(Option::as_ref);
         self.lane = Lane {
-            ring,
-            counter: self
-                .router
-                .direct
-                .get(OUTPUT_MAIN)
-                .and_then(Option::as_ref)
-                .map_or(0, |direct| direct.counter as usize),
+            ring: (!is_keyed).then_some(ring),
+            counter: direct.map_or(0, |direct| direct.counter as usize),
             left,
             taken: 0,
             end: output.producer.lane_end(),
             len_max: usize::try_from(self.grant.record_bytes_max).unwrap_or(usize::MAX),
             event_time_ns,
+            origin: self.own_origin(),
+            ingest_time_ns,
         };
     }
 
@@ -998,9 +1051,14 @@ impl Stage {
         self.page.take_sequences(taken);
         self.sequence_at_done = self.page.slot().next_sequence;
         self.uncommitted_records += taken;
-        if let Some(output) = self.outputs.get_mut(self.lane.ring) {
-            output.unlooked = output.unlooked.saturating_sub(taken);
-        }
+        self.unlooked = self.unlooked.saturating_sub(taken);
+    }
+
+    /// Where the next record that the stage makes by itself comes from.
+    #[inline]
+    fn own_origin(&self) -> Origin {
+        let shard = u32::try_from(self.grant.stage & 0xffff_ffff).unwrap_or(0);
+        Origin { shard, emit_index: 0, sequence: self.page.slot().next_sequence }
     }
 
     /// The time of a record of the stage's own: read once a publication, so that a stream pays for it once a batch.
@@ -1039,8 +1097,7 @@ impl Stage {
                 let now = self.own_time();
                 fields.event_time_ns = emit.event_time_ns.unwrap_or(now.cast_signed());
                 fields.ingest_time_ns = now;
-                let shard = u32::try_from(self.grant.stage & 0xffff_ffff).unwrap_or(0);
-                fields.origin = Origin { shard, emit_index: 0, sequence: self.page.slot().next_sequence };
+                fields.origin = self.own_origin();
             }
         }
         if let KeyChoice::Set(key) = emit.key {
@@ -1064,7 +1121,11 @@ impl Stage {
             self.page.add_counter(direct.counter as usize, 1);
             self.is_dirty = true;
             let is_due = self.careful || self.output_is_done(ring);
-            return self.finish_records(records, is_due);
+            self.finish_records(records, is_due)?;
+            if nth.is_none() && output == OUTPUT_MAIN && matches!(emit.key, KeyChoice::Set(_)) {
+                self.enter_lane(ring, true);
+            }
+            return Ok(());
         }
         if let Err((error, ring)) = self.emit_node(output, &fields, payload) {
             self.emit_again(output, &fields, payload, error, ring)?;
@@ -1321,8 +1382,8 @@ impl Stage {
         if output.producer.done_bytes() >= output.producer.batch_bytes_max() {
             return true;
         }
-        if output.unlooked > 0 {
-            output.unlooked -= 1;
+        if self.unlooked > 0 {
+            self.unlooked -= 1;
             return false;
         }
         self.is_publication_due(index)
@@ -1346,7 +1407,9 @@ impl Stage {
             self.drop_retired();
         }
         self.uncommitted_records += records.max(1) as u64;
-        if is_due || (self.uncommitted_records >= COMMIT_RECORDS_MAX && self.is_batch_full()) {
+        if is_due
+            || (self.uncommitted_records >= COMMIT_RECORDS_MAX && self.uncommitted_records >= self.batch_records_max())
+        {
             let is_stream = self.uncommitted_records >= STREAM_RECORDS_MIN;
             self.publish();
             self.careful &= records == 0;
@@ -1361,35 +1424,52 @@ impl Stage {
     }
 
     /// Rings share a commit: with several of them, each gets batches as long as one alone would.
-    fn is_batch_full(&self) -> bool {
-        let rings = self.done_outputs.len().max(self.changed_inputs.len()).max(1) as u64;
-        self.uncommitted_records >= COMMIT_RECORDS_MAX * rings
+    #[inline]
+    fn batch_records_max(&self) -> u64 {
+        COMMIT_RECORDS_MAX * self.done_outputs.len().max(self.changed_inputs.len()).max(1) as u64
     }
 
-    /// Whether what is done for this output should be published at once: its reader has read all that is published before, and
-    /// the last publication is not so recent that this one would cost both sides more than it brings the record forward.
+    /// Whether what is done should be published at once, after a record for this output was finished: a reader has read all that
+    /// is published before, and the last publication is not so recent that this one would cost both sides more than it brings
+    /// the record forward.
     #[cold]
     #[inline(never)]
     fn is_publication_due(&mut self, index: usize) -> bool {
         self.wake_neighbours();
-        self.refresh_output(index);
-        let Some(output) = self.outputs.get_mut(index) else { return false };
-        if !output.producer.is_starved() {
-            output.unlooked = u64::from(output.producer.done_records()).min(COMMIT_RECORDS_MAX) / 4;
+        let now = monotonic_ns();
+        let since_ns = now.saturating_sub(self.published_at_ns);
+        let gap_ns = self.publication_gap_ns();
+        if since_ns < gap_ns {
+            // At this pace so many more records come within the gap: the next look is most of the way there.
+            let more = (self.uncommitted_records + 1) * (gap_ns - since_ns) * 3 / (4 * since_ns.max(1));
+            self.unlooked = more.min(self.batch_records_max() / 2);
             return false;
         }
-        let now = monotonic_ns();
-        let since_ns = now.saturating_sub(output.published_at_ns);
-        // One commit publishes every ring that has something: with several of them it costs as many times what one costs.
-        let gap_ns = PUBLICATION_GAP_NS * self.done_outputs.len().max(1) as u64;
-        if since_ns >= gap_ns {
+        // The readers' positions are in lines that are on their cores: they are looked at last, this output's first.
+        if self.reader_is_starved(index) {
             self.looked_at_ns = now;
             return true;
         }
-        // At this pace so many more records come within the gap: the next look is half-way there.
-        let more = u64::from(output.producer.done_records()) * (gap_ns - since_ns) / (2 * since_ns.max(1));
-        output.unlooked = more.min(COMMIT_RECORDS_MAX);
+        for place in 0..self.done_outputs.len() {
+            let Some(other) = self.done_outputs.get(place).copied() else { break };
+            if other != index && self.reader_is_starved(other) {
+                self.looked_at_ns = now;
+                return true;
+            }
+        }
+        self.unlooked = (self.uncommitted_records + 1).min(self.batch_records_max()) / 4;
         false
+    }
+
+    /// One commit publishes every ring that has something: with several of them it costs as many times what one costs.
+    #[inline]
+    fn publication_gap_ns(&self) -> u64 {
+        PUBLICATION_GAP_NS * self.done_outputs.len().max(1) as u64
+    }
+
+    fn reader_is_starved(&mut self, index: usize) -> bool {
+        self.refresh_output(index);
+        self.outputs.get(index).is_some_and(|output| output.producer.is_starved())
     }
 
     /// Ends of streams and padding need nobody to finish them.
@@ -1511,19 +1591,20 @@ impl Stage {
             now => now,
         };
         let is_stream = self.uncommitted_records >= STREAM_RECORDS_MIN;
+        let (since_ns, gap_ns) = (now.saturating_sub(self.published_at_ns), self.publication_gap_ns());
+        let is_on_its_heels = since_ns <= 2 * gap_ns;
+        // In a stream the next look comes when about half of the gap has passed. A look right behind the publication would only
+        // wait for it to reach the memory.
+        let records_in_gap = self.uncommitted_records * gap_ns / since_ns.max(1);
+        let unlooked = if is_stream && is_on_its_heels { records_in_gap.min(self.batch_records_max()) / 2 } else { 0 };
+        let mut published_bytes = 0;
         for index in self.done_outputs.iter().copied() {
             let Some(output) = self.outputs.get_mut(index) else { break };
             output.has_done = false;
             let before = output.producer.published();
-            output.published_at_ns = now;
-            output.unlooked = 0;
             if let Some((tail, records, bytes)) = output.producer.seal(now) {
                 let large_tail = output.producer.large_published();
-                // One record that is long enough to be streamed tells as much as many short ones. Where ordinary stores are slow,
-                // a starved reader gets no more than that at once, and the ring would never find out.
-                let tells = is_stream || tail - before >= STREAM_BYTES_MIN as u64;
-                output.chooser.published(now, tail - before, tells);
-                output.producer.set_way(output.chooser.way());
+                published_bytes += tail - before;
                 let generation = self.grant.generation;
                 self.page.change_output(index, |slot| {
                     slot.tail = tail;
@@ -1535,6 +1616,16 @@ impl Stage {
                         slot.flags |= slot::OUTPUT_FLAG_ENDED;
                     }
                 });
+            }
+        }
+        if published_bytes > 0 {
+            // Where ordinary stores are slow, a starved reader gets a few records or one long one at a time, and no more ever:
+            // these have to tell as much as long batches do.
+            let tells = is_stream || is_on_its_heels || published_bytes >= STREAM_BYTES_MIN as u64;
+            let way = self.chooser.way();
+            self.chooser.published(now, published_bytes, tells);
+            if self.chooser.way() != way {
+                self.take_way();
             }
         }
         if let Some(state) = &self.state {
@@ -1561,6 +1652,10 @@ impl Stage {
                 consumer.set_free(entry.batch);
             }
         }
+        if !self.done_outputs.is_empty() {
+            self.published_at_ns = now;
+        }
+        self.unlooked = unlooked;
         std::mem::swap(&mut self.published_outputs, &mut self.done_outputs);
         std::mem::swap(&mut self.freed_inputs, &mut self.changed_inputs);
         self.is_dirty = false;
