@@ -900,15 +900,14 @@ impl Stage {
                 let Some(to) = ring.and_then(|ring| self.outputs.get_mut(ring)) else { return false };
                 let Lane { event_time_ns, ingest_time_ns, origin, len_max, taken, .. } = self.lane;
                 let origin = Origin { sequence: origin.sequence.wrapping_add(taken), ..origin };
-                // The first record of a ring is for the long way: it puts the ring among those that have something.
-                to.has_done
-                    && to.producer.append_keyed_in_lane(
-                        (event_time_ns, ingest_time_ns),
-                        origin,
-                        (key, key_hash),
-                        len_max,
-                        payload,
-                    )
+                // It refuses the first record of a batch: that one has the ring put among those that have something.
+                to.producer.append_keyed_in_lane(
+                    (event_time_ns, ingest_time_ns),
+                    origin,
+                    (key, key_hash),
+                    len_max,
+                    payload,
+                )
             }
             (None, KeyChoice::Inherit | KeyChoice::None) | (Some(_), KeyChoice::Set(_)) => false,
         }

@@ -14,8 +14,8 @@ use std::os::fd::OwnedFd;
 use argo_streams_shm_protocol::layout::{commit, session};
 use argo_streams_shm_protocol::limits::RECORD_PAYLOAD_BYTES_MAX;
 use argo_streams_shm_protocol::stage::{
-    BelongsTo, Emit, KeyChoice, KeyEvaluator, OUTPUT_ERRORS, OUTPUT_MAIN, OpenError, Received, Stage, StageError,
-    Waited,
+    BelongsTo, Emit, KeyChoice, KeyEvaluator, OUTPUT_ERRORS, OUTPUT_MAIN, OpenError, Publication, Received, Stage,
+    StageError, Waited,
 };
 use argo_streams_shm_protocol::version::FEATURE_STATE_EXTENTS;
 use argo_streams_shm_protocol::{
@@ -27,8 +27,11 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 #[path = "support/agent.rs"]
 mod agent;
+#[path = "support/random.rs"]
+mod random;
 
 use agent::{Edge, Phase, TestAgent, node, shape, spec};
+use random::Random;
 
 const SECOND: u64 = 1_000_000_000;
 const SMALL: (u64, u64) = (4096, 4096);
@@ -276,6 +279,90 @@ fn workers_get_their_keys_and_take_turns_without() {
     }
     stages[0].done(0).unwrap();
     assert_eq!((recv(&mut stages[1]).len(), recv(&mut stages[2]).len()), (5, 5));
+}
+
+/// A source that finishes each record by itself goes the short ways for most of them. Whatever it mixes in between, each record
+/// arrives where its key leads, once, in order, with its own key, times, attributes and number.
+#[test]
+fn records_that_are_finished_at_once_keep_all_that_belongs_to_them() {
+    let owners: Vec<u16> = (0..256_u16).map(|group| group % 3).collect();
+    for publication in [Publication::Adaptive, Publication::Ordinary, Publication::Streamed] {
+        let mut source = spec(1, 0, 3, (64 << 10, 64 << 10));
+        source.routes.nodes[0].edges = vec![RouteEdge { rings: vec![0, 1, 2], owners: owners.clone() }];
+        let sinks = (0..3).map(|sink| spec(sink + 2, 1, 0, (64 << 10, 64 << 10)));
+        let edges = (0..3).map(|output| Edge { from: (0, output), to: (output as usize + 1, 0) }).collect();
+        let mut agent = TestAgent::new(std::iter::once(source).chain(sinks).collect(), edges);
+        let mut stages = open_all(&mut agent);
+        stages[0].set_publication(publication);
+        let mut random = Random(0x5eed_0001);
+        let first_sequence = stages[0].slot().next_sequence;
+        // By sink: number of the record, key, attributes, event time if it was set, payload.
+        let mut expected = [const { std::collections::VecDeque::new() }; 3];
+        let mut taken = 0;
+        for number in 0..60_000_u64 {
+            let len = (random.below(20) as usize + 1) * if random.below(50) == 0 { 250 } else { 5 };
+            let payload: Vec<u8> = (0..len).map(|at| (number as usize + at) as u8).collect();
+            let key = format!("{:0width$}", random.below(40), width = 1 + random.below(20) as usize).into_bytes();
+            let attributes: &[u8] = if random.below(40) == 0 { b"attributes" } else { b"" };
+            let event_time_ns = (random.below(60) == 0).then_some(number.cast_signed());
+            let finishes = random.below(30) > 0;
+            let emit = Emit { key: KeyChoice::Set(&key), attributes, event_time_ns, finishes, ..OWN };
+            if finishes && stages[0].undone_len() == 0 && random.below(400) == 0 {
+                stages[0].abort();
+            }
+            while let Err(error) = stages[0].emit(OUTPUT_MAIN, &emit, &payload) {
+                assert!(matches!(error, StageError::Full), "{error}");
+                stages[0].done(0).unwrap();
+                taken += take_expected(&mut stages, &mut expected, first_sequence);
+            }
+            if !finishes {
+                stages[0].done(0).unwrap();
+            }
+            let sink = key_group(hash_key(&key)) % 3;
+            expected[sink].push_back((number, key.clone(), attributes.to_vec(), event_time_ns, payload));
+            if random.below(200) == 0 {
+                taken += take_expected(&mut stages, &mut expected, first_sequence);
+            }
+        }
+        stages[0].done(0).unwrap();
+        while expected.iter().any(|left| !left.is_empty()) {
+            let more = take_expected(&mut stages, &mut expected, first_sequence);
+            assert!(more > 0, "{publication:?}: records are missing after {taken}");
+            taken += more;
+        }
+        assert_eq!((taken, stages[0].slot().counters[0]), (60_000, 60_000), "{publication:?}");
+        assert_eq!(stages[0].slot().next_sequence, first_sequence + 60_000, "{publication:?}");
+    }
+}
+
+type Sent = (u64, Vec<u8>, Vec<u8>, Option<i64>, Vec<u8>);
+
+fn take_expected(
+    stages: &mut [Stage],
+    expected: &mut [std::collections::VecDeque<Sent>; 3],
+    first_sequence: u64,
+) -> usize {
+    let mut count = 0;
+    for (sink, expected) in expected.iter_mut().enumerate() {
+        let stage = &mut stages[sink + 1];
+        let records = recv(stage);
+        for record in &records {
+            let (number, key, attributes, event_time_ns, sent) = expected.pop_front().unwrap();
+            let (mut found_key, mut found_attributes) = (Vec::new(), Vec::new());
+            stage.append_key(record, &mut found_key);
+            stage.append_attributes(record, &mut found_attributes);
+            assert_eq!(record.view.origin.sequence, first_sequence + number);
+            assert_eq!((&found_key, &found_attributes, payload(stage, record)), (&key, &attributes, sent));
+            assert_eq!(record.view.key_hash, u32::try_from(hash_key(&key) >> 32).unwrap());
+            if let Some(event_time_ns) = event_time_ns {
+                assert_eq!(record.view.event_time_ns, event_time_ns);
+            }
+        }
+        stage.done(records.len()).unwrap();
+        stage.commit().unwrap();
+        count += records.len();
+    }
+    count
 }
 
 #[test]
