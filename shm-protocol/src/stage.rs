@@ -22,8 +22,8 @@ use crate::histogram::HistogramView;
 use crate::key::{hash_key, key_group};
 use crate::layout::{commit, session, slot};
 use crate::limits::{
-    COMMIT_RECORDS_MAX, ERROR_REASON_BYTES_MAX, KEY_BYTES_MAX, PUBLICATION_GAP_NS, SLEEP_NS_MAX, SPIN_NS_MAX,
-    STATE_ASK_AGAIN_NS, STATE_BATCH_BYTES, STATE_BATCH_ENTRIES_MAX, STREAM_BYTES_MIN, STREAM_RECORDS_MIN,
+    COMMIT_RECORDS_MAX, ERROR_REASON_BYTES_MAX, KEY_BYTES_MAX, MEASUREMENT_GAP_NS, PUBLICATION_GAP_NS, SLEEP_NS_MAX,
+    SPIN_NS_MAX, STATE_ASK_AGAIN_NS, STATE_BATCH_BYTES, STATE_BATCH_ENTRIES_MAX, STREAM_BYTES_MIN, STREAM_RECORDS_MIN,
     UNDONE_RECORDS_MAX,
 };
 use crate::memory::{Access, Bytes, Mapping, RingMapping, Words};
@@ -289,7 +289,11 @@ struct Input {
     generation: u64,
     final_tail: u64,
     ended: bool,
-    measured_batch: u64,
+    /// The batch that was counted last.
+    seen_batch: u64,
+    /// When the batch was published whose wait was measured last, and how many records came behind it.
+    measured_at_ns: u64,
+    unmeasured_records: u64,
     /// Whether it is in [`Stage::changed_inputs`].
     is_changed: bool,
 }
@@ -568,7 +572,9 @@ impl Stage {
             generation: 0,
             final_tail: 0,
             ended: entry.has_ended(),
-            measured_batch: u64::MAX,
+            seen_batch: u64::MAX,
+            measured_at_ns: 0,
+            unmeasured_records: 0,
             is_changed: false,
         });
         let inputs: Vec<Input> = inputs.collect();
@@ -804,11 +810,16 @@ impl Stage {
             let kind = entry.received.view.kind;
             let header = consumer.header();
             // The end of a stream is no record that somebody waits for.
-            if header.position != input.measured_batch && kind != RecordKind::EndOfStream {
-                input.measured_batch = header.position;
-                let waited = monotonic_ns().saturating_sub(header.published_at_ns);
-                HistogramView::new(self.page.words(), self.page.shape().histogram(index))
-                    .record(waited, u64::from(header.records));
+            if header.position != input.seen_batch && kind != RecordKind::EndOfStream {
+                input.seen_batch = header.position;
+                input.unmeasured_records = input.unmeasured_records.saturating_add(u64::from(header.records));
+                if header.published_at_ns.abs_diff(input.measured_at_ns) >= MEASUREMENT_GAP_NS {
+                    input.measured_at_ns = header.published_at_ns;
+                    let waited_ns = monotonic_ns().saturating_sub(header.published_at_ns);
+                    let records = std::mem::take(&mut input.unmeasured_records);
+                    HistogramView::new(self.page.words(), self.page.shape().histogram(index))
+                        .record(waited_ns, records);
+                }
             }
             match kind {
                 RecordKind::EndOfStream => {
