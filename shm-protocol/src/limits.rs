@@ -43,15 +43,16 @@ pub const MEASUREMENT_GAP_NS: u64 = 5_000;
 /// From so many records in one publication on, its stage is taken to be in the middle of a stream.
 pub const STREAM_RECORDS_MIN: u64 = 8;
 
-/// A batch is assembled in private memory up to this length, then goes on in the ring: well inside of a first-level cache.
-pub const STAGING_BYTES: usize = 16 << 10;
+/// A batch is assembled in private memory up to this length, then goes on in the ring. Of short records [`COMMIT_RECORDS_MAX`]
+/// stay inside of a first-level cache; of long ones most lines are never here.
+pub const STAGING_BYTES: usize = 52 << 10;
 /// A batch that is assembled there is committed at this length: the next record still fits, if it is not a long one.
-pub const STAGED_COMMIT_BYTES_MAX: u64 = STAGING_BYTES as u64 - (2 << 10);
+pub const STAGED_COMMIT_BYTES_MAX: u64 = STAGING_BYTES as u64 - (4 << 10);
 /// A batch shorter than this is published with ordinary stores also when the ring streams: non-temporal stores of less
 /// cost more than they save (notes/shm.md, 3: a flush of 128 B took 931 instead of 230 ns).
 pub const STREAM_BYTES_MIN: usize = 1 << 10;
-/// A payload from this length on is streamed into the ring from where it is, without being assembled first.
-pub const STREAM_IN_PLACE_BYTES_MIN: usize = 4 << 10;
+/// The lines of a payload from this length on are streamed into the ring from where they are, without being assembled first.
+pub const STREAM_IN_PLACE_BYTES_MIN: usize = 512;
 
 /// Rings into one stage, on a page of the first shape.
 pub const INPUTS_MAX: u32 = 64;

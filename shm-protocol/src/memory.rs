@@ -50,11 +50,14 @@ pub trait Bytes {
         self.write(position, &head);
         self.write(position + 8, payload);
     }
-    /// Copies bytes in past the caches where the processor can, and orders them before every later store. For batches that a
-    /// reader on a far core takes next: its first touch then finds them in memory, and not in the writer's cache.
+    /// Copies bytes in past the caches where the processor can. For batches that a reader on a far core takes next: its first
+    /// touch then finds them in memory, and not in the writer's cache. Later stores, a release store as well, may be seen before
+    /// these bytes until [`Bytes::fence_streams`].
     fn stream(&self, position: u64, from: &[u8]) {
         self.write(position, from);
     }
+    /// Orders everything that was streamed before every later store.
+    fn fence_streams(&self) {}
     /// Tells the processor that `len` bytes from `position` on are written soon.
     fn prepare_write(&self, _position: u64, _len: u64) {}
     /// Moves `len` bytes that are not published yet; the places may overlap.
@@ -421,6 +424,10 @@ impl<B: Bytes> Bytes for std::sync::Arc<B> {
         (**self).stream(position, from);
     }
     #[inline]
+    fn fence_streams(&self) {
+        (**self).fence_streams();
+    }
+    #[inline]
     fn write_record(&self, position: u64, head: [u8; 8], payload: &[u8]) {
         (**self).write_record(position, head, payload);
     }
@@ -496,6 +503,11 @@ impl Bytes for RingMapping {
     }
 
     #[inline]
+    fn fence_streams(&self) {
+        stream::fence();
+    }
+
+    #[inline]
     fn prepare_write(&self, position: u64, len: u64) {
         let len = to_usize(len.min(self.capacity));
         let at = self.writable_at(self.offset_of(position), len);
@@ -542,8 +554,8 @@ mod stream {
     /// A whole line at a time is what a write-combining buffer takes.
     const STEP: usize = 64;
 
-    /// Copies `from` to `to` past the caches, with a store fence behind it. Where the processor has no such stores (today:
-    /// everything but x86-64) this is an ordinary copy.
+    /// Copies `from` to `to` past the caches; [`fence`] orders that. Where the processor has no such stores (today: everything
+    /// but x86-64) this is an ordinary copy.
     ///
     /// # Safety
     /// `to` is valid for writes of `from.len()` bytes and does not overlap `from`.
@@ -572,16 +584,22 @@ mod stream {
             let to = unsafe { to.add(lines.len()) };
             // SAFETY: the caller's promise, for the last bytes.
             unsafe { std::ptr::copy_nonoverlapping(last.as_ptr(), to, last.len()) }
-            // Without it readers saw a new epoch over old bytes in up to 97% of commits (DESIGN.md, 4.3).
-            // SAFETY: SSE is part of x86-64.
-            unsafe {
-                _mm_sfence();
-            }
         }
         #[cfg(not(target_arch = "x86_64"))]
         // SAFETY: the caller's promise.
         unsafe {
             std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len());
+        }
+    }
+
+    /// Orders what was streamed before every later store. Without it readers saw a new epoch over old bytes in up to 97% of
+    /// commits (DESIGN.md, 4.3).
+    #[inline]
+    pub(super) fn fence() {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: SSE is part of x86-64.
+        unsafe {
+            _mm_sfence();
         }
     }
 

@@ -21,6 +21,10 @@ use crate::record::{
 /// new header (64 + 63 bytes), and for that header's own padding.
 const SLACK_BYTES: u64 = 256;
 
+/// [`BATCH_ALIGN`] as a length.
+#[expect(clippy::cast_possible_truncation, reason = "64")]
+const BATCH_ALIGN_BYTES: usize = BATCH_ALIGN as usize;
+
 /// How much of a batch is asked for when it is opened.
 const PREPARE_BYTES: u64 = 4096;
 
@@ -142,6 +146,10 @@ pub struct Producer<B> {
     /// Whether the open batch is in `staging`, which then begins with the batch.
     is_staged: bool,
     staging: Vec<u8>,
+    /// Of a staged batch the lines below are in the ring already. It is never behind what is done.
+    streamed: u64,
+    /// Whether something was streamed that no fence has ordered yet.
+    is_unfenced: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -205,6 +213,8 @@ impl<B: Bytes> Producer<B> {
             way: Way::Ordinary,
             is_staged: false,
             staging: Vec::new(),
+            streamed: 0,
+            is_unfenced: false,
             bytes,
             published,
             free,
@@ -381,12 +391,14 @@ impl<B: Bytes> Producer<B> {
     #[inline(always)]
     pub fn append_in_lane(&mut self, lane_end: u64, len_max: usize, payload: &[u8]) -> bool {
         let end = self.cursor.cursor + (record::HEAD_LEN + pad(payload.len())) as u64;
-        if end > lane_end || payload.len() > len_max.min(STREAM_IN_PLACE_BYTES_MIN - 1) {
+        if end > lane_end || payload.len() > len_max {
             return false;
         }
         let position = self.cursor.cursor;
         let head = (payload.len() as u64).to_le_bytes();
-        if self.is_staged {
+        if self.is_staged && payload.len() >= STREAM_IN_PLACE_BYTES_MIN {
+            self.put_done(position, &head, payload);
+        } else if self.is_staged {
             // Within the staging by the end of the lane.
             let at = usize::try_from(position - self.published).unwrap_or(usize::MAX);
             let range = at..at + record::HEAD_LEN + payload.len();
@@ -410,9 +422,8 @@ impl<B: Bytes> Producer<B> {
     #[inline(always)]
     fn append_plain(&mut self, end: u64, payload: &[u8]) {
         let position = self.cursor.cursor;
-        self.settle_place(end, payload.len());
-        self.put(position, &(payload.len() as u64).to_le_bytes());
-        self.put_payload(position + record::HEAD_LEN as u64, payload);
+        self.settle_place(end);
+        self.put_record(position, &(payload.len() as u64).to_le_bytes(), payload);
         self.cursor.cursor = end;
         self.cursor.records += 1;
         self.cursor.data_records += 1;
@@ -478,7 +489,7 @@ impl<B: Bytes> Producer<B> {
         if is_first {
             self.inherit(fields);
         }
-        self.settle_place(end, payload.len());
+        self.settle_place(end);
         self.put_keyed(end, has_origin.then_some(fields.origin), key, fields.key_hash, payload);
         true
     }
@@ -503,7 +514,7 @@ impl<B: Bytes> Producer<B> {
             || ingest_time_ns != self.inherited.ingest_time_ns
             || payload.len() > len_max
             || key.len() > KEY_BYTES_MAX
-            || body_len > self.plain_len_max.min(STREAM_IN_PLACE_BYTES_MIN - 1)
+            || body_len > self.plain_len_max
             || end > self.lane_end()
         {
             return false;
@@ -538,7 +549,7 @@ impl<B: Bytes> Producer<B> {
         self.put(position, begin);
         let key_position = position + begin.len() as u64;
         self.put(key_position, key);
-        self.put_payload(key_position + pad(key.len()) as u64, payload);
+        self.put_record(key_position + pad(key.len()) as u64, &[], payload);
         self.cursor.cursor = end;
         self.cursor.records += 1;
         self.cursor.data_records += 1;
@@ -583,8 +594,8 @@ impl<B: Bytes> Producer<B> {
 
     /// Before the first byte of a record that ends at `end`: the batch goes to its place in the ring if it outgrows the staging.
     #[inline(always)]
-    fn settle_place(&mut self, end: u64, payload_len: usize) {
-        if self.is_staged && (end - self.published > STAGING_BYTES as u64 || payload_len >= STREAM_IN_PLACE_BYTES_MIN) {
+    fn settle_place(&mut self, end: u64) {
+        if self.is_staged && end - self.published > STAGING_BYTES as u64 {
             self.unstage();
         }
     }
@@ -605,25 +616,59 @@ impl<B: Bytes> Producer<B> {
 
     #[inline(always)]
     fn put_payload(&mut self, position: u64, payload: &[u8]) {
-        if self.way == Way::Streamed && payload.len() >= STREAM_IN_PLACE_BYTES_MIN {
-            // Long enough to be streamed by itself: one copy instead of two.
+        if !self.is_staged && self.way == Way::Streamed && payload.len() >= STREAM_IN_PLACE_BYTES_MIN {
             self.bytes.stream(position, payload);
+            self.is_unfenced = true;
         } else {
             self.put(position, payload);
         }
+    }
+
+    /// Writes the end of a record's head, and behind it its payload. Everything of the record before that is written.
+    #[inline(always)]
+    fn put_record(&mut self, position: u64, head: &[u8], payload: &[u8]) {
+        if self.is_staged && self.pending.is_none() && payload.len() >= STREAM_IN_PLACE_BYTES_MIN {
+            self.put_done(position, head, payload);
+        } else {
+            self.put(position, head);
+            self.put_payload(position + head.len() as u64, payload);
+        }
+    }
+
+    /// [`Producer::put_record`] for a long payload of a record that is done, in a staged batch. Its whole lines go into the ring
+    /// from where they are, and before them those that wait in the staging; what is left of a line waits there for the rest
+    /// of that line. So nothing is copied twice, and no line is written in two parts: each of those would be fetched from
+    /// the reader's core.
+    fn put_done(&mut self, position: u64, head: &[u8], payload: &[u8]) {
+        self.put(position, head);
+        let at = position + head.len() as u64;
+        let to_line = usize::try_from(at.next_multiple_of(BATCH_ALIGN) - at).unwrap_or(0);
+        // The payload is longer than a line.
+        let Some((first, rest)) = payload.split_at_checked(to_line) else { return };
+        self.put(at, first);
+        let begin = at + to_line as u64;
+        self.stream_staged(begin);
+        let (lines, last) = rest.split_at(rest.len() - rest.len() % BATCH_ALIGN_BYTES);
+        self.bytes.stream(begin, lines);
+        self.streamed = begin + lines.len() as u64;
+        self.put(self.streamed, last);
+    }
+
+    /// Streams what waits in the staging below `end`, which is on a line.
+    fn stream_staged(&mut self, end: u64) {
+        let index = |position: u64| usize::try_from(position - self.published).unwrap_or(usize::MAX);
+        if let Some(lines) = self.staging.get(index(self.streamed)..index(end)) {
+            self.bytes.stream(self.streamed, lines);
+        }
+        self.streamed = end;
+        self.is_unfenced = true;
     }
 
     /// Moves the open batch from private memory to its place in the ring: it outgrew the former. Nothing of it is published.
     #[cold]
     fn unstage(&mut self) {
         self.is_staged = false;
-        let begin = self.published + BATCH_ALIGN;
-        let (from, to) = (BATCH_ALIGN, self.cursor.cursor - self.published);
-        // Both are within the staging, or `settle_place` would have come here before.
-        let range = usize::try_from(from).unwrap_or(0)..usize::try_from(to).unwrap_or(0);
-        if let Some(batch) = self.staging.get(range) {
-            self.bytes.stream(begin, batch);
-        }
+        self.stream_staged(self.cursor.cursor);
     }
 
     /// Makes room for a payload of at most `payload_len` bytes that the caller writes in place; `true` says that the
@@ -694,7 +739,7 @@ impl<B: Bytes> Producer<B> {
         }
 
         let position = self.cursor.cursor;
-        self.settle_place(position + need, if large { 0 } else { payload_len });
+        self.settle_place(position + need);
         let mut at = position + record::HEAD_LEN as u64;
         self.put(at, head.fixed());
         at += head.fixed().len() as u64;
@@ -907,6 +952,9 @@ impl<B: Bytes> Producer<B> {
         if !self.is_staged {
             self.bytes.write(self.published, &header.encode());
         }
+        if std::mem::take(&mut self.is_unfenced) {
+            self.bytes.fence_streams();
+        }
         if end - self.published <= FIRST_LOOK_BYTES {
             // A trickle: the reader still has the lines that the next batch will be written to, and there is time to take them back.
             self.bytes.prepare_write(end, FIRST_LOOK_BYTES);
@@ -941,11 +989,16 @@ impl<B: Bytes> Producer<B> {
         if let (Some(to), encoded) = (self.staging.first_chunk_mut(), header.encode()) {
             *to = encoded;
         }
-        if let Some(batch) = self.staging.get(..len) {
+        let first = batch::HEADER_LEN;
+        if let Some((header, lines)) = self.staging.get(..len).and_then(|batch| batch.split_at_checked(first)) {
+            let left = lines.get(index(self.streamed) - first..).unwrap_or_default();
             if len >= STREAM_BYTES_MIN {
-                self.bytes.stream(self.published, batch);
+                self.bytes.stream(self.streamed, left);
+                self.bytes.stream(self.published, header);
+                self.is_unfenced = true;
             } else {
-                self.bytes.write(self.published, batch);
+                self.bytes.write(self.published, header);
+                self.bytes.write(self.streamed, left);
             }
         }
         if done < cursor {
@@ -956,6 +1009,7 @@ impl<B: Bytes> Producer<B> {
     /// Where the open batch, which is empty, is assembled.
     fn choose_place(&mut self) {
         self.is_staged = self.way == Way::Streamed;
+        self.streamed = self.published + BATCH_ALIGN;
         if self.is_staged && self.staging.is_empty() {
             // The last line of a batch may reach beyond what was put.
             self.staging = vec![0; STAGING_BYTES + batch::HEADER_LEN];
@@ -964,6 +1018,7 @@ impl<B: Bytes> Producer<B> {
 
     fn open_batch(&mut self, pending: u64, large_cursor: u64) {
         let begin = self.published + BATCH_ALIGN;
+        self.streamed = begin;
         let empty = Mark { cursor: begin, large_cursor, ..Mark::default() };
         self.pending = (pending > 0).then_some(empty);
         self.cursor = Mark { cursor: begin + pending, ..empty };

@@ -67,6 +67,8 @@ impl Record {
 #[derive(Clone, Debug)]
 enum Step {
     Emit(Record),
+    /// Emits a record that is done with it, if nothing else is pending.
+    EmitDone(Record),
     /// Claims more than is committed then.
     Claim(Record, usize),
     ClaimAborted(Record),
@@ -151,6 +153,7 @@ fn records(payload_max: usize) -> impl Strategy<Value = Record> {
 fn steps(payload_max: usize) -> impl Strategy<Value = Step> {
     prop_oneof![
         12 => records(payload_max).prop_map(Step::Emit),
+        6 => records(payload_max).prop_map(Step::EmitDone),
         2 => (records(payload_max), 0..500_usize).prop_map(|(record, more)| Step::Claim(record, more)),
         1 => records(payload_max).prop_map(Step::ClaimAborted),
         1 => proptest::collection::vec(records(payload_max), 0..4).prop_map(Step::Restored),
@@ -209,6 +212,15 @@ impl World {
             Step::Emit(record) => {
                 let outcome = self.producer.emit(&record.fields(), &record.payload());
                 self.check_refusal(&record, outcome);
+            }
+            Step::EmitDone(record) => {
+                if self.pending.is_empty() && !self.producer.has_pending() {
+                    let outcome = self.producer.emit_done(&record.fields(), &record.payload());
+                    self.check_refusal(&record, outcome);
+                    // Behind a full ring it was emitted once more, and not as done.
+                    self.producer.mark_done();
+                    self.done.append(&mut self.pending);
+                }
             }
             Step::Claim(record, more) => {
                 let payload = record.payload();

@@ -123,6 +123,7 @@ impl Channel for Textbook {
         if self.is_ceiling {
             self.out.ring.write(self.out.ours, &head);
             self.out.ring.stream(self.out.ours + HEAD_BYTES, record);
+            self.out.ring.fence_streams();
         } else {
             self.out.ring.write_record(self.out.ours, head, record);
         }
