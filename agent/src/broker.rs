@@ -762,7 +762,7 @@ impl Broker {
                 self.refuse_client(
                     client,
                     RefusalCode::State,
-                    "the step declares `transport: stdio`: declare `transport: shm` or `auto` to open the library",
+                    "the step declares another transport: declare `transport: shm` or `auto` to open the library",
                 );
             }
             (Role::ShimStage, Transport::Shm) => {

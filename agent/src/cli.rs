@@ -238,6 +238,9 @@ pub struct ShimArguments {
     /// The agent's socket for this worker.
     #[arg(long)]
     pub socket: PathBuf,
+    /// How records reach the program.
+    #[arg(long, default_value = "stdio")]
+    pub transport: ShimTransport,
     /// When a record counts as done.
     #[arg(long, default_value = "auto")]
     pub ack: Ack,
@@ -258,6 +261,11 @@ impl ShimArguments {
     pub fn into_options(self) -> argo_streams_shim::Options {
         argo_streams_shim::Options {
             socket: self.socket,
+            exchange: match self.transport {
+                ShimTransport::Stdio => None,
+                ShimTransport::Http => Some(argo_streams_shim::Exchange::Http),
+                ShimTransport::Socket => Some(argo_streams_shim::Exchange::Socket),
+            },
             acknowledgement: match self.ack {
                 Ack::Auto => argo_streams_shim::Acknowledgement::Auto,
                 Ack::Line => argo_streams_shim::Acknowledgement::Line,
@@ -268,6 +276,17 @@ impl ShimArguments {
             command: self.command,
         }
     }
+}
+
+/// How records reach a program that has a shim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ShimTransport {
+    /// Lines on standard input and output.
+    Stdio,
+    /// Requests to the program's own server.
+    Http,
+    /// Frames over a unix socket.
+    Socket,
 }
 
 /// When a record counts as done.

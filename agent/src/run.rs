@@ -299,7 +299,7 @@ impl Run {
             let transport = match plan.step(stage.step).map(argo_streams_pipeline::Step::kind) {
                 Some(StepKind::ParDo(pardo)) => match pardo.transport() {
                     Declared::Auto => Transport::Auto,
-                    Declared::Stdio => Transport::Stdio,
+                    Declared::Stdio | Declared::Http | Declared::Socket => Transport::Stdio,
                     Declared::Shm => Transport::Shm,
                 },
                 _ => Transport::Internal,
@@ -662,6 +662,11 @@ impl Run {
             .map_err(|error| io::Error::other(error.to_string()))?;
         let mut shim = Command::new(std::env::current_exe()?);
         shim.arg("shim").arg("--socket").arg(socket);
+        shim.arg("--transport").arg(match pardo.transport() {
+            Declared::Auto | Declared::Stdio | Declared::Shm => "stdio",
+            Declared::Http => "http",
+            Declared::Socket => "socket",
+        });
         shim.arg("--ack").arg(match pardo.acknowledgement() {
             Acknowledgement::Auto => "auto",
             Acknowledgement::Line => "line",

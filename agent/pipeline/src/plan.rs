@@ -205,6 +205,10 @@ pub enum Transport {
     Stdio,
     /// The SDK, over shared memory.
     Shm,
+    /// The program serves HTTP.
+    Http,
+    /// Frames over a unix socket that the program connects to.
+    Socket,
 }
 
 /// When a record counts as done (`ack`).

@@ -581,8 +581,14 @@ impl<'a> Reader<'a, '_> {
         };
         let transport = self.choice(
             "transport",
-            &[("auto", Transport::Auto), ("stdio", Transport::Stdio), ("shm", Transport::Shm)],
-            &["fifo", "file", "socket", "http"],
+            &[
+                ("auto", Transport::Auto),
+                ("stdio", Transport::Stdio),
+                ("shm", Transport::Shm),
+                ("http", Transport::Http),
+                ("socket", Transport::Socket),
+            ],
+            &["fifo", "file"],
         );
         let acknowledgement = self.choice(
             "ack",

@@ -144,6 +144,11 @@ impl Program {
         let _gone = kill_process_group(self.pid, Signal::TERM);
     }
 
+    /// Kills the process group, without waiting.
+    pub(crate) fn kill(&self) {
+        let _gone = kill_process_group(self.pid, Signal::KILL);
+    }
+
     /// Kills what is left of the process group and waits until nothing is. The kernel ends a killed process in bounded time
     /// unless it hangs in a device; after `patience` we go on, and say so.
     pub(crate) async fn end_group(&mut self, patience: Duration) -> bool {

@@ -19,12 +19,13 @@ use argo_streams_shm_protocol::{
 use argo_streams_stage::{Backend, StageBell, block_on, choose_backend, path_keys, ready_descriptor};
 use tokio::io::Interest;
 
+use crate::exchange::{self, Exchange};
 use crate::lines::{Line, LineSplitter};
 use crate::program::{OutputKind, Program, describe};
 
-const LIBRARY: &str = concat!("argo-streams-shim ", env!("CARGO_PKG_VERSION"));
+pub(crate) const LIBRARY: &str = concat!("argo-streams-shim ", env!("CARGO_PKG_VERSION"));
 /// How long the agent may take to answer; it does so at once unless the machine is very busy.
-const OPEN_TIMEOUT_NS: u64 = 30_000_000_000;
+pub(crate) const OPEN_TIMEOUT_NS: u64 = 30_000_000_000;
 /// Input is fed in blocks of this size: the size of a pipe.
 const BLOCK_BYTES: usize = 64 << 10;
 /// Records that are fed and unanswered, so that a program that never answers holds a bounded number.
@@ -32,7 +33,7 @@ const UNANSWERED_MAX: usize = 16 << 10;
 /// Lines that are emitted in one turn before the loop looks at everything else again.
 const LINES_PER_TURN: usize = 256;
 /// How long a killed process group may take to disappear, and its terminal to end, before we go on without it.
-const GROUP_PATIENCE: Duration = Duration::from_secs(2);
+pub(crate) const GROUP_PATIENCE: Duration = Duration::from_secs(2);
 /// With `read`, how often we look how much the program has taken while something is not taken.
 const TAKEN_INTERVAL: Duration = Duration::from_millis(5);
 /// With `auto`, after how long an unanswered line is worth a hint.
@@ -54,6 +55,8 @@ pub enum Acknowledgement {
 pub struct Options {
     /// The agent's socket for this worker.
     pub socket: PathBuf,
+    /// How each record is answered on its own; `None` = lines on standard input and output.
+    pub exchange: Option<Exchange>,
     /// When a record counts as done.
     pub acknowledgement: Acknowledgement,
     /// Whether the program's output is a pipe instead of a terminal.
@@ -96,8 +99,11 @@ pub fn run(options: Options) -> Result<(), ShimError> {
     let (backend, reason) = choose_backend();
     tracing::debug!(backend = backend.name(), reason, "shim I/O");
     block_on(backend, async move {
-        let mut shim = Shim::connect(options, backend)?;
-        match shim.serve().await {
+        let served = match options.exchange {
+            Some(exchange) => exchange::serve(exchange, options, backend).await,
+            None => Shim::connect(options, backend)?.serve().await,
+        };
+        match served {
             // The agent ended the run, by force or because it is gone itself: nothing that a shim could add to what it says.
             Err(ShimError::Stage(StageError::Revoked) | ShimError::Control { source: ControlError::Closed, .. }) => {
                 Ok(())
@@ -701,11 +707,7 @@ impl Shim {
             return false;
         }
         if stopping.terminated {
-            let _gone = rustix::process::kill_process_group(
-                rustix::process::Pid::from_raw(i32::try_from(program.pid()).unwrap_or(0))
-                    .unwrap_or(rustix::process::Pid::INIT),
-                rustix::process::Signal::KILL,
-            );
+            program.kill();
         } else {
             program.terminate();
         }
@@ -830,6 +832,6 @@ fn emit_surplus(stage: &mut Stage, payload: &[u8]) -> Result<(), StageError> {
     )
 }
 
-fn nanoseconds(duration: Duration) -> u64 {
+pub(crate) fn nanoseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -1,0 +1,650 @@
+//! Transports in which every record has an answer of its own: `http` and `socket`.
+//!
+//! Up to a window of records is with the program at once, and it may answer them in any order. They are finished in the order
+//! of the stage: an answer waits until all before it are finished, so order per key holds and a commit always covers a prefix.
+//! A record whose program died goes to the next process once more; what its outputs were is decided by the one answer that
+//! is committed.
+
+mod http;
+mod socket;
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use argo_streams_shm_protocol::stage::{
+    BelongsTo, Emit, KeyChoice, OUTPUT_MAIN, OpenError, PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MIN, Received, Stage,
+    StageError,
+};
+use argo_streams_shm_protocol::{
+    Control, ControlError, Event, Hello, Message, ProgramEvent, RecordKind, Role, attributes_iter, monotonic_ns,
+};
+use argo_streams_stage::{Backend, StageBell, path_keys, ready_descriptor};
+use tokio::io::Interest;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
+use tokio::task::JoinHandle;
+
+use crate::program::{OutputKind, Program, describe};
+use crate::serve::{GROUP_PATIENCE, LIBRARY, OPEN_TIMEOUT_NS, Options, ShimError, nanoseconds};
+
+/// A record that the program refuses for now is sent again after this time at first, then after twice as long each time ...
+const RETRY_NS_MIN: u64 = 100_000_000;
+/// ... up to this.
+const RETRY_NS_MAX: u64 = 5_000_000_000;
+/// After so many refusals it goes to the error output: it stands before all that come behind it.
+const ATTEMPTS_MAX: u32 = 8;
+/// A connection that broke because its program ended is seen a little before that end is.
+const DEATH_PATIENCE: Duration = Duration::from_millis(200);
+/// A reason for the error output is at most so much of what the program said.
+const REASON_BYTES_MAX: usize = 512;
+
+/// A record on its way to the program.
+#[derive(Clone, Debug)]
+struct Request {
+    /// Counts up; an answer names it.
+    number: u64,
+    /// The same for every attempt, also of later processes.
+    id: String,
+    key: Option<Vec<u8>>,
+    event_time_ns: i64,
+    /// Names and values.
+    attributes: Vec<(Vec<u8>, Vec<u8>)>,
+    payload: Vec<u8>,
+    /// 0 for the first attempt.
+    attempt: u32,
+}
+
+/// One output of a record.
+#[derive(Debug, Default)]
+struct Output {
+    /// `None` = that of its record.
+    key: Option<Vec<u8>>,
+    /// `None` = that of its record.
+    event_time_ns: Option<i64>,
+    /// Encoded.
+    attributes: Vec<u8>,
+    payload: Vec<u8>,
+}
+
+/// What a program said to a record.
+#[derive(Debug)]
+enum Outcome {
+    /// It is finished, with these outputs.
+    Outputs(Vec<Output>),
+    /// It is wrong and stays so: it goes to the error output.
+    Refused(String),
+    /// Not now.
+    Later(String),
+    /// The connection broke before the answer: nothing is known, and nothing is held against the record.
+    Unanswered,
+}
+
+/// What comes back from a carrier.
+#[derive(Debug)]
+enum Answer {
+    /// The program can be fed.
+    Ready,
+    /// To the request of this number.
+    Record { number: u64, outcome: Outcome },
+    /// The program cannot be talked to any more; why.
+    Broken(String),
+}
+
+/// The connection to one process of the program. Dropping it ends everything under way.
+#[derive(Debug)]
+struct Carrier {
+    /// Closed when nothing more will come.
+    requests: Option<UnboundedSender<Request>>,
+    answers: UnboundedReceiver<Answer>,
+    /// How many requests may be under way.
+    window: usize,
+    /// Told to the program when it starts.
+    environment: Vec<(String, String)>,
+    /// Whether the program ends by itself when nothing more comes; else it is terminated.
+    ends_by_itself: bool,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl Drop for Carrier {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+/// Which of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exchange {
+    /// The program serves `POST /messages`.
+    Http,
+    /// The program connects to a unix socket, and frames go both ways.
+    Socket,
+}
+
+#[derive(Debug)]
+enum State {
+    /// Not with the program; not before this time.
+    Waiting { not_before_ns: u64 },
+    /// With the program.
+    Sent,
+    /// To be emitted and finished; so many of its outputs are emitted already.
+    Answered { outputs: Vec<Output>, emitted: usize },
+    /// For the error output.
+    Refused(String),
+    /// Not a data record.
+    Control,
+}
+
+#[derive(Debug)]
+struct InFlight {
+    number: u64,
+    attempt: u32,
+    state: State,
+}
+
+#[derive(Debug)]
+struct Shim {
+    exchange: Exchange,
+    options: Options,
+    backend: Backend,
+    control: Control,
+    stage: Option<(Stage, StageBell)>,
+    program: Option<Program>,
+    carrier: Option<Carrier>,
+    is_ready: bool,
+    /// As received; the front is the oldest record that is not done.
+    in_flight: VecDeque<InFlight>,
+    next_number: u64,
+    sent: usize,
+    deaths_in_a_row: u32,
+    /// As many records go one by one, to find the one that kills the program.
+    one_by_one: usize,
+    /// When the next step of ending the program is due, and whether it was terminated already.
+    stopping: Option<(u64, bool)>,
+    over: bool,
+    /// Why the carrier broke.
+    broken: Option<String>,
+    has_said_later: bool,
+}
+
+/// Serves a worker until the agent ends it.
+pub(crate) async fn serve(exchange: Exchange, options: Options, backend: Backend) -> Result<(), ShimError> {
+    let failed = |source| ShimError::Control { socket: options.socket.clone(), source };
+    let control = Control::connect(&options.socket).map_err(failed)?;
+    let hello = Hello {
+        version_min: PROTOCOL_VERSION_MIN,
+        version_max: PROTOCOL_VERSION_MAX,
+        role: Role::Supervisor,
+        features: 0,
+        pid: std::process::id(),
+        library: LIBRARY.to_owned(),
+    };
+    control.send(&Message::Hello(hello), &[]).map_err(failed)?;
+    let mut shim = Shim {
+        exchange,
+        options,
+        backend,
+        control,
+        stage: None,
+        program: None,
+        carrier: None,
+        is_ready: false,
+        in_flight: VecDeque::new(),
+        next_number: 0,
+        sent: 0,
+        deaths_in_a_row: 0,
+        one_by_one: 0,
+        stopping: None,
+        over: false,
+        broken: None,
+        has_said_later: false,
+    };
+    shim.run().await
+}
+
+impl Shim {
+    fn control_error(&self, source: ControlError) -> ShimError {
+        ShimError::Control { socket: self.options.socket.clone(), source }
+    }
+
+    fn send(&self, event: Event) -> Result<(), ShimError> {
+        self.control.send(&Message::Event(event), &[]).map_err(|source| self.control_error(source))
+    }
+
+    async fn run(&mut self) -> Result<(), ShimError> {
+        let control_ready = ready_descriptor(self.control.descriptor().try_clone_to_owned()?, Interest::READABLE)?;
+        loop {
+            loop {
+                match self.control.try_receive() {
+                    Ok(Some((Message::Event(Event::Start { .. }), _))) => self.start()?,
+                    Ok(Some((Message::Event(Event::Yield), _))) => {
+                        self.send(Event::Yielded { given_up: false, taken_bytes: 0 })?;
+                    }
+                    Ok(Some((Message::Event(Event::Stop { grace_ms }), _))) => {
+                        self.begin_stop(Duration::from_millis(grace_ms));
+                    }
+                    Ok(Some(_)) => {}
+                    Ok(None) => break,
+                    // The stage has finished, or the agent is gone: so is our reason to be.
+                    Err(ControlError::Closed) => {
+                        self.end_program().await?;
+                        return Ok(());
+                    }
+                    Err(source) => return Err(self.control_error(source)),
+                }
+            }
+            if self.turn().await? {
+                // Let the connections work, but do not sleep.
+                tokio::task::yield_now().await;
+            } else {
+                self.sleep(&control_ready).await?;
+            }
+        }
+    }
+
+    fn start(&mut self) -> Result<(), ShimError> {
+        (self.stopping, self.over, self.is_ready) = (None, false, false);
+        let carrier = match self.exchange {
+            Exchange::Http => http::connect(),
+            Exchange::Socket => socket::listen(&self.options.socket),
+        };
+        let not_started = |error: &std::io::Error| {
+            let name = self.options.command.first().map_or("", String::as_str);
+            Event::Program(ProgramEvent::NotStarted { text: format!("{name:?} cannot be started: {error}") })
+        };
+        let carrier = match carrier {
+            Ok(carrier) => carrier,
+            Err(error) => return self.send(not_started(&error)),
+        };
+        match Program::start(self.backend, &self.options.command, &carrier.environment, OutputKind::Log) {
+            Ok(program) => {
+                self.send(Event::Program(ProgramEvent::Started { pid: program.pid() }))?;
+                self.program = Some(program);
+                self.carrier = Some(carrier);
+            }
+            Err(error) => return self.send(not_started(&error)),
+        }
+        if self.stage.is_none() {
+            let control = Control::connect(&self.options.socket).map_err(|source| self.control_error(source))?;
+            match Stage::open(control, Role::ShimStage, LIBRARY, path_keys, OPEN_TIMEOUT_NS) {
+                Ok(stage) => {
+                    let bell = StageBell::new(&stage)?;
+                    self.stage = Some((stage, bell));
+                }
+                Err(OpenError::Refused { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Nothing more is sent to the program; it has the grace time to end.
+    fn begin_stop(&mut self, grace: Duration) {
+        if self.program.is_none() || self.stopping.is_some() {
+            return;
+        }
+        let mut terminated = false;
+        if let Some(carrier) = &mut self.carrier {
+            carrier.requests = None;
+            terminated = !carrier.ends_by_itself;
+        }
+        if terminated && let Some(program) = &self.program {
+            program.terminate();
+        }
+        self.stopping = Some((monotonic_ns() + nanoseconds(grace), terminated));
+    }
+
+    /// One round of work; whether anything moved.
+    async fn turn(&mut self) -> Result<bool, ShimError> {
+        let mut moved = self.receive()?;
+        moved |= self.hear_program();
+        moved |= self.dispatch();
+        moved |= self.settle()?;
+        if let Some(program) = &mut self.program {
+            if self.broken.is_some() && tokio::time::timeout(DEATH_PATIENCE, program.ended()).await.is_ok() {
+                // Its connection broke because it ended.
+                self.broken = None;
+            }
+            if program.try_status()?.is_some() || self.broken.is_some() {
+                self.end_program().await?;
+                return Ok(true);
+            }
+        }
+        moved |= self.stop_step();
+        moved |= self.finish()?;
+        Ok(moved)
+    }
+
+    /// How many records may be with the program.
+    fn window(&self) -> usize {
+        let window = self.carrier.as_ref().map_or(1, |carrier| carrier.window);
+        if self.one_by_one > 0 { 1 } else { window }
+    }
+
+    fn receive(&mut self) -> Result<bool, ShimError> {
+        let window = self.window();
+        let Some((stage, _)) = &mut self.stage else { return Ok(false) };
+        if self.in_flight.len() >= window || self.program.is_none() {
+            return Ok(false);
+        }
+        let mut received: Vec<Received> = Vec::new();
+        stage.recv(&mut received, window - self.in_flight.len())?;
+        for record in &received {
+            let state = match record.view.kind {
+                RecordKind::Data => State::Waiting { not_before_ns: 0 },
+                _ => State::Control,
+            };
+            self.in_flight.push_back(InFlight { number: self.next_number, attempt: 0, state });
+            self.next_number += 1;
+        }
+        Ok(!received.is_empty())
+    }
+
+    /// Hands over what waits, the oldest first.
+    fn dispatch(&mut self) -> bool {
+        let window = self.window();
+        let Some((stage, _)) = &self.stage else { return false };
+        let Some(requests) = self.carrier.as_ref().and_then(|carrier| carrier.requests.as_ref()) else { return false };
+        if !self.is_ready {
+            return false;
+        }
+        let now_ns = monotonic_ns();
+        let mut moved = false;
+        for (place, entry) in self.in_flight.iter_mut().enumerate() {
+            if self.sent >= window {
+                break;
+            }
+            let State::Waiting { not_before_ns } = entry.state else { continue };
+            if not_before_ns > now_ns {
+                continue;
+            }
+            let Some(record) = stage.undone_record(place) else { break };
+            if requests.send(request(stage, &record, entry)).is_err() {
+                break;
+            }
+            entry.state = State::Sent;
+            self.sent += 1;
+            moved = true;
+        }
+        moved
+    }
+
+    fn hear_program(&mut self) -> bool {
+        let mut moved = false;
+        while let Some(answer) = self.carrier.as_mut().and_then(|carrier| carrier.answers.try_recv().ok()) {
+            self.take(answer);
+            moved = true;
+        }
+        moved
+    }
+
+    fn take(&mut self, answer: Answer) {
+        let (number, outcome) = match answer {
+            Answer::Ready => {
+                self.is_ready = true;
+                return;
+            }
+            // A program that was told that nothing more comes may close its connection before it ends.
+            Answer::Broken(_) if self.stopping.is_some() => {
+                self.carrier = None;
+                return;
+            }
+            Answer::Broken(text) => {
+                self.broken.get_or_insert(text);
+                return;
+            }
+            Answer::Record { number, outcome } => (number, outcome),
+        };
+        let front = self.in_flight.front().map_or(self.next_number, |entry| entry.number);
+        let place = number.checked_sub(front).and_then(|place| usize::try_from(place).ok());
+        let entry = place.and_then(|place| self.in_flight.get_mut(place));
+        let Some(entry) = entry.filter(|entry| matches!(entry.state, State::Sent)) else {
+            self.broken.get_or_insert(format!("answered record {number}, which it was not sent or had answered"));
+            return;
+        };
+        self.sent -= 1;
+        if !matches!(outcome, Outcome::Unanswered) {
+            self.deaths_in_a_row = 0;
+            self.one_by_one = self.one_by_one.saturating_sub(1);
+        }
+        entry.state = match outcome {
+            Outcome::Outputs(outputs) => State::Answered { outputs, emitted: 0 },
+            Outcome::Refused(reason) => State::Refused(reason),
+            Outcome::Unanswered => State::Waiting { not_before_ns: 0 },
+            Outcome::Later(reason) if entry.attempt + 1 >= ATTEMPTS_MAX => {
+                State::Refused(format!("refused {ATTEMPTS_MAX} times, the last time: {reason}"))
+            }
+            Outcome::Later(reason) => {
+                let wait_ns = (RETRY_NS_MIN << entry.attempt.min(16)).min(RETRY_NS_MAX);
+                entry.attempt += 1;
+                if !std::mem::replace(&mut self.has_said_later, true)
+                    && let Some((stage, _)) = &self.stage
+                {
+                    let text = format!(
+                        "refused a record for now ({reason}); it is sent up to {ATTEMPTS_MAX} times, then it goes to the error output"
+                    );
+                    // Only a hint: with the agent gone, the next call says so.
+                    let _unheard = stage.note(&text);
+                }
+                State::Waiting { not_before_ns: monotonic_ns() + wait_ns }
+            }
+        };
+    }
+
+    /// Finishes what is answered, from the front. `true` when anything moved.
+    fn settle(&mut self) -> Result<bool, ShimError> {
+        let Some((stage, _)) = &mut self.stage else { return Ok(false) };
+        let mut moved = false;
+        while let Some(entry) = self.in_flight.front_mut() {
+            let settled = match &mut entry.state {
+                State::Waiting { .. } | State::Sent => break,
+                State::Control => Ok(()),
+                State::Refused(reason) => stage.reject(0, reason),
+                State::Answered { outputs, emitted } => emit_outputs(stage, outputs, emitted),
+            };
+            match settled {
+                Ok(()) => {}
+                Err(StageError::Full) => break,
+                // What it emitted for this record alone fills a ring, or is too long for it.
+                Err(error @ (StageError::BatchFull | StageError::TooLarge(_))) => {
+                    stage.abort();
+                    entry.state = State::Refused(format!("its answer cannot be carried: {error}"));
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            }
+            stage.done(1)?;
+            self.in_flight.pop_front();
+            moved = true;
+        }
+        Ok(moved)
+    }
+
+    /// Ends the process group, keeps what it answered, and reports.
+    async fn end_program(&mut self) -> Result<(), ShimError> {
+        let Some(mut program) = self.program.take() else { return Ok(()) };
+        // What it answered before it ended is in the socket; the connections read on until its end.
+        if !program.end_group(GROUP_PATIENCE).await {
+            tracing::warn!(pid = program.pid(), "its process group did not end after SIGKILL; going on without it");
+        }
+        let status = program.try_status()?;
+        if let Some(carrier) = &mut self.carrier {
+            carrier.requests = None;
+        }
+        let patience = tokio::time::Instant::now() + GROUP_PATIENCE;
+        loop {
+            let Some(carrier) = &mut self.carrier else { break };
+            match tokio::time::timeout_at(patience, carrier.answers.recv()).await {
+                Ok(Some(Answer::Broken(_))) => {}
+                Ok(Some(answer)) => self.take(answer),
+                // All connections are at their end.
+                Ok(None) | Err(_) => break,
+            }
+        }
+        self.carrier = None;
+        self.is_ready = false;
+        while self.settle()? {}
+        let mut unanswered = 0;
+        for entry in &mut self.in_flight {
+            if matches!(entry.state, State::Sent) {
+                entry.state = State::Waiting { not_before_ns: 0 };
+                unanswered += 1;
+            }
+        }
+        self.sent = 0;
+        let (mut code, mut text) = status.map_or((1, "ended in an unknown way".to_owned()), describe);
+        let all_answered =
+            self.in_flight.is_empty() && self.stage.as_ref().is_some_and(|(stage, _)| stage.is_input_over());
+        if let Some(broken) = self.broken.take() {
+            text = format!("was ended because it {broken}");
+            code = 1;
+        }
+        if all_answered && self.stopping.is_some() {
+            // We ended it; how is no fault of its.
+            code = 0;
+        } else if !all_answered && self.stage.is_some() {
+            self.deaths_in_a_row += 1;
+            if self.deaths_in_a_row > 1 {
+                self.one_by_one = self.in_flight.len();
+            }
+            if unanswered > 0 {
+                text = format!("{text} with {unanswered} records unanswered, which are sent again");
+            }
+        }
+        self.over = all_answered;
+        if let Some((stage, _)) = &mut self.stage {
+            stage.commit()?;
+        }
+        self.send(Event::Program(ProgramEvent::Ended { code, text, uncertain_records: 0 }))
+    }
+
+    /// The order of stopping: nothing more comes, the grace time, SIGTERM, the grace time again, SIGKILL.
+    fn stop_step(&mut self) -> bool {
+        let (Some((deadline_ns, terminated)), Some(program)) = (&mut self.stopping, &self.program) else {
+            return false;
+        };
+        if monotonic_ns() < *deadline_ns {
+            return false;
+        }
+        if *terminated {
+            program.kill();
+        } else {
+            program.terminate();
+        }
+        (*deadline_ns, *terminated) = (monotonic_ns() + nanoseconds(self.options.grace), true);
+        true
+    }
+
+    /// Ends the program when everything is answered and nothing more comes, and then the stage.
+    fn finish(&mut self) -> Result<bool, ShimError> {
+        let Some((stage, _)) = &mut self.stage else { return Ok(false) };
+        if !stage.is_input_over() || !self.in_flight.is_empty() {
+            return Ok(false);
+        }
+        if self.program.is_some() {
+            if self.stopping.is_none() {
+                let grace = self.options.grace;
+                self.begin_stop(grace);
+                return Ok(true);
+            }
+            return Ok(false);
+        }
+        if self.over {
+            match stage.finish(false) {
+                Ok(()) => {
+                    self.over = false;
+                    // The agent sees it on the commit page; this makes it look.
+                    stage.note("")?;
+                }
+                Err(StageError::Full) => {}
+                Err(error) => return Err(error.into()),
+            }
+            return Ok(!stage.is_blocked());
+        }
+        Ok(false)
+    }
+
+    async fn sleep(&mut self, control_ready: &tokio::io::unix::AsyncFd<std::os::fd::OwnedFd>) -> Result<(), ShimError> {
+        let can_receive = self.program.is_some() && self.in_flight.len() < self.window();
+        if let Some((stage, _)) = &mut self.stage {
+            stage.set_wants_input(can_receive);
+            if !stage.prepare_sleep()? {
+                return Ok(());
+            }
+        }
+        let now = monotonic_ns();
+        let due = self.in_flight.iter().filter_map(|entry| match entry.state {
+            // What could be sent now waits for the program, and not for a time.
+            State::Waiting { not_before_ns } => Some(not_before_ns).filter(|due| *due > now),
+            _ => None,
+        });
+        let until_ns = due.chain(self.stopping.map(|(deadline_ns, _)| deadline_ns)).min();
+        let timer = until_ns.map_or(Duration::from_secs(1), |until| Duration::from_nanos(until.saturating_sub(now)));
+        let mut heard = None;
+        {
+            let (stage, program, carrier) = (&self.stage, &self.program, &mut self.carrier);
+            tokio::select! {
+                () = async { match stage { Some((_, bell)) => bell.rung().await, None => std::future::pending().await } } => {}
+                guard = control_ready.readable() => { if let Ok(mut guard) = guard { guard.clear_ready(); } }
+                answer = async { match carrier { Some(carrier) => carrier.answers.recv().await, None => std::future::pending().await } } => {
+                    heard = Some(answer.unwrap_or_else(|| Answer::Broken("closed its connection".to_owned())));
+                }
+                () = async { match program { Some(program) => program.ended().await, None => std::future::pending().await } } => {}
+                () = tokio::time::sleep(timer) => {}
+            }
+        }
+        if let Some((stage, _)) = &mut self.stage {
+            stage.end_sleep();
+            stage.set_wants_input(true);
+        }
+        if let Some(answer) = heard {
+            self.take(answer);
+        }
+        Ok(())
+    }
+}
+
+/// The first `*emitted` are emitted already: `Full` is not the end, and what was emitted stays.
+fn emit_outputs(stage: &mut Stage, outputs: &[Output], emitted: &mut usize) -> Result<(), StageError> {
+    while let Some(output) = outputs.get(*emitted) {
+        let key = output.key.as_deref().map_or(KeyChoice::Inherit, KeyChoice::Set);
+        let emit = Emit {
+            belongs_to: BelongsTo::Oldest,
+            key,
+            event_time_ns: output.event_time_ns,
+            attributes: &output.attributes,
+            finishes: false,
+        };
+        stage.emit(OUTPUT_MAIN, &emit, &output.payload)?;
+        *emitted += 1;
+    }
+    Ok(())
+}
+
+fn request(stage: &Stage, record: &Received, entry: &InFlight) -> Request {
+    let view = &record.view;
+    let (mut payload, mut attributes) = (Vec::with_capacity(view.payload_len), Vec::new());
+    stage.append_payload(record, &mut payload);
+    stage.append_attributes(record, &mut attributes);
+    let key = view.keyed.then(|| {
+        let mut key = Vec::with_capacity(view.key_len);
+        stage.append_key(record, &mut key);
+        key
+    });
+    Request {
+        number: entry.number,
+        id: format!("{}-{}-{}", view.origin.shard, view.origin.sequence, view.origin.emit_index),
+        key,
+        event_time_ns: view.event_time_ns,
+        attributes: attributes_iter(&attributes).map(|(name, value)| (name.to_vec(), value.to_vec())).collect(),
+        payload,
+        attempt: entry.attempt,
+    }
+}
+
+/// As much of what a program said as goes into a reason.
+fn reason_of(text: &[u8]) -> String {
+    let text = String::from_utf8_lossy(text);
+    let text = text.trim();
+    text.get(..text.floor_char_boundary(REASON_BYTES_MAX)).unwrap_or_default().to_owned()
+}

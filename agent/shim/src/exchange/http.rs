@@ -1,0 +1,339 @@
+//! `transport: http`: the program serves `POST /messages` on the port `$PORT` of 127.0.0.1, over HTTP/1.1 with keep-alive.
+//!
+//! 2xx with a body is an output, 204 is none; 4xx refuses the record for good, everything else for now. Before the first record
+//! `GET /ready` is asked until it succeeds. docs/pardo-contract.md has it for users.
+
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+use std::time::Duration;
+
+use argo_streams_shm_protocol::attributes_encode;
+use argo_streams_shm_protocol::limits::{ATTRIBUTES_BYTES_MAX, KEY_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX};
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Incoming;
+use hyper::client::conn::http1::{SendRequest, handshake};
+use hyper::header::{CONTENT_TYPE, HOST, HeaderMap, HeaderValue};
+use hyper::{Request as HttpRequest, StatusCode};
+use hyper_util::rt::TokioIo;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_encode};
+use tokio::net::TcpStream;
+use tokio::sync::Mutex;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+use super::{Answer, Carrier, Outcome, Output, Request, reason_of};
+
+/// Connections, each with one request at a time.
+const CONNECTIONS: usize = 8;
+/// How long a program may take until `GET /ready` succeeds.
+const READY_TIMEOUT: Duration = Duration::from_secs(60);
+/// Between two looks whether it is ready.
+const READY_INTERVAL: Duration = Duration::from_millis(20);
+/// Before a broken connection is made again.
+const RECONNECT_AFTER: Duration = Duration::from_millis(20);
+/// A record's id, the same for every attempt.
+const HEADER_ID: &str = "ags-id";
+/// Its key, percent-encoded.
+const HEADER_KEY: &str = "ags-key";
+/// Its event time in ns since 1970.
+const HEADER_EVENT_TIME: &str = "ags-event-time";
+/// Its attributes, as `name=value&name=value`, both percent-encoded.
+const HEADER_ATTRIBUTES: &str = "ags-attributes";
+/// How often it was sent before and refused for now.
+const HEADER_ATTEMPT: &str = "ags-attempt";
+/// In an answer: how the body is cut into outputs.
+const HEADER_FRAMING: &str = "ags-framing";
+/// What stays as it is in percent-encoding (RFC 3986, 2.3).
+const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
+
+/// Picks a port for the program.
+pub(super) fn connect() -> io::Result<Carrier> {
+    // Free now; if somebody else takes it before the program does, that ends with an error and is started again on another.
+    let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    let (requests, queue) = unbounded_channel();
+    let (say, answers) = unbounded_channel();
+    let queue = Rc::new(Mutex::new(queue));
+    let mut tasks = vec![tokio::task::spawn_local(await_ready(address, say.clone()))];
+    for _ in 0..CONNECTIONS {
+        tasks.push(tokio::task::spawn_local(connection(address, Rc::clone(&queue), say.clone())));
+    }
+    let environment = [("PORT", port.to_string()), ("AGS_HTTP_PORT", port.to_string())];
+    Ok(Carrier {
+        requests: Some(requests),
+        answers,
+        window: CONNECTIONS,
+        environment: environment.map(|(name, value)| (name.to_owned(), value)).to_vec(),
+        ends_by_itself: false,
+        tasks,
+    })
+}
+
+async fn await_ready(address: SocketAddr, say: UnboundedSender<Answer>) {
+    let mut last = "nothing listened on its port".to_owned();
+    let ready = async {
+        loop {
+            match ask_ready(address).await {
+                // Who serves no such path is ready when it serves at all.
+                Ok(status) if status.is_success() || status == StatusCode::NOT_FOUND => return,
+                Ok(status) => last = format!("the last answer was {status}"),
+                Err(error) => last = format!("the last attempt: {error}"),
+            }
+            tokio::time::sleep(READY_INTERVAL).await;
+        }
+    };
+    let answer = match tokio::time::timeout(READY_TIMEOUT, ready).await {
+        Ok(()) => Answer::Ready,
+        Err(_elapsed) => Answer::Broken(format!(
+            "did not answer `GET /ready` on 127.0.0.1:$PORT with success within {} s; {last}",
+            READY_TIMEOUT.as_secs()
+        )),
+    };
+    let _nobody_asks_any_more = say.send(answer);
+}
+
+async fn ask_ready(address: SocketAddr) -> Result<StatusCode, Box<dyn std::error::Error>> {
+    let mut connection = open(address).await?;
+    let request = HttpRequest::get("/ready").header(HOST, address.to_string()).body(Full::default())?;
+    Ok(connection.sender.send_request(request).await?.status())
+}
+
+struct Connection {
+    sender: SendRequest<Full<Bytes>>,
+    /// The same socket as hyper's.
+    socket: OwnedFd,
+}
+
+async fn open(address: SocketAddr) -> Result<Connection, Box<dyn std::error::Error>> {
+    let stream = TcpStream::connect(address).await?;
+    stream.set_nodelay(true)?;
+    let socket = stream.as_fd().try_clone_to_owned()?;
+    let (sender, connection) = handshake(TokioIo::new(stream)).await?;
+    // It ends with its sender, or with the program; either is seen by who sends.
+    tokio::task::spawn_local(connection);
+    Ok(Connection { sender, socket })
+}
+
+/// Sends one request after the other over one connection.
+async fn connection(address: SocketAddr, queue: Rc<Mutex<UnboundedReceiver<Request>>>, say: UnboundedSender<Answer>) {
+    let mut kept: Option<Connection> = None;
+    loop {
+        let Some(request) = queue.lock().await.recv().await else { return };
+        let number = request.number;
+        let mut ready = kept.take().filter(|connection| !connection.sender.is_closed());
+        if ready.is_none() {
+            ready = open(address).await.ok();
+        }
+        let outcome = match ready {
+            None => Outcome::Unanswered,
+            Some(mut open) => {
+                let answered = exchange(&mut open, address, request).await;
+                let is_answered = answered.is_some();
+                // A server that closes after each answer is allowed to.
+                if is_answered && open.sender.ready().await.is_ok() {
+                    kept = Some(open);
+                }
+                answered.unwrap_or(Outcome::Unanswered)
+            }
+        };
+        if matches!(outcome, Outcome::Unanswered) {
+            tokio::time::sleep(RECONNECT_AFTER).await;
+        }
+        if say.send(Answer::Record { number, outcome }).is_err() {
+            return;
+        }
+    }
+}
+
+/// `None`: the connection broke, or what came is no HTTP.
+async fn exchange(connection: &mut Connection, address: SocketAddr, request: Request) -> Option<Outcome> {
+    let mut building = HttpRequest::post("/messages")
+        .header(HOST, address.to_string())
+        .header(CONTENT_TYPE, "application/octet-stream")
+        .header(HEADER_ID, request.id)
+        .header(HEADER_EVENT_TIME, request.event_time_ns.to_string());
+    if request.attempt > 0 {
+        building = building.header(HEADER_ATTEMPT, request.attempt.to_string());
+    }
+    if let Some(key) = &request.key {
+        building = building.header(HEADER_KEY, percent_encode(key, ENCODED).to_string());
+    }
+    if !request.attributes.is_empty() {
+        let pairs = request
+            .attributes
+            .iter()
+            .map(|(name, value)| format!("{}={}", percent_encode(name, ENCODED), percent_encode(value, ENCODED)));
+        building = building.header(HEADER_ATTRIBUTES, pairs.collect::<Vec<_>>().join("&"));
+        if let Some(parent) = attribute(&request.attributes, b"traceparent") {
+            building = building.header("traceparent", parent);
+        }
+    }
+    // All header values are made of visible ASCII.
+    let http = building.body(Full::new(Bytes::from(request.payload))).ok()?;
+    let response = connection.sender.send_request(http).await.ok()?;
+    // Many small servers write head and body apart and let the kernel hold the body back until the head is acknowledged, which
+    // we would do 40 ms later: Python's own served 240 records a second so. A refusal only makes it slow again.
+    let _slow = rustix::net::sockopt::set_tcp_quickack(&connection.socket, true);
+    let (status, headers) = (response.status(), response.headers().clone());
+    let body = collect(response.into_body()).await;
+    Some(match body {
+        Err(Body::Broken) => return None,
+        Err(Body::TooLong) => {
+            Outcome::Refused(format!("its answer has more than the limit of {RECORD_PAYLOAD_BYTES_MAX} bytes"))
+        }
+        Ok(body) => outcome(status, &headers, body),
+    })
+}
+
+fn attribute(attributes: &[(Vec<u8>, Vec<u8>)], wanted: &[u8]) -> Option<HeaderValue> {
+    let (_, value) = attributes.iter().find(|(name, _)| name == wanted)?;
+    HeaderValue::from_bytes(value).ok()
+}
+
+enum Body {
+    Broken,
+    TooLong,
+}
+
+async fn collect(body: Incoming) -> Result<Bytes, Body> {
+    match Limited::new(body, RECORD_PAYLOAD_BYTES_MAX).collect().await {
+        Ok(body) => Ok(body.to_bytes()),
+        Err(error) if error.is::<http_body_util::LengthLimitError>() => Err(Body::TooLong),
+        Err(_) => Err(Body::Broken),
+    }
+}
+
+fn outcome(status: StatusCode, headers: &HeaderMap, body: Bytes) -> Outcome {
+    if status == StatusCode::NO_CONTENT {
+        return Outcome::Outputs(Vec::new());
+    }
+    if status.is_success() {
+        return match outputs(headers, &body) {
+            Ok(outputs) => Outcome::Outputs(outputs),
+            Err(text) => Outcome::Refused(format!("its answer cannot be taken: {text}")),
+        };
+    }
+    let reason = reason_of(&body);
+    let text = if reason.is_empty() { status.to_string() } else { format!("{status}: {reason}") };
+    let is_for_now =
+        [StatusCode::REQUEST_TIMEOUT, StatusCode::TOO_EARLY, StatusCode::TOO_MANY_REQUESTS].contains(&status);
+    if status.is_client_error() && !is_for_now { Outcome::Refused(text) } else { Outcome::Later(text) }
+}
+
+fn outputs(headers: &HeaderMap, body: &[u8]) -> Result<Vec<Output>, String> {
+    let text = |name: &str| {
+        let value = headers.get(name).map(|value| value.to_str().map_err(|_| format!("{name} is not visible ASCII")));
+        value.transpose()
+    };
+    let key = text(HEADER_KEY)?.map(|key| percent_decode_str(key).collect::<Vec<u8>>());
+    if let Some(key) = key.as_ref().filter(|key| key.len() > KEY_BYTES_MAX) {
+        return Err(format!("{HEADER_KEY} has {} bytes, the limit is {KEY_BYTES_MAX}", key.len()));
+    }
+    let event_time_ns = text(HEADER_EVENT_TIME)?
+        .map(|time| {
+            time.parse::<i64>().map_err(|_| {
+                format!("{HEADER_EVENT_TIME} is {time:?}, expected nanoseconds since 1970 as a whole number")
+            })
+        })
+        .transpose()?;
+    let mut attributes = Vec::new();
+    for pair in text(HEADER_ATTRIBUTES)?.unwrap_or_default().split('&').filter(|pair| !pair.is_empty()) {
+        let (name, value) =
+            pair.split_once('=').ok_or_else(|| format!("{HEADER_ATTRIBUTES} has {pair:?}, expected name=value"))?;
+        let name = percent_decode_str(name)
+            .decode_utf8()
+            .map_err(|_| format!("{HEADER_ATTRIBUTES}: {name:?} is not UTF-8"))?;
+        let value: Vec<u8> = percent_decode_str(value).collect();
+        attributes_encode([(&*name, &*value)], &mut attributes);
+    }
+    if attributes.len() > ATTRIBUTES_BYTES_MAX {
+        return Err(format!("the attributes have {} bytes, the limit is {ATTRIBUTES_BYTES_MAX}", attributes.len()));
+    }
+    let output = |payload: &[u8]| Output {
+        key: key.clone(),
+        event_time_ns,
+        attributes: attributes.clone(),
+        payload: payload.to_vec(),
+    };
+    match text(HEADER_FRAMING)?.unwrap_or("none") {
+        "none" => Ok(vec![output(body)]),
+        "lines" => {
+            let body = body.strip_suffix(b"\n").map_or(body, |body| body);
+            if body.is_empty() { Ok(Vec::new()) } else { Ok(body.split(|byte| *byte == b'\n').map(output).collect()) }
+        }
+        "length" => {
+            let (mut outputs, mut rest) = (Vec::new(), body);
+            while !rest.is_empty() {
+                let cut = rest
+                    .split_first_chunk::<4>()
+                    .and_then(|(len, rest)| rest.split_at_checked(usize::try_from(u32::from_le_bytes(*len)).ok()?));
+                let (payload, behind) = cut.ok_or_else(|| {
+                    format!("{HEADER_FRAMING} is length, and the body ends {} bytes into an output", rest.len())
+                })?;
+                outputs.push(output(payload));
+                rest = behind;
+            }
+            Ok(outputs)
+        }
+        other => Err(format!("{HEADER_FRAMING} is {other:?}, expected none, lines or length")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
+        pairs.iter().map(|(name, value)| (name.parse().unwrap(), HeaderValue::from_static(value))).collect()
+    }
+
+    fn payloads(outcome: Outcome) -> Vec<Vec<u8>> {
+        let Outcome::Outputs(outputs) = outcome else { panic!("{outcome:?}") };
+        outputs.into_iter().map(|output| output.payload).collect()
+    }
+
+    #[test]
+    fn a_status_says_what_becomes_of_a_record() {
+        let none = HeaderMap::new();
+        assert!(payloads(outcome(StatusCode::NO_CONTENT, &none, Bytes::new())).is_empty());
+        assert_eq!(payloads(outcome(StatusCode::CREATED, &none, Bytes::from("a\nb"))), [b"a\nb"]);
+        assert_eq!(payloads(outcome(StatusCode::OK, &none, Bytes::new())), [b""], "an empty output is one");
+        let lines = headers(&[("ags-framing", "lines")]);
+        assert_eq!(payloads(outcome(StatusCode::OK, &lines, Bytes::from("a\n\nb\n"))), [b"a".as_slice(), b"", b"b"]);
+        let length = headers(&[("ags-framing", "length")]);
+        assert_eq!(
+            payloads(outcome(StatusCode::OK, &length, Bytes::from("\x02\0\0\0a\n\0\0\0\0"))),
+            [b"a\n".as_slice(), b""]
+        );
+        for (status, is_final) in
+            [(400, true), (404, true), (422, true), (408, false), (429, false), (500, false), (302, false)]
+        {
+            let said = outcome(StatusCode::from_u16(status).unwrap(), &none, Bytes::from("why"));
+            match said {
+                Outcome::Refused(text) => assert!(is_final && text.contains("why"), "{status} {text}"),
+                Outcome::Later(text) => assert!(!is_final && text.contains("why"), "{status} {text}"),
+                other => panic!("{status}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn what_an_answer_says_of_its_outputs() {
+        let all = headers(&[("ags-key", "a%00b"), ("ags-event-time", "-5"), ("ags-attributes", "n%3D=v%26&m=")]);
+        let Outcome::Outputs(outputs) = outcome(StatusCode::OK, &all, Bytes::from("x")) else { panic!() };
+        assert_eq!((outputs[0].key.as_deref(), outputs[0].event_time_ns), (Some(b"a\0b".as_slice()), Some(-5)));
+        let attributes: Vec<_> = argo_streams_shm_protocol::attributes_iter(&outputs[0].attributes).collect();
+        assert_eq!(attributes, [(b"n=".as_slice(), b"v&".as_slice()), (b"m".as_slice(), b"".as_slice())]);
+        for (wrong, expected) in [
+            (headers(&[("ags-event-time", "soon")]), "nanoseconds"),
+            (headers(&[("ags-attributes", "n")]), "name=value"),
+            (headers(&[("ags-framing", "json")]), "expected none, lines or length"),
+            (headers(&[("ags-framing", "length")]), "into an output"),
+        ] {
+            let Outcome::Refused(text) = outcome(StatusCode::OK, &wrong, Bytes::from("x")) else { panic!() };
+            assert!(text.contains(expected), "{text}");
+        }
+    }
+}
