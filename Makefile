@@ -4,7 +4,7 @@ DEMO_SECONDS ?= 20
 PREFIX ?= /usr/local
 BINARY := target/release/argo-streams
 
-.PHONY: demo test test-rust test-loom check build examples install crash single-step fuzz bench bench-peers setup-build setup-test setup-peers clean
+.PHONY: demo test test-rust test-loom check build examples install crash kills single-step fuzz bench bench-peers setup-build setup-test setup-peers clean
 
 build: setup-build
 	cargo build --release --workspace
@@ -46,6 +46,13 @@ check:
 # 200 random kills of ParDos while air-time runs from real Kafka to Kafka; exact sums, no id lost or doubled.
 crash: setup-test examples
 	AGS_KILLS=200 cargo test --release -p argo-streams-tests --test kafka -- --nocapture killed
+
+# Each of three stages killed KILLS times at random moments, over rings and keyed state: some ten minutes.
+KILLS ?= 10000
+kills: setup-test
+	for victim in source combiner sink; do \
+		AGS_VICTIM=$$victim AGS_KILLS=$(KILLS) cargo test --release -p argo-streams-shm-protocol --test kills || exit 1; \
+	done
 
 # A stage killed behind every instruction of a record, one process each: about 29,000 of them, two minutes.
 single-step: setup-test

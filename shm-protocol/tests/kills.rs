@@ -2,7 +2,8 @@
 //! death the agent (this process) recovers what was committed and starts a successor. In the end every record came exactly
 //! once and in the order of its key, every sum is exact, no payload is torn, and no segment is left.
 //!
-//! `AGS_KILLS` (150) kills; `AGS_SEED` (from the clock, printed) decides who and when.
+//! `AGS_KILLS` (150) kills; `AGS_SEED` (from the clock, printed) decides who and when; `AGS_VICTIM` (source, combiner or sink) has
+//! only that one killed. `make kills` kills each of the three 10,000 times.
 
 #![allow(
     clippy::unwrap_used,
@@ -51,8 +52,14 @@ fn main() -> ExitCode {
         |name: &str, default: u64| std::env::var(name).ok().map_or(default, |text| text.parse().expect("a number"));
     let seed = number("AGS_SEED", monotonic_ns());
     let kills = number("AGS_KILLS", 150);
-    println!("{kills} kills with AGS_SEED={seed}");
-    let failures = Run::new(seed).run(kills);
+    let victim = std::env::var("AGS_VICTIM").ok().map(|name| {
+        ROLES
+            .iter()
+            .position(|role| *role == name)
+            .unwrap_or_else(|| panic!("AGS_VICTIM={name}: expected one of {ROLES:?}"))
+    });
+    println!("{kills} kills of {} with AGS_SEED={seed}", victim.map_or("anyone", |victim| ROLES[victim]));
+    let failures = Run::new(seed).run(kills, victim);
     failures.iter().for_each(|failure| println!("FAILED: {failure}"));
     let failed = failures.len();
     println!("{} passed, {failed} failed", CHECKS - failed.min(CHECKS));
@@ -405,7 +412,7 @@ impl Run {
         }
     }
 
-    fn run(mut self, kills: u64) -> Vec<String> {
+    fn run(mut self, kills: u64, victim: Option<usize>) -> Vec<String> {
         let begin = monotonic_ns();
         for stage in 0..ROLES.len() {
             self.start(stage);
@@ -415,8 +422,8 @@ impl Run {
             // Mostly soon, so that openings are hit too; now and then later, so that the pipeline makes way.
             let pause_us = if self.random.below(3) == 0 { self.random.below(100_000) } else { self.random.below(8000) };
             self.serve(monotonic_ns() + pause_us * 1000);
-            let mut victims = vec![usize::try_from(self.random.below(3)).expect("small")];
-            while self.random.below(4) == 0 && victims.len() < 3 {
+            let mut victims = vec![victim.unwrap_or(usize::try_from(self.random.below(3)).expect("small"))];
+            while victim.is_none() && self.random.below(4) == 0 && victims.len() < 3 {
                 victims.push((victims[0] + victims.len()) % 3);
             }
             done += victims.len() as u64;
