@@ -4,7 +4,7 @@ DEMO_SECONDS ?= 20
 PREFIX ?= /usr/local
 BINARY := target/release/argo-streams
 
-.PHONY: demo test test-rust test-loom check build examples install crash kills single-step fuzz bench bench-peers setup-build setup-test setup-peers clean
+.PHONY: demo test test-rust test-loom check build examples install crash kills test-aarch64 single-step fuzz bench bench-peers setup-build setup-test setup-peers setup-aarch64 clean
 
 build: setup-build
 	cargo build --release --workspace
@@ -17,6 +17,21 @@ setup-test:
 
 setup-peers:
 	@scripts/setup.sh peers
+
+setup-aarch64:
+	@scripts/setup.sh aarch64
+
+# The protocol and the C library for aarch64, and the protocol's tests under an emulator; but those that step through a process,
+# which the emulator does not let them, and loom's, which are the same everywhere.
+AARCH64 := aarch64-unknown-linux-gnu
+AARCH64_RUNNER := qemu-aarch64 -L /usr/aarch64-linux-gnu
+test-aarch64: setup-aarch64
+	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
+		cargo build --release --target $(AARCH64) -p argo-streams-shm-protocol -p argo-streams-sdk-c
+	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
+	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="$(AARCH64_RUNNER)" AGS_RUNNER="$(AARCH64_RUNNER)" \
+		cargo test --release --target $(AARCH64) -p argo-streams-shm-protocol --lib \
+		--test golden --test hostile --test kills --test ring --test simulation --test stage
 
 # The C programs of the examples, against the library just built.
 examples: build

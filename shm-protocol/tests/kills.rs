@@ -20,7 +20,7 @@
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode};
+use std::process::{Child, ExitCode};
 
 use argo_streams_shm_protocol::stage::{BelongsTo, Emit, KeyChoice, OUTPUT_MAIN, Received, Stage, StageError};
 use argo_streams_shm_protocol::{
@@ -29,6 +29,8 @@ use argo_streams_shm_protocol::{
 };
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
+#[path = "support/again.rs"]
+mod again;
 #[path = "support/agent.rs"]
 mod agent;
 #[path = "support/random.rs"]
@@ -42,6 +44,8 @@ const ROLES: [&str; 3] = ["source", "combiner", "sink"];
 const ROOM: (u64, u64) = (64 << 10, 1 << 20);
 /// Room for large records as every ring has it unless the agent says otherwise.
 const LARGE_ROOM: (u64, u64) = (64 << 10, 256 << 20);
+/// With so many records the states have grown.
+const RECORDS_MIN: u64 = 10_000;
 /// Set for the processes of a run with large records.
 const LARGE: &str = "AGS_KILLS_ARE_LARGE";
 /// No run of the default size takes this long; a hang must end.
@@ -375,9 +379,8 @@ impl Run {
     }
 
     fn start(&mut self, stage: usize) {
-        let program = std::env::current_exe().expect("this program");
         let seed = self.random.next().to_string();
-        let mut command = Command::new(program);
+        let mut command = again::this_program();
         command.arg("--child").arg(ROLES[stage]).arg(&self.sockets[stage].1).arg(seed);
         if self.is_large {
             command.env(LARGE, "1");
@@ -462,11 +465,8 @@ impl Run {
             self.kill(&victims);
         }
         let deadline = monotonic_ns() + PATIENCE_NS;
-        while self.is_large
-            && self.large_sent() < 4 * LARGE_ROOM.1
-            && monotonic_ns() < deadline
-            && self.failures.is_empty()
-        {
+        // However often it was killed: enough goes through afterwards that states grow and room is used again.
+        while !self.has_sent_enough() && monotonic_ns() < deadline && self.failures.is_empty() {
             self.serve(monotonic_ns() + 20_000_000);
         }
         // The source is told whenever a new one opened.
@@ -499,11 +499,19 @@ impl Run {
         failures
     }
 
-    /// Bytes in the payloads that the source has committed so far.
-    fn large_sent(&self) -> u64 {
+    /// Records that the source has committed so far.
+    fn made(&self) -> u64 {
         let slot = self.agent.workers[0].incarnation.page().read();
-        let made = slot.ok().and_then(|slot| slot.partitions.first().map(|(_, next)| *next)).unwrap_or(0);
-        (0..made).map(|n| body_len(n, true) as u64).sum()
+        slot.ok().and_then(|slot| slot.partitions.first().map(|(_, next)| *next)).unwrap_or(0)
+    }
+
+    /// Bytes in their payloads, of a run with large ones.
+    fn large_sent(&self) -> u64 {
+        (0..self.made()).map(|n| body_len(n, true) as u64).sum()
+    }
+
+    fn has_sent_enough(&self) -> bool {
+        if self.is_large { self.large_sent() >= 4 * LARGE_ROOM.1 } else { self.made() >= RECORDS_MIN }
     }
 
     fn check_results(&mut self) {

@@ -25,6 +25,8 @@ use argo_streams_shm_protocol::{
 };
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
+#[path = "support/again.rs"]
+mod again;
 #[path = "support/agent.rs"]
 mod agent;
 
@@ -438,7 +440,7 @@ fn rings_mapped() -> usize {
 fn a_dead_producers_ring_is_unmapped_when_its_last_record_is_done() {
     // Counted in a process of its own: other tests map rings too.
     if std::env::var_os("AGS_ALONE").is_none() {
-        let status = std::process::Command::new(std::env::current_exe().unwrap())
+        let status = again::this_program()
             .args(["--exact", "a_dead_producers_ring_is_unmapped_when_its_last_record_is_done"])
             .env("AGS_ALONE", "1")
             .stdout(std::process::Stdio::null())
