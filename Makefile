@@ -4,7 +4,7 @@ DEMO_SECONDS ?= 20
 PREFIX ?= /usr/local
 BINARY := target/release/argo-streams
 
-.PHONY: demo test test-rust test-loom check build examples install crash single-step fuzz bench bench-peers setup-build setup-test setup-peers clean
+.PHONY: demo test test-rust test-loom check build examples install crash kills test-aarch64 single-step fuzz bench bench-peers setup-build setup-test setup-peers setup-aarch64 clean
 
 build: setup-build
 	cargo build --release --workspace
@@ -17,6 +17,21 @@ setup-test:
 
 setup-peers:
 	@scripts/setup.sh peers
+
+setup-aarch64:
+	@scripts/setup.sh aarch64
+
+# The protocol and the C library for aarch64, and the protocol's tests under an emulator; but those that step through a process,
+# which the emulator does not let them, and loom's, which are the same everywhere.
+AARCH64 := aarch64-unknown-linux-gnu
+AARCH64_RUNNER := qemu-aarch64 -L /usr/aarch64-linux-gnu
+test-aarch64: setup-aarch64
+	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
+		cargo build --release --target $(AARCH64) -p argo-streams-shm-protocol -p argo-streams-sdk-c
+	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
+	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="$(AARCH64_RUNNER)" AGS_RUNNER="$(AARCH64_RUNNER)" \
+		cargo test --release --target $(AARCH64) -p argo-streams-shm-protocol --lib \
+		--test golden --test hostile --test kills --test ring --test simulation --test stage
 
 # The C programs of the examples, against the library just built.
 examples: build
@@ -46,6 +61,13 @@ check:
 # 200 random kills of ParDos while air-time runs from real Kafka to Kafka; exact sums, no id lost or doubled.
 crash: setup-test examples
 	AGS_KILLS=200 cargo test --release -p argo-streams-tests --test kafka -- --nocapture killed
+
+# Each of three stages killed KILLS times at random moments, over rings and keyed state: some ten minutes.
+KILLS ?= 10000
+kills: setup-test
+	for victim in source combiner sink; do \
+		AGS_VICTIM=$$victim AGS_KILLS=$(KILLS) cargo test --release -p argo-streams-shm-protocol --test kills || exit 1; \
+	done
 
 # A stage killed behind every instruction of a record, one process each: about 29,000 of them, two minutes.
 single-step: setup-test

@@ -6,6 +6,8 @@
 #                     Python, Valgrind, Clang
 #   setup.sh peers    what `make bench-peers` needs beside `build`: Clang, the
 #                     headers that Aeron's C sources want, and their cmake
+#   setup.sh aarch64  what `make test-aarch64` needs beside `build`: a cross
+#                     compiler, an emulator, and Rust's library for aarch64
 #
 # May be run any number of times. What is there already is skipped, and then
 # the network is not touched. Packages come by apt-get (through sudo unless run
@@ -18,7 +20,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
-usage() { sed -n '4,8s/^# //p' "$0" >&2; exit 2; }
+usage() { sed -n '4,10s/^# //p' "$0" >&2; exit 2; }
 
 as_root() {
     if [[ $(id -u) == 0 ]]; then
@@ -75,7 +77,7 @@ new_cmake() {
 }
 
 case ${1:-build} in
-build | test | peers) ;;
+build | test | peers | aarch64) ;;
 *) usage ;;
 esac
 
@@ -93,5 +95,9 @@ fi
 if [[ ${1:-} == peers ]]; then
     packages clang libclang-dev libbsd-dev uuid-dev
     new_cmake
+fi
+if [[ ${1:-} == aarch64 ]]; then
+    packages gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
+    (cd "$here/.." && rustup target add aarch64-unknown-linux-gnu >&2)
 fi
 say "done"

@@ -794,7 +794,7 @@ impl Broker {
         worker.has_opened_itself |= role == Role::Stage && worker.transport != Transport::Internal;
         // Before a descriptor leaves: a later agent must know that somebody may be mapping them.
         self.keep_worker(stage);
-        let record_bytes_max = self.record_bytes_max(stage);
+        let record_bytes_max = self.record_bytes_max(client, stage);
         let (Some(worker), Some(plan)) = (self.workers.get(stage), self.physical.stages.get(stage)) else { return };
         let Some((_, entry)) = self.clients.get(&client) else { return };
         let (mut grant, descriptors) = worker.incarnation.grant(&plan.spec, PROTOCOL_VERSION_MAX, entry.features);
@@ -809,15 +809,16 @@ impl Broker {
         }
     }
 
-    /// The largest payload that every reader of a stage takes, as far as they are there.
-    fn record_bytes_max(&self, stage: usize) -> u64 {
+    /// The largest payload that a client knows which is to be a stage, and every reader of that stage, as far as they are there.
+    fn record_bytes_max(&self, client: usize, stage: usize) -> u64 {
         let Some(plan) = self.physical.stages.get(stage) else { return 0 };
-        let knows_large = |reader: usize| {
-            let client = self.workers.get(reader).and_then(|worker| worker.stage_client);
+        let knows_large = |client: Option<usize>| {
             let client = client.and_then(|client| self.clients.get(&client));
             client.is_none_or(|(_, client)| client.features & FEATURE_LARGE_RECORDS != 0)
         };
-        let all = plan.consumers.iter().all(|consumer| knows_large(consumer.stage));
+        let reader = |stage: usize| self.workers.get(stage).and_then(|worker| worker.stage_client);
+        let all =
+            knows_large(Some(client)) && plan.consumers.iter().all(|consumer| knows_large(reader(consumer.stage)));
         (if all { RECORD_PAYLOAD_BYTES_MAX } else { RECORD_PAYLOAD_BYTES_MAX_BEFORE }) as u64
     }
 
@@ -837,9 +838,10 @@ impl Broker {
             ));
         }
         let is_large = |producer: &crate::physical::RingEnd| {
-            self.workers.get(producer.stage).is_some_and(|worker| {
-                worker.phase != Phase::Waiting && worker.record_bytes_granted > RECORD_PAYLOAD_BYTES_MAX_BEFORE as u64
-            })
+            // Also of a producer that died: what it had sent may still wait in its ring.
+            self.workers
+                .get(producer.stage)
+                .is_some_and(|worker| worker.record_bytes_granted > RECORD_PAYLOAD_BYTES_MAX_BEFORE as u64)
         };
         if entry.features & FEATURE_LARGE_RECORDS == 0 && plan.producers.iter().any(is_large) {
             return Err(format!(

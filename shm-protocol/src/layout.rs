@@ -255,7 +255,7 @@ pub mod state {
     pub const BLOCKS_OFFSET: usize = 4096;
     /// Blocks begin at multiples of this and are as long as a multiple of it.
     pub const BLOCK_ALIGN: usize = 64;
-    /// u64: length of the block in bytes; 0 = no block was ever here.
+    /// u64: length of the block in bytes; 0 = the row of blocks ends here.
     pub const BLOCK_LEN: usize = 0;
     /// u64: epoch from which the block counts, or [`TAG_FREE`].
     pub const TAG: usize = 8;

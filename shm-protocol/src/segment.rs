@@ -57,6 +57,12 @@ pub enum SegmentError {
         /// The bits that are not known.
         unknown: u64,
     },
+    /// Needs features of who writes it that this program does not know.
+    #[error("the segment may be written only with features {unknown:#x} that this program does not know: update it")]
+    FeaturesToWrite {
+        /// The bits that are not known.
+        unknown: u64,
+    },
     /// Not the expected kind.
     #[error("expected a segment of kind {expected:?}, found kind number {found}")]
     Kind {
@@ -93,6 +99,8 @@ pub enum SegmentError {
 pub struct Segment {
     descriptor: OwnedFd,
     len_bytes: u64,
+    /// Features of who writes it that this program does not know: it may be read all the same.
+    unknown_to_write: u64,
 }
 
 impl Segment {
@@ -113,7 +121,7 @@ impl Segment {
         fchmod(&descriptor, Mode::RUSR | Mode::WUSR).map_err(io::Error::from)?;
         ftruncate(&descriptor, len_bytes).map_err(io::Error::from)?;
         fcntl_add_seals(&descriptor, SealFlags::SHRINK | SealFlags::GROW).map_err(io::Error::from)?;
-        let segment = Self { descriptor, len_bytes };
+        let segment = Self { descriptor, len_bytes, unknown_to_write: 0 };
         let version = u64::from(LAYOUT_MAJOR) << 32 | u64::from(LAYOUT_MINOR) << 48;
         segment.write_words(&[
             (header::MAGIC, header::MAGIC_VALUE),
@@ -180,7 +188,7 @@ impl Segment {
         if len_bytes < header::LEN as u64 {
             return Err(SegmentError::TooShort { found: len_bytes, expected: header::LEN as u64 });
         }
-        let segment = Self { descriptor, len_bytes };
+        let mut segment = Self { descriptor, len_bytes, unknown_to_write: 0 };
         let magic = segment.read_word(header::MAGIC)?;
         if magic != header::MAGIC_VALUE {
             return Err(SegmentError::NotASegment { found: magic });
@@ -195,6 +203,8 @@ impl Segment {
         if unknown != 0 {
             return Err(SegmentError::Features { unknown });
         }
+        segment.unknown_to_write =
+            segment.read_word(header::FEATURES_READ_ONLY_COMPATIBLE)? & !FEATURES_READ_ONLY_COMPATIBLE;
         if found != kind as u32 {
             return Err(SegmentError::Kind { expected: kind, found });
         }
@@ -257,8 +267,9 @@ impl Segment {
     /// Maps the whole segment as words.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// For writing, features that this program does not know; and what the kernel says.
     pub fn map(&self, access: Access) -> Result<Mapping, SegmentError> {
+        self.check_access(access)?;
         let len = usize::try_from(self.len_bytes)
             .map_err(|_too_long| SegmentError::TooShort { found: 0, expected: self.len_bytes })?;
         Ok(Mapping::new(self.descriptor.as_fd(), len, access).map_err(io::Error::from)?)
@@ -267,8 +278,10 @@ impl Segment {
     /// Maps a data segment as a ring with the capacities that its grant named. The header is not believed: the producer may write it.
     ///
     /// # Errors
-    /// Impossible capacities, a segment that is shorter, and what the kernel says.
+    /// Impossible capacities, a segment that is shorter, for writing features that this program does not know, and what the kernel
+    /// says.
     pub fn map_ring(&self, capacity: u64, large_capacity: u64, access: Access) -> Result<RingMapping, SegmentError> {
+        self.check_access(access)?;
         check_capacity("ring_capacity", capacity)?;
         check_capacity("large_capacity", large_capacity)?;
         let expected = DATA_OFFSET as u64 + capacity + large_capacity;
@@ -295,7 +308,8 @@ impl Segment {
     /// # Errors
     /// What the kernel says.
     pub fn duplicate(&self) -> Result<Self, SegmentError> {
-        Ok(Self { descriptor: self.descriptor.try_clone()?, len_bytes: self.len_bytes })
+        let descriptor = self.descriptor.try_clone()?;
+        Ok(Self { descriptor, len_bytes: self.len_bytes, unknown_to_write: self.unknown_to_write })
     }
 
     /// Bytes of memory that the segment takes at present.
@@ -305,6 +319,13 @@ impl Segment {
     pub fn resident_bytes(&self) -> Result<u64, SegmentError> {
         let blocks = fstat(&self.descriptor).map_err(io::Error::from)?.st_blocks;
         Ok(u64::try_from(blocks).unwrap_or(0) * 512)
+    }
+
+    fn check_access(&self, access: Access) -> Result<(), SegmentError> {
+        match (access, self.unknown_to_write) {
+            (Access::ReadOnly, _) | (Access::Writable, 0) => Ok(()),
+            (Access::Writable, unknown) => Err(SegmentError::FeaturesToWrite { unknown }),
+        }
     }
 
     fn write_words(&self, words: &[(usize, u64)]) -> Result<(), SegmentError> {

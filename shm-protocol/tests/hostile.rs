@@ -26,7 +26,7 @@ use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{Child, ExitCode, Stdio};
 use std::sync::atomic::Ordering;
 
 use argo_streams_shm_protocol::layout::{DATA_OFFSET, commit, header, state};
@@ -40,6 +40,8 @@ use argo_streams_shm_protocol::{
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, socketpair};
 
+#[path = "support/again.rs"]
+mod again;
 #[path = "support/agent.rs"]
 mod agent;
 #[path = "support/random.rs"]
@@ -433,8 +435,7 @@ impl Run {
     fn start(&mut self, what: &str) -> Child {
         let (ours, theirs) = pair();
         self.agent.workers[HOSTILE].control = Some(Control::adopt(ours));
-        let program = std::env::current_exe().expect("this program");
-        Command::new(program).args(["--child", what]).stdin(Stdio::from(theirs)).spawn().expect("a child")
+        again::this_program().args(["--child", what]).stdin(Stdio::from(theirs)).spawn().expect("a child")
     }
 
     /// One session from its grant to its end.

@@ -2,7 +2,11 @@
 //! death the agent (this process) recovers what was committed and starts a successor. In the end every record came exactly
 //! once and in the order of its key, every sum is exact, no payload is torn, and no segment is left.
 //!
-//! `AGS_KILLS` (150) kills; `AGS_SEED` (from the clock, printed) decides who and when.
+//! `AGS_KILLS` (150) kills; `AGS_SEED` (from the clock, printed) decides who and when; `AGS_VICTIM` (source, combiner or sink) has
+//! only that one killed. `make kills` kills each of the three 10,000 times.
+//!
+//! Then the same with payloads of up to 64 MiB, `AGS_LARGE_KILLS` (20) kills: many times what the room for large records holds goes
+//! through it, so that room which a death leaves taken ends the run; afterwards no segment and no page of one is left.
 
 #![allow(
     clippy::unwrap_used,
@@ -16,7 +20,7 @@
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode};
+use std::process::{Child, ExitCode};
 
 use argo_streams_shm_protocol::stage::{BelongsTo, Emit, KeyChoice, OUTPUT_MAIN, Received, Stage, StageError};
 use argo_streams_shm_protocol::{
@@ -25,6 +29,8 @@ use argo_streams_shm_protocol::{
 };
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
+#[path = "support/again.rs"]
+mod again;
 #[path = "support/agent.rs"]
 mod agent;
 #[path = "support/random.rs"]
@@ -35,6 +41,13 @@ use random::Random;
 
 const KEYS: u64 = 17;
 const ROLES: [&str; 3] = ["source", "combiner", "sink"];
+const ROOM: (u64, u64) = (64 << 10, 1 << 20);
+/// Room for large records as every ring has it unless the agent says otherwise.
+const LARGE_ROOM: (u64, u64) = (64 << 10, 256 << 20);
+/// With so many records the states have grown.
+const RECORDS_MIN: u64 = 10_000;
+/// Set for the processes of a run with large records.
+const LARGE: &str = "AGS_KILLS_ARE_LARGE";
 /// No run of the default size takes this long; a hang must end.
 const PATIENCE_NS: u64 = 120_000_000_000;
 
@@ -51,8 +64,17 @@ fn main() -> ExitCode {
         |name: &str, default: u64| std::env::var(name).ok().map_or(default, |text| text.parse().expect("a number"));
     let seed = number("AGS_SEED", monotonic_ns());
     let kills = number("AGS_KILLS", 150);
-    println!("{kills} kills with AGS_SEED={seed}");
-    let failures = Run::new(seed).run(kills);
+    let victim = std::env::var("AGS_VICTIM").ok().map(|name| {
+        ROLES
+            .iter()
+            .position(|role| *role == name)
+            .unwrap_or_else(|| panic!("AGS_VICTIM={name}: expected one of {ROLES:?}"))
+    });
+    println!("{kills} kills of {} with AGS_SEED={seed}", victim.map_or("anyone", |victim| ROLES[victim]));
+    let mut failures = Run::new(seed, false).run(kills, victim);
+    let large_kills = number("AGS_LARGE_KILLS", 20);
+    println!("{large_kills} kills among large records");
+    failures.extend(Run::new(seed, true).run(large_kills, victim));
     failures.iter().for_each(|failure| println!("FAILED: {failure}"));
     let failed = failures.len();
     println!("{} passed, {failed} failed", CHECKS - failed.min(CHECKS));
@@ -66,8 +88,12 @@ fn key_of(n: u64) -> u64 {
     Random(n).below(KEYS)
 }
 
-fn body_len(n: u64) -> usize {
+fn body_len(n: u64, is_large: bool) -> usize {
     let mut random = Random(n ^ 77);
+    if is_large && random.below(3) == 0 {
+        let mib = if random.below(4) == 0 { 40 + random.below(23) } else { 1 + random.below(16) };
+        return usize::try_from(mib << 20 | random.below(1 << 20)).expect("small");
+    }
     usize::try_from(match random.below(40) {
         0 => 20_000 + random.below(200_000),
         1..4 => 1000 + random.below(3000),
@@ -119,11 +145,12 @@ fn text(error: &StageError) -> String {
 }
 
 fn source(stage: &mut Stage, random: &mut Random) -> Result<(), String> {
+    let is_large = std::env::var_os(LARGE).is_some();
     loop {
         let mut n = stage.slot().partitions.first().map_or(0, |(_, next)| *next);
         let batch = 1 + random.below(20);
         for _ in 0..batch {
-            let (key, bytes) = (key_of(n).to_le_bytes(), payload(&[n], body_len(n), n));
+            let (key, bytes) = (key_of(n).to_le_bytes(), payload(&[n], body_len(n, is_large), n));
             let emit = Emit { belongs_to: BelongsTo::Nothing, key: KeyChoice::Set(&key), ..Emit::default() };
             match stage.emit(OUTPUT_MAIN, &emit, &bytes) {
                 Ok(()) => n += 1,
@@ -281,7 +308,7 @@ fn check(stage: &mut Stage, _: usize, record: &Received, bytes: &[u8], random: &
 
 // ---- the agent ------------------------------------------------------------------------------------------------------
 
-const CHECKS: usize = 5;
+const CHECKS: usize = 12;
 
 struct Run {
     random: Random,
@@ -290,6 +317,8 @@ struct Run {
     children: Vec<Option<Child>>,
     directory: PathBuf,
     memfds_before: usize,
+    shared_kib_before: u64,
+    is_large: bool,
     failures: Vec<String>,
 }
 
@@ -300,14 +329,21 @@ fn memfds() -> usize {
     links.filter(|link| link.to_string_lossy().contains("memfd:argo-streams")).count()
 }
 
+/// Shared memory that this process has mapped and touched.
+fn shared_kib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").expect("proc");
+    let line = status.lines().find_map(|line| line.strip_prefix("RssShmem:")).expect("a line of Linux 4.5 and later");
+    line.trim().trim_end_matches(" kB").parse().expect("a number")
+}
+
 fn is_finished(agent: &TestAgent, stage: usize) -> bool {
     agent.workers[stage].incarnation.page().read().is_ok_and(|slot| slot.state == StageState::Finished)
 }
 
 impl Run {
-    fn new(seed: u64) -> Self {
-        let memfds_before = memfds();
-        let agent = TestAgent::chain(3, (64 << 10, 1 << 20), |stage, spec| {
+    fn new(seed: u64, is_large: bool) -> Self {
+        let (memfds_before, shared_kib_before) = (memfds(), shared_kib());
+        let agent = TestAgent::chain(3, if is_large { LARGE_ROOM } else { ROOM }, |stage, spec| {
             if stage > 0 {
                 // Small extents, so that many kills come while the state grows.
                 spec.state = StateShape { limit_bytes: 4 << 20, extent_bytes: 64 << 10 };
@@ -336,16 +372,20 @@ impl Run {
             children: vec![None, None, None],
             directory,
             memfds_before,
+            shared_kib_before,
+            is_large,
             failures: Vec::new(),
         }
     }
 
     fn start(&mut self, stage: usize) {
-        let program = std::env::current_exe().expect("this program");
         let seed = self.random.next().to_string();
-        let child =
-            Command::new(program).arg("--child").arg(ROLES[stage]).arg(&self.sockets[stage].1).arg(seed).spawn();
-        self.children[stage] = Some(child.expect("a child"));
+        let mut command = again::this_program();
+        command.arg("--child").arg(ROLES[stage]).arg(&self.sockets[stage].1).arg(seed);
+        if self.is_large {
+            command.env(LARGE, "1");
+        }
+        self.children[stage] = Some(command.spawn().expect("a child"));
     }
 
     /// Serves the sockets until `until`, or until nothing is left to run.
@@ -405,7 +445,7 @@ impl Run {
         }
     }
 
-    fn run(mut self, kills: u64) -> Vec<String> {
+    fn run(mut self, kills: u64, victim: Option<usize>) -> Vec<String> {
         let begin = monotonic_ns();
         for stage in 0..ROLES.len() {
             self.start(stage);
@@ -413,17 +453,23 @@ impl Run {
         let mut done = 0;
         while done < kills && self.failures.is_empty() {
             // Mostly soon, so that openings are hit too; now and then later, so that the pipeline makes way.
-            let pause_us = if self.random.below(3) == 0 { self.random.below(100_000) } else { self.random.below(8000) };
+            let long_us = if self.is_large { 800_000 } else { 100_000 };
+            let pause_us =
+                if self.random.below(3) == 0 { self.random.below(long_us) } else { self.random.below(long_us / 12) };
             self.serve(monotonic_ns() + pause_us * 1000);
-            let mut victims = vec![usize::try_from(self.random.below(3)).expect("small")];
-            while self.random.below(4) == 0 && victims.len() < 3 {
+            let mut victims = vec![victim.unwrap_or(usize::try_from(self.random.below(3)).expect("small"))];
+            while victim.is_none() && self.random.below(4) == 0 && victims.len() < 3 {
                 victims.push((victims[0] + victims.len()) % 3);
             }
             done += victims.len() as u64;
             self.kill(&victims);
         }
-        // The source is told whenever a new one opened.
         let deadline = monotonic_ns() + PATIENCE_NS;
+        // However often it was killed: enough goes through afterwards that states grow and room is used again.
+        while !self.has_sent_enough() && monotonic_ns() < deadline && self.failures.is_empty() {
+            self.serve(monotonic_ns() + 20_000_000);
+        }
+        // The source is told whenever a new one opened.
         while self.children.iter().any(Option::is_some) && self.failures.is_empty() && monotonic_ns() < deadline {
             if self.agent.workers[0].phase == Phase::Live {
                 self.agent.stop(0);
@@ -439,14 +485,33 @@ impl Run {
         }
         self.check_results();
         println!("{done} kills in {} ms", (monotonic_ns() - begin) / 1_000_000);
-        let Self { agent, memfds_before, directory, mut failures, .. } = self;
+        let Self { agent, memfds_before, shared_kib_before, directory, mut failures, .. } = self;
         drop(agent);
+        let shared_kib = shared_kib();
+        if shared_kib > shared_kib_before {
+            failures.push(format!("{shared_kib} KiB of shared memory are mapped, {shared_kib_before} were before"));
+        }
         let left = memfds();
         if left != memfds_before {
             failures.push(format!("{left} segments are open, {memfds_before} were before"));
         }
         let _left_for_the_system = std::fs::remove_dir_all(directory);
         failures
+    }
+
+    /// Records that the source has committed so far.
+    fn made(&self) -> u64 {
+        let slot = self.agent.workers[0].incarnation.page().read();
+        slot.ok().and_then(|slot| slot.partitions.first().map(|(_, next)| *next)).unwrap_or(0)
+    }
+
+    /// Bytes in their payloads, of a run with large ones.
+    fn large_sent(&self) -> u64 {
+        (0..self.made()).map(|n| body_len(n, true) as u64).sum()
+    }
+
+    fn has_sent_enough(&self) -> bool {
+        if self.is_large { self.large_sent() >= 4 * LARGE_ROOM.1 } else { self.made() >= RECORDS_MIN }
     }
 
     fn check_results(&mut self) {
@@ -465,6 +530,23 @@ impl Run {
                 self.failures.push(format!("the {what} {found} records of {made}"));
             }
         }
+        if self.is_large {
+            let sent = self.large_sent();
+            println!("{} MiB in payloads, the room is {} MiB", sent >> 20, LARGE_ROOM.1 >> 20);
+            if sent < 4 * LARGE_ROOM.1 {
+                self.failures.push(format!("only {sent} bytes in large records: their room was hardly used again"));
+            }
+            // What is acknowledged is free: the readers have finished everything, so all of the room is.
+            for stage in [0, 1] {
+                let (entry, reader) = (slots[stage].outputs[0], &self.agent.workers[stage + 1].incarnation);
+                let (acknowledged, free) = reader.page().acknowledgement(0);
+                if (acknowledged, free) != (entry.tail, entry.tail) {
+                    let role = ROLES[stage];
+                    self.failures
+                        .push(format!("of {} of the {role}, {acknowledged} is read and {free} free", entry.tail));
+                }
+            }
+        }
         let mut expected = HashMap::<Vec<u8>, [u64; 2]>::new();
         for n in 0..made {
             let entry = expected.entry(key_of(n).to_le_bytes().to_vec()).or_default();
@@ -480,7 +562,7 @@ impl Run {
             let state = KeyedState::attach(extents.collect(), grant.state, slots[stage].epoch).expect("a state");
             let summary = state.summary();
             println!("state of the {}: {summary:?}", ROLES[stage]);
-            if summary.extents < 2 {
+            if summary.extents < 2 && !self.is_large {
                 self.failures.push(format!("the state of the {} did not grow", ROLES[stage]));
             }
             let (mut found, mut cursor) = (HashMap::new(), StateCursor::all());

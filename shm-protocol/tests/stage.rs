@@ -25,6 +25,8 @@ use argo_streams_shm_protocol::{
 };
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
+#[path = "support/again.rs"]
+mod again;
 #[path = "support/agent.rs"]
 mod agent;
 #[path = "support/random.rs"]
@@ -525,7 +527,7 @@ fn rings_mapped() -> usize {
 fn a_dead_producers_ring_is_unmapped_when_its_last_record_is_done() {
     // Counted in a process of its own: other tests map rings too.
     if std::env::var_os("AGS_ALONE").is_none() {
-        let status = std::process::Command::new(std::env::current_exe().unwrap())
+        let status = again::this_program()
             .args(["--exact", "a_dead_producers_ring_is_unmapped_when_its_last_record_is_done"])
             .env("AGS_ALONE", "1")
             .stdout(std::process::Stdio::null())
@@ -699,24 +701,37 @@ fn a_reborn_reader_that_sleeps_already_is_woken_when_it_is_shown() {
 
 #[test]
 fn impossible_positions_of_a_neighbour_are_reported_and_not_believed() {
-    // A producer whose tail is not aligned.
-    let mut agent = TestAgent::chain(2, SMALL, |_, _| {});
-    let source = puppet(&mut agent, 0);
-    let mut sink = open(&mut agent, 1);
-    recv(&mut sink);
-    source.page.store(shape().output_mirror(0) + commit::MIRROR_TAIL, 100, std::sync::atomic::Ordering::Release);
-    assert!(recv(&mut sink).is_empty());
-    agent.hear(1).unwrap();
-    assert!(
-        matches!(&agent.events[..], [(1, Event::Violation { is_producer: true, index: 0, .. })]),
-        "{:?}",
-        agent.events
-    );
-    assert!(recv(&mut sink).is_empty());
-    agent.hear(1).unwrap();
-    assert_eq!(agent.events.len(), 1, "said once");
-    // And such a stage cannot be recovered.
-    assert!(agent.workers[0].incarnation.recover().is_err());
+    // A producer whose tail is not aligned, went back, or is beyond the room of the ring, by one step or by many.
+    for impossible in [100, 0, 4096 + 64, 1 << 40, u64::MAX - 63] {
+        let mut agent = TestAgent::chain(2, SMALL, |_, _| {});
+        let mut source = puppet(&mut agent, 0);
+        let mut sink = open(&mut agent, 1);
+        let mut page = CommitPage::attach(NoMirrors(&source.page), source.grant.shape).unwrap();
+        let mut producer = Producer::new(source.rings.remove(0), 0, 0, 0).unwrap();
+        producer.emit(&RecordFields::default(), b"honest").unwrap();
+        producer.mark_done();
+        let (tail, ..) = producer.seal(0).unwrap();
+        page.change_output(0, |slot| slot.tail = tail);
+        page.commit(0);
+        let set = |tail| {
+            let mirror = shape().output_mirror(0) + commit::MIRROR_TAIL;
+            source.page.store(mirror, tail, std::sync::atomic::Ordering::Release);
+        };
+        set(tail);
+        assert_eq!(texts(&mut sink), ["honest"]);
+        set(impossible);
+        assert!(recv(&mut sink).is_empty());
+        agent.hear(1).unwrap();
+        let [(1, Event::Violation { is_producer: true, index: 0, text, .. })] = &agent.events[..] else {
+            panic!("{impossible}: {:?}", agent.events)
+        };
+        assert!(text.contains(&format!("published position {impossible} is impossible")), "{text}");
+        assert!(recv(&mut sink).is_empty());
+        agent.hear(1).unwrap();
+        assert_eq!(agent.events.len(), 1, "said once");
+        // And such a stage cannot be recovered, unless it only took its own tail back, which hides nothing that was committed.
+        assert_eq!(agent.workers[0].incarnation.recover().is_err(), impossible > tail);
+    }
 
     // A producer that publishes nonsense.
     let mut agent = TestAgent::chain(2, SMALL, |_, _| {});

@@ -300,6 +300,11 @@ impl<M: ExtentBytes> Space<M> {
             let block = u32::try_from(self.current << self.shift).unwrap_or(0) + at;
             if left >= units {
                 extent.used += units;
+                if left > units {
+                    // Whatever is behind the row stays behind it: attaching stopped at a length of 0 without a look at the
+                    // rest (it would take memory for every page of a sparse extent), and a stage before may have written there.
+                    self.store(block + units, state::BLOCK_LEN, 0, Ordering::Relaxed);
+                }
                 // The tag first: a block becomes one by its length, and must not count from its first moment.
                 self.store(block, state::TAG, state::TAG_PENDING, Ordering::Relaxed);
                 self.store(block, state::BLOCK_LEN, u64::from(units) * UNIT as u64, Ordering::Release);

@@ -612,6 +612,29 @@ fn damage_is_named() {
     assert!(error.to_string().contains("two versions"), "{error}");
 }
 
+/// A stage before this one wrote behind its last block, where no block is: none ever comes of it, however the row grows.
+#[test]
+fn what_is_behind_the_row_never_becomes_a_block() {
+    for garbage in [1, 64, 100, 4096, 64 * KIB, u64::MAX] {
+        let heap = heap();
+        for offset in (state::BLOCKS_OFFSET + 8..64 << 10).step_by(8) {
+            heap.extent(0).store(offset, garbage, Ordering::Relaxed);
+        }
+        let mut expected = Content::new();
+        for epoch in 0..40_u8 {
+            let mut state = heap.attach(u64::from(epoch)).expect("what is behind the row is nobody's");
+            assert_eq!(content(&state), expected);
+            // Rows that end in every way: by a new block, by one of another length, by a record that was never committed.
+            let (key, value) = (vec![epoch; 1 + usize::from(epoch)], vec![epoch; 40 * usize::from(epoch % 7)]);
+            state.put(&key, &value).unwrap();
+            state.mark_done();
+            state.committed(u64::from(epoch) + 1);
+            expected.insert(key, value);
+            state.put(b"of a dead attempt", &vec![1; 30 * usize::from(epoch % 3)]).unwrap();
+        }
+    }
+}
+
 /// Whatever is in the extents, whenever it comes there: an answer, and no panic.
 #[test]
 fn scribbles_are_no_panic() {
