@@ -2,33 +2,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests: a failure is a failed test")]
 
-use argo_streams_tests::{Scratch, processes_with};
-use rustix::process::{Pid, Signal, kill_process};
-
-/// Kills whatever process `victims` finds, each time the output has grown since the last kill; returns how many it killed.
-fn kill_while_running(
-    scratch: &Scratch,
-    run: &mut argo_streams_tests::Running,
-    kills_max: usize,
-    victims: impl Fn() -> Vec<i32>,
-) -> usize {
-    let mut killed = std::collections::HashSet::new();
-    let mut len_at_kill = 0;
-    while run.child.try_wait().unwrap().is_none() {
-        // The pace of looking; a kill waits for progress.
-        std::thread::park_timeout(std::time::Duration::from_millis(10));
-        let len = std::fs::metadata(scratch.path("out")).map_or(0, |metadata| metadata.len());
-        if killed.len() < kills_max
-            && len > len_at_kill
-            && let Some(victim) = victims().into_iter().find(|victim| !killed.contains(victim))
-            && kill_process(Pid::from_raw(victim).unwrap(), Signal::KILL).is_ok()
-        {
-            killed.insert(victim);
-            len_at_kill = len;
-        }
-    }
-    killed.len()
-}
+use argo_streams_tests::{Scratch, kill_while_running, processes_with};
 
 #[test]
 fn a_program_on_stdio_is_killed_and_every_id_leaves_once_and_in_order() {

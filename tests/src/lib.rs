@@ -258,6 +258,39 @@ pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     }
 }
 
+/// Kills whatever process `victims` finds, each time the file `out` has grown since the last kill; returns how many it killed.
+///
+/// # Panics
+/// When the run cannot be looked after.
+pub fn kill_while_running(
+    scratch: &Scratch,
+    run: &mut Running,
+    kills_max: usize,
+    victims: impl Fn() -> Vec<i32>,
+) -> usize {
+    let mut killed = std::collections::HashSet::new();
+    let mut len_at_kill = 0;
+    let begin = Instant::now();
+    while begin.elapsed() < PATIENCE && run.child.try_wait().unwrap().is_none() {
+        // The pace of looking; a kill waits for progress.
+        std::thread::park_timeout(std::time::Duration::from_millis(10));
+        let len = std::fs::metadata(scratch.path("out")).map_or(0, |metadata| metadata.len());
+        if killed.len() < kills_max
+            && len > len_at_kill
+            && let Some(victim) = victims().into_iter().find(|victim| !killed.contains(victim))
+            && rustix::process::kill_process(
+                rustix::process::Pid::from_raw(victim).unwrap(),
+                rustix::process::Signal::KILL,
+            )
+            .is_ok()
+        {
+            killed.insert(victim);
+            len_at_kill = len;
+        }
+    }
+    killed.len()
+}
+
 /// Processes whose arguments contain this text and whose program is not ours.
 #[must_use]
 pub fn processes_with(argument: &str) -> Vec<i32> {

@@ -74,7 +74,7 @@ enum Outcome {
     Refused(String),
     /// Not now.
     Later(String),
-    /// The connection broke before the answer: nothing is known, and nothing is held against the record.
+    /// The connection broke before the answer. If the program ended, nothing is held against the record.
     Unanswered,
 }
 
@@ -139,6 +139,8 @@ enum State {
 struct InFlight {
     number: u64,
     attempt: u32,
+    /// How often this process broke the connection and lived on.
+    unanswered: u32,
     state: State,
 }
 
@@ -334,7 +336,7 @@ impl Shim {
                 RecordKind::Data => State::Waiting { not_before_ns: 0 },
                 _ => State::Control,
             };
-            self.in_flight.push_back(InFlight { number: self.next_number, attempt: 0, state });
+            self.in_flight.push_back(InFlight { number: self.next_number, attempt: 0, unanswered: 0, state });
             self.next_number += 1;
         }
         Ok(!received.is_empty())
@@ -410,12 +412,19 @@ impl Shim {
         entry.state = match outcome {
             Outcome::Outputs(outputs) => State::Answered { outputs, emitted: 0 },
             Outcome::Refused(reason) => State::Refused(reason),
-            Outcome::Unanswered => State::Waiting { not_before_ns: 0 },
+            Outcome::Unanswered if entry.unanswered + 1 >= ATTEMPTS_MAX => {
+                State::Refused(format!("the connection was closed {ATTEMPTS_MAX} times without an answer to it"))
+            }
+            Outcome::Unanswered => {
+                let wait_ns = retry_ns(entry.unanswered);
+                entry.unanswered += 1;
+                State::Waiting { not_before_ns: monotonic_ns() + wait_ns }
+            }
             Outcome::Later(reason) if entry.attempt + 1 >= ATTEMPTS_MAX => {
                 State::Refused(format!("refused {ATTEMPTS_MAX} times, the last time: {reason}"))
             }
             Outcome::Later(reason) => {
-                let wait_ns = (RETRY_NS_MIN << entry.attempt.min(16)).min(RETRY_NS_MAX);
+                let wait_ns = retry_ns(entry.attempt);
                 entry.attempt += 1;
                 if !std::mem::replace(&mut self.has_said_later, true)
                     && let Some((stage, _)) = &self.stage
@@ -486,7 +495,8 @@ impl Shim {
         while self.settle()? {}
         let mut unanswered = 0;
         for entry in &mut self.in_flight {
-            if matches!(entry.state, State::Sent) {
+            let broke_off = std::mem::take(&mut entry.unanswered) > 0 && matches!(entry.state, State::Waiting { .. });
+            if broke_off || matches!(entry.state, State::Sent) {
                 entry.state = State::Waiting { not_before_ns: 0 };
                 unanswered += 1;
             }
@@ -602,6 +612,10 @@ impl Shim {
         }
         Ok(())
     }
+}
+
+fn retry_ns(attempts: u32) -> u64 {
+    (RETRY_NS_MIN << attempts.min(16)).min(RETRY_NS_MAX)
 }
 
 /// The first `*emitted` are emitted already: `Full` is not the end, and what was emitted stays.

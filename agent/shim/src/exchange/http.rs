@@ -15,7 +15,7 @@ use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
 use hyper::client::conn::http1::{SendRequest, handshake};
-use hyper::header::{CONTENT_TYPE, HOST, HeaderMap, HeaderValue};
+use hyper::header::{CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderMap, HeaderValue};
 use hyper::{Request as HttpRequest, StatusCode};
 use hyper_util::rt::TokioIo;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_encode};
@@ -152,6 +152,8 @@ async fn exchange(connection: &mut Connection, address: SocketAddr, request: Req
     let mut building = HttpRequest::post("/messages")
         .header(HOST, address.to_string())
         .header(CONTENT_TYPE, "application/octet-stream")
+        // Of an empty body hyper says none, and many servers then fail to read it.
+        .header(CONTENT_LENGTH, request.payload.len())
         .header(HEADER_ID, request.id)
         .header(HEADER_EVENT_TIME, request.event_time_ns.to_string());
     if request.attempt > 0 {

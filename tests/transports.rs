@@ -1,0 +1,156 @@
+//! Programs that are reached over HTTP and over a unix socket: every answer counts once and in order, whatever kills them.
+#![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests: a failure is a failed test")]
+
+use argo_streams_tests::{Scratch, kill_while_running, processes_with};
+
+/// A small server as anybody writes it, with nothing but Python's own library.
+const HTTP_SERVER: &str = r#"
+import os, http.server, socketserver, urllib.parse
+later = {}
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def log_message(self, *_): pass
+    def answer(self, status, body=b"", headers={}):
+        self.send_response(status)
+        if status != 204: self.send_header("Content-Length", str(len(body)))
+        for name, value in headers.items(): self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+    def do_GET(self): self.answer(200)
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        key = urllib.parse.unquote_to_bytes(self.headers.get("Ags-Key", "no key"))
+        if body == b"wrong": self.answer(422, b"no such thing")
+        elif body == b"none": self.answer(204)
+        elif body == b"hang up": self.close_connection = True
+        elif body == b"busy" and later.setdefault(self.headers["Ags-Id"], 0) < 2:
+            later[self.headers["Ags-Id"]] += 1
+            self.answer(503, b"not now")
+        elif body == b"busy": self.answer(200, b"busy after " + self.headers["Ags-Attempt"].encode())
+        elif body.startswith(b"three "): self.answer(200, b"one\ntwo\n\n" , {"Ags-Framing": "lines"})
+        else: self.answer(201, key + b"|" + body.upper())
+class Server(socketserver.ThreadingMixIn, http.server.HTTPServer): daemon_threads = True
+Server(("127.0.0.1", int(os.environ["PORT"])), Handler).serve_forever()
+"#;
+
+/// Answers in blocks of up to seven records, backwards.
+const SOCKET_PROGRAM: &str = r#"
+import os, socket, struct, sys
+s = socket.socket(socket.AF_UNIX)
+s.connect(os.environ["AGS_RECORDS"])
+def frame(kind, number, payload=b"", key=b"", flags=0):
+    head = struct.pack("<BBHQqII", kind, flags, 0, number, 0, len(key), 0)
+    return struct.pack("<I", len(head) + len(key) + len(payload)) + head + key + payload
+def answer(body):
+    kind, flags, attempt, number, time, key_len, attributes_len = struct.unpack("<BBHQqII", body[:28])
+    key, payload = body[28:28 + key_len], body[28 + key_len + attributes_len:]
+    if payload == b"wrong": return frame(5, number, b"no such thing")
+    if payload == b"none": return frame(3, number)
+    if payload == b"busy" and attempt < 2: return frame(6, number, b"not now")
+    if payload == b"busy": return frame(4, number, b"busy after %d" % attempt)
+    if payload == b"garbage": return b"\xff\xff\xff\xff" + b"x" * 100
+    if payload.startswith(b"three "): return frame(2, number, b"one") + frame(2, number, b"two") + frame(4, number)
+    return frame(4, number, (key if flags & 1 else b"no key") + b"|" + payload.upper())
+data = b""
+while True:
+    more = s.recv(1 << 16)
+    if not more: break
+    data += more
+    answers, at = [], 0
+    while len(data) - at >= 4 and len(data) - at - 4 >= (length := struct.unpack_from("<I", data, at)[0]):
+        answers.append(answer(data[at + 4:at + 4 + length]))
+        at += 4 + length
+    data = data[at:]
+    for begin in range(0, len(answers), 7): s.sendall(b"".join(reversed(answers[begin:begin + 7])))
+"#;
+
+fn steps(program: &str, transport: &str) -> String {
+    format!(
+        "  - file: {{path: in}}\n  - parDo: step\n    name: step\n    command: [python3, {program}]\n    transport: {transport}\n  - file: {{path: out}}\n  - file: {{path: errors}}\n    from: [step.errors]\n"
+    )
+}
+
+#[test]
+fn an_answer_is_outputs_or_a_refusal_for_now_or_for_good() {
+    for (transport, text) in [("http", HTTP_SERVER), ("socket", SOCKET_PROGRAM)] {
+        let scratch = Scratch::new();
+        let program = scratch.write("program.py", text);
+        scratch.write("in", "a\nnone\nthree times\nwrong\nbusy\n\nlast ü\n");
+        let pipeline = scratch.pipeline(&steps(program.to_str().unwrap(), transport));
+        let run = scratch.run(&pipeline, &["--output", "json"]).expect_code(0);
+        let out = scratch.text("out");
+        assert_eq!(
+            out.split_terminator('\n').collect::<Vec<_>>(),
+            ["no key|A", "one", "two", "", "busy after 2", "no key|", "no key|LAST ü"],
+            "{transport}"
+        );
+        let errors = scratch.text("errors");
+        assert_eq!(errors.lines().count(), 1, "{transport}: {errors}");
+        assert!(errors.contains("no such thing") && errors.contains("\"wrong\""), "{transport}: {errors}");
+        let step = &run.summary()["steps"][1];
+        assert_eq!((step["in"].as_u64(), step["errors"].as_u64()), (Some(7), Some(1)), "{transport}");
+        assert!(processes_with(program.to_str().unwrap()).is_empty(), "{transport}: the program is still there");
+    }
+}
+
+#[test]
+fn keys_reach_the_program_and_go_on_from_it() {
+    for (transport, text) in [("http", HTTP_SERVER), ("socket", SOCKET_PROGRAM)] {
+        let scratch = Scratch::new();
+        let program = scratch.write("program.py", text);
+        scratch.write("in", "{\"k\":\"a b/ü\"}\n");
+        let pipeline = scratch.pipeline(&format!(
+            "  - file: {{path: in}}\n  - groupByKey: {{key: .k}}\n  - parDo: step\n    command: [python3, {}]\n    transport: {transport}\n  - file: {{path: out}}\n",
+            program.display()
+        ));
+        let _run = scratch.run(&pipeline, &[]).expect_code(0);
+        assert_eq!(scratch.text("out"), "a b/ü|{\"K\":\"A B/ü\"}\n", "{transport}");
+    }
+}
+
+#[test]
+fn a_program_is_killed_and_every_answer_counts_once_and_in_order() {
+    for (transport, text, count, kills_min) in
+        [("http", HTTP_SERVER, 20_000, 5), ("socket", SOCKET_PROGRAM, 300_000, 5)]
+    {
+        let scratch = Scratch::new();
+        let program = scratch.write("program.py", text);
+        let program = program.to_str().unwrap();
+        scratch.write("in", (0..count).map(|id| format!("{id}\n")).collect::<String>());
+        let pipeline = scratch.pipeline(&steps(program, transport));
+        let mut run = scratch.start(&pipeline, &["--output", "json"]);
+        let kills = kill_while_running(&scratch, &mut run, 20, || processes_with(program));
+        let _run = run.finish().expect_code(0);
+        let expected: String = (0..count).map(|id| format!("no key|{id}\n")).collect();
+        assert!(scratch.text("out") == expected, "{transport}, {kills} kills: {}", scratch.text("out").lines().count());
+        assert!(kills >= kills_min, "{transport}: only {kills} kills");
+    }
+}
+
+/// A record on which a server only breaks off goes to the errors in the end, and the others go on.
+#[test]
+fn a_record_without_an_answer_does_not_stand_in_the_way_for_ever() {
+    let scratch = Scratch::new();
+    let program = scratch.write("program.py", HTTP_SERVER);
+    scratch.write("in", "a\nhang up\nb\n");
+    let pipeline = scratch.pipeline(&steps(program.to_str().unwrap(), "http"));
+    let _run = scratch.run(&pipeline, &[]).expect_code(0);
+    assert_eq!(scratch.text("out"), "no key|A\nno key|B\n");
+    assert!(scratch.text("errors").contains("closed 8 times without an answer"), "{}", scratch.text("errors"));
+}
+
+#[test]
+fn nonsense_on_the_socket_ends_the_program_with_what_was_wrong() {
+    let scratch = Scratch::new();
+    let program = scratch.write("program.py", SOCKET_PROGRAM);
+    scratch.write("in", "a\ngarbage\n");
+    let pipeline = scratch.pipeline(&steps(program.to_str().unwrap(), "socket"));
+    let run = scratch.run(&pipeline, &[]).expect_code(3);
+    assert!(
+        run.words().contains("a frame of 4294967295 bytes") && run.words().contains("little-endian"),
+        "{}",
+        run.words()
+    );
+    assert_eq!(scratch.text("out"), "no key|A\n", "what was answered before counts");
+}
