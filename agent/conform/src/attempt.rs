@@ -254,7 +254,18 @@ impl Attempt {
             let why = self.said.failure.clone().unwrap_or_else(|| self.said.last_end.clone());
             return Err(self.with_words(Finding::new(format!("the run failed: {why}"), RUN_FAILED)));
         }
-        self.judge.end(self.queued)
+        let got = self.judge.end(self.queued)?;
+        // It had its input's end, and a quarter of the grace time: it was ended by us.
+        match &self.said.bad_end {
+            Some(end) if end.contains("signal") => Err(self.with_words(Finding {
+                is_timeout: true,
+                ..Finding::new(
+                    format!("{end} {} s after the end of its input, with all records answered", GRACE.as_secs() / 4),
+                    "When its input ends, a program ends: by itself, within a quarter of `--grace`. Look for threads or loops that go on.",
+                )
+            })),
+            _ => Ok(got),
+        }
     }
 
     /// The judge, after the end.

@@ -277,16 +277,10 @@ impl Trier {
                 if attempt.lines() > 0 {
                     return Err(held_back(record, attempt.lines()));
                 }
-                // No answer at all: it fills a buffer first, or waits for the end. Then nothing comes before the end.
-                attempt.allow(count);
-                attempt.until(Some(PROMPT), |attempt| attempt.lines() >= count)?;
-                let lines = attempt.lines();
-                if lines > 0 && lines < count {
-                    return Err(held_back(count, lines));
-                }
+                // No answer at all: it fills a buffer first.
                 let got = attempt.finish()?;
                 return Ok(format!(
-                    "{got}; but none before the end of the input: it fills a buffer first, so a record waits for others. That is allowed; for prompt answers flush after each line"
+                    "{got}; but the first {HELD_BACK_ROUNDS} had no answer until others came or the input ended: it fills a buffer first. That is allowed; for prompt answers flush after each line"
                 ));
             }
             let got = attempt.finish()?;
@@ -300,7 +294,7 @@ impl Trier {
             let got = attempt.finish()?;
             match attempt.bad_end() {
                 // What `grep` does when nothing matched.
-                Some(end) if !is_filter || end.contains("signal") => Err(Finding::new(
+                Some(end) if !is_filter => Err(Finding::new(
                     format!("{end}, after all records were answered"),
                     "At the end of its input a program ends by itself, within a quarter of `--grace`, and exits with code 0.",
                 )),
