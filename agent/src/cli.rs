@@ -181,6 +181,9 @@ pub struct ConformArguments {
     /// How long all cases may take; those that are not reached have failed.
     #[arg(long, value_name = "TIME", default_value = "270s", value_parser = duration)]
     pub time_limit: Duration,
+    /// Try only this case. Repeatable.
+    #[arg(long = "case", value_name = "CASE")]
+    pub cases: Vec<String>,
     /// Only print the cases, as the table in docs/pardo-contract.md.
     #[arg(long, exclusive = true)]
     pub list: bool,

@@ -34,6 +34,7 @@ pub fn conform_command(arguments: &ConformArguments) -> Result<bool, Failure> {
             ConformExpect::Flatmap => Expect::Flatmap,
         },
         strict_bytes: arguments.strict_bytes,
+        only: arguments.cases.clone(),
         time_limit: arguments.time_limit,
     };
     let is_shown = std::io::stderr().is_terminal();
@@ -45,7 +46,7 @@ pub fn conform_command(arguments: &ConformArguments) -> Result<bool, Failure> {
         }
     })
     .map_err(|error| match error {
-        ConformError::Missing(_) => (BAD_USAGE, error.to_string()),
+        ConformError::Missing(_) | ConformError::NoCase(_) => (BAD_USAGE, error.to_string()),
         ConformError::System { .. } => (FAILED, error.to_string()),
     })?;
     match arguments.output {

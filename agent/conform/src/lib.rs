@@ -44,6 +44,8 @@ pub struct Request {
     pub expect: Expect,
     /// Whether every byte is demanded, also of a program that works on text.
     pub strict_bytes: bool,
+    /// Only these cases; all that apply when empty.
+    pub only: Vec<String>,
     /// How long all of it may take; cases that are not reached have failed.
     pub time_limit: Duration,
 }
@@ -54,6 +56,9 @@ pub enum ConformError {
     /// There is no such program.
     #[error("the program {0:?} is not there: give a path, or a name that is in PATH, behind `--`")]
     Missing(String),
+    /// There is no such case.
+    #[error("there is no case {0:?} for this transport and `--expect`: `argo-streams conform --list` prints them")]
+    NoCase(String),
     /// The kernel refused something.
     #[error("{what}: {source}")]
     System {
@@ -70,6 +75,7 @@ pub enum ConformError {
 /// [`ConformError`]; a program that fails cases is no error but a report.
 pub fn conform(request: &Request, mut progress: impl FnMut(usize, usize, &str)) -> Result<Report, ConformError> {
     let command = resolve(&request.command)?;
+    let clauses = chosen(request)?;
     let scratch = tempfile::Builder::new()
         .prefix("argo-streams-conform-")
         .tempdir()
@@ -87,10 +93,10 @@ pub fn conform(request: &Request, mut progress: impl FnMut(usize, usize, &str)) 
         strict_bytes: request.strict_bytes,
         verdicts: judge::Verdicts::new(),
     };
-    let all = contract::clauses(request.expect, request.transport).count();
+    let all = clauses.len();
     let mut cases = Vec::with_capacity(all);
     let mut timeouts = 0;
-    for (done, clause) in contract::clauses(request.expect, request.transport).enumerate() {
+    for (done, clause) in clauses.into_iter().enumerate() {
         progress(done, all, clause.name);
         let begin = Instant::now();
         let is_late = begin > trier.place.deadline;
@@ -137,6 +143,16 @@ pub fn conform(request: &Request, mut progress: impl FnMut(usize, usize, &str)) 
         expect: request.expect.name().to_owned(),
         cases,
     })
+}
+
+fn chosen(request: &Request) -> Result<Vec<&'static contract::Clause>, ConformError> {
+    let all: Vec<_> = contract::clauses(request.expect, request.transport).collect();
+    if let Some(unknown) = request.only.iter().find(|name| all.iter().all(|clause| clause.name != **name)) {
+        return Err(ConformError::NoCase(unknown.clone()));
+    }
+    let is_chosen =
+        |clause: &&contract::Clause| request.only.is_empty() || request.only.iter().any(|name| clause.name == *name);
+    Ok(all.into_iter().filter(is_chosen).collect())
 }
 
 /// A path is as seen from here, not from the folder of the pipelines.
