@@ -660,6 +660,10 @@ impl Broker {
                 .read()
                 .is_ok_and(|slot| matches!(slot.state, StageState::Finished | StageState::Drained));
             if finished {
+                // How its program ended was said before the page said "finished", and is heard before the socket is closed.
+                if let Some(supervisor) = worker.supervisor {
+                    self.handle(supervisor);
+                }
                 self.finished(stage);
             }
         }
@@ -993,13 +997,14 @@ impl Broker {
                 worker.uncertain_records += uncertain_records;
                 let shim_is_stage = worker.stage_role == Some(Role::ShimStage);
                 let state = worker.incarnation.page().read().map(|slot| slot.state);
-                if matches!(state, Ok(StageState::Finished | StageState::Drained)) {
-                    return self.finished(stage);
-                }
-                if shim_is_stage && self.input_is_over(stage) {
-                    // The last lines are answered; the shim finishes the stage now.
+                let has_finished = matches!(state, Ok(StageState::Finished | StageState::Drained));
+                if has_finished || (shim_is_stage && self.input_is_over(stage)) {
                     if code != 0 {
                         self.say(stage, Level::Warn, format!("its program {text}, after all records were answered"));
+                    }
+                    // Else the last lines are answered, and the shim finishes the stage now.
+                    if has_finished {
+                        self.finished(stage);
                     }
                     return;
                 }

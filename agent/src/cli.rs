@@ -30,6 +30,11 @@ pub enum Command {
         #[arg(required = true, value_name = "FILE")]
         files: Vec<PathBuf>,
     },
+    /// Try whether a program keeps the contract of a ParDo: some 60 cases, each through a pipeline of this program.
+    ///
+    /// `argo-streams conform -- cat` tries that each record comes back as it was sent; `--expect` says what else to expect.
+    /// docs/pardo-contract.md is the contract. Exit codes: 0 all cases passed; 1 a case failed; 2 bad usage, or no such program.
+    Conform(ConformArguments),
     /// Hold descriptors for the next agent (started by `run --state`).
     #[command(hide = true)]
     Keeper {
@@ -156,6 +161,57 @@ pub enum BenchWaiting {
     Spin,
     /// Sleep until woken.
     Block,
+}
+
+/// Arguments of `conform`.
+#[derive(Args, Debug)]
+pub struct ConformArguments {
+    /// How the program is joined to the pipeline.
+    #[arg(long, value_name = "NAME", default_value = "stdio")]
+    pub transport: ConformTransport,
+    /// What the program does with a record.
+    #[arg(long, value_name = "WHAT", default_value = "identity")]
+    pub expect: ConformExpect,
+    /// `json`: one object with all cases, on standard output.
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    pub output: OutputFormat,
+    /// Demand every byte: also NUL, carriage returns and invalid UTF-8, which programs that work on text may change.
+    #[arg(long)]
+    pub strict_bytes: bool,
+    /// How long all cases may take; those that are not reached have failed.
+    #[arg(long, value_name = "TIME", default_value = "270s", value_parser = duration)]
+    pub time_limit: Duration,
+    /// Try only this case. Repeatable.
+    #[arg(long = "case", value_name = "CASE")]
+    pub cases: Vec<String>,
+    /// Only print the cases, as the table in docs/pardo-contract.md.
+    #[arg(long, exclusive = true)]
+    pub list: bool,
+    /// The program and its arguments.
+    #[arg(last = true, required_unless_present = "list", value_name = "COMMAND")]
+    pub command: Vec<String>,
+}
+
+/// How `conform` joins a program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ConformTransport {
+    /// By standard input and output, unless it opens the library.
+    Auto,
+    /// By standard input and output.
+    Stdio,
+    /// By the library.
+    Shm,
+}
+
+/// What `conform` expects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ConformExpect {
+    /// Each record comes back as it was sent.
+    Identity,
+    /// Some records come back as they were sent; which, depends on the record alone.
+    Filter,
+    /// Any number of lines for any record, the same each time.
+    Flatmap,
 }
 
 /// Arguments of `run`.

@@ -7,6 +7,7 @@
 
 pub mod bench;
 pub mod cli;
+pub mod conform;
 
 pub mod physical;
 

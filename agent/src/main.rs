@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use argo_streams_agent::bench::bench_ring;
 use argo_streams_agent::cli::{BenchCommand, Cli, Command};
+use argo_streams_agent::conform::conform_command;
 use argo_streams_agent::run::{Options, RunError, run, write_summary};
 use argo_streams_agent::screen::{Screen, ScreenWriter};
 use argo_streams_pipeline::{Plan, limits::FILE_BYTES_MAX};
@@ -52,6 +53,14 @@ fn main() -> ExitCode {
             Ok(()) => ExitCode::SUCCESS,
             Err((code, text)) => {
                 say(&format!("bench ring: {text}"));
+                ExitCode::from(code)
+            }
+        },
+        Command::Conform(arguments) => match conform_command(&arguments) {
+            Ok(true) => ExitCode::SUCCESS,
+            Ok(false) => ExitCode::from(FAILED),
+            Err((code, text)) => {
+                say(&format!("conform: {text}"));
                 ExitCode::from(code)
             }
         },

@@ -7,6 +7,7 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use argo_streams_stage::{Backend, Stream, ready_descriptor};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitOptions, kill_process_group, pidfd_open, test_kill_process_group, wait, waitpid,
@@ -127,6 +128,14 @@ impl Program {
         self.written_bytes > 0 && self.taken_bytes() == 0
     }
 
+    /// Whether nobody can read what is written to it any more, although it runs.
+    pub(crate) fn has_closed_stdin(&self) -> bool {
+        let Some(stdin) = self.stdin.as_ref().and_then(Stream::descriptor) else { return false };
+        let mut looks = [PollFd::from_borrowed_fd(stdin, PollFlags::empty())];
+        let looked = poll(&mut looks, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
+        looked.is_ok() && looks.iter().any(|look| look.revents().contains(PollFlags::ERR))
+    }
+
     /// Bytes of standard input that the program has taken out of the pipe, by FIONREAD on our end.
     pub(crate) fn taken_bytes(&self) -> u64 {
         let in_pipe = self
@@ -193,8 +202,10 @@ pub(crate) fn describe(status: ExitStatus) -> (u32, String) {
     match (status.code(), status.signal()) {
         (Some(code), _) => (u32::try_from(code).unwrap_or(1), format!("exited with code {code}")),
         (None, Some(signal)) => {
-            let name = Signal::from_named_raw(signal)
-                .map_or_else(|| signal.to_string(), |signal| format!("{signal:?}").replace("Signal::", "SIG"));
+            let name = Signal::from_named_raw(signal).map_or_else(
+                || signal.to_string(),
+                |signal| format!("{signal:?}").replace("Signal::", "SIG").replace('"', ""),
+            );
             (128 + u32::try_from(signal).unwrap_or(0), format!("was killed by signal {name}"))
         }
         (None, None) => (1, "ended in an unknown way".to_owned()),

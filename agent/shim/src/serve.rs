@@ -36,6 +36,8 @@ const LINES_PER_TURN: usize = 256;
 pub(crate) const GROUP_PATIENCE: Duration = Duration::from_secs(2);
 /// With `read`, how often we look how much the program has taken while something is not taken.
 const TAKEN_INTERVAL: Duration = Duration::from_millis(5);
+/// With `read`, how much of what it took last a program may still hold when it dies: programs read 4 to 64 KiB ahead.
+const HELD_BYTES: u64 = 256 << 10;
 /// With `auto`, after how long an unanswered line is worth a hint.
 const HINT_AFTER_NS: u64 = 5_000_000_000;
 
@@ -140,8 +142,8 @@ struct Shim {
     splitter: LineSplitter,
     /// A line that found no room in an output.
     held: Option<Line>,
-    /// With `read`: records done since the program last wrote anything: what a death may lose.
-    taken_since_output: u64,
+    /// With `read`: where the records end that the program took last: what a death may lose.
+    taken_last: VecDeque<u64>,
     /// Records that this process answered or took.
     progress: u64,
     deaths_in_a_row: u32,
@@ -188,7 +190,7 @@ impl Shim {
             fed_bytes: 0,
             splitter: LineSplitter::default(),
             held: None,
-            taken_since_output: 0,
+            taken_last: VecDeque::new(),
             progress: 0,
             deaths_in_a_row: 0,
             one_by_one: 0,
@@ -269,6 +271,7 @@ impl Shim {
                 if given_up {
                     // Uncommitted: the opener gets everything again.
                     self.stage = None;
+                    self.stopping = None;
                     self.forget_input();
                     self.in_flight.clear();
                 }
@@ -287,7 +290,7 @@ impl Shim {
         self.forget_input();
         self.splitter = LineSplitter::default();
         self.progress = 0;
-        self.taken_since_output = 0;
+        self.taken_last.clear();
         self.stopping = None;
         self.is_closing = false;
         self.over = false;
@@ -435,14 +438,24 @@ impl Shim {
                 Ok(count > 0)
             }
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Ok(false),
-            // It closed its input: what it has not answered is seen when it ends.
             Err(_broken_pipe) => {
-                program.close_stdin();
-                self.feed.clear();
-                self.feed_begin = 0;
+                self.input_was_closed()?;
                 Ok(true)
             }
         }
+    }
+
+    /// The program closed its input. It can never be fed again and may never find out by itself, so it has the grace time to
+    /// end; what it has not answered then is sent to the next one.
+    fn input_was_closed(&mut self) -> Result<(), ShimError> {
+        self.feed.clear();
+        self.feed_begin = 0;
+        if let Some((stage, _)) = &self.stage {
+            stage.note("it closed its standard input before the end; it is given time to end, and started again")?;
+        }
+        let grace = self.options.grace;
+        self.begin_stop(grace);
+        Ok(())
     }
 
     /// Reads the program's output, if there is some and room for it.
@@ -462,7 +475,7 @@ impl Shim {
         self.splitter.put_buffer(buffer);
         match result {
             Ok(0) => program.close_stdout(),
-            Ok(_) => self.taken_since_output = 0,
+            Ok(_) => {}
             Err(error) if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::Interrupted) => {}
             Err(_) => program.close_stdout(),
         }
@@ -594,17 +607,20 @@ impl Shim {
                 return Ok(moved);
             }
             let Some((stage, _)) = &mut self.stage else { return Ok(moved) };
-            match self.in_flight.front() {
-                Some(InFlight::Line { end: Some(end) }) if *end <= taken => {}
+            let end = match self.in_flight.front() {
+                Some(InFlight::Line { end: Some(end) }) if *end <= taken => *end,
                 _ => return Ok(moved),
-            }
+            };
             stage.done(1)?;
             self.in_flight.pop_front();
             self.fed -= 1;
             self.progress += 1;
             self.deaths_in_a_row = 0;
             self.one_by_one = self.one_by_one.saturating_sub(1);
-            self.taken_since_output += 1;
+            self.taken_last.push_back(end);
+            while self.taken_last.front().is_some_and(|first| first + HELD_BYTES < taken) {
+                self.taken_last.pop_front();
+            }
             self.oldest_since_ns = monotonic_ns();
             moved = true;
         }
@@ -618,10 +634,14 @@ impl Shim {
             tracing::warn!(pid = program.pid(), "its process group did not end after SIGKILL; going on without it");
         }
         let status = program.try_status()?;
+        self.program = Some(program);
+        // With `read` what it had taken is done, whatever it made of it: sent again it would be answered twice.
+        while self.take_read()? {}
+        if let Some(program) = &mut self.program {
+            program.close_stdin();
+        }
         // What the dead process wrote is still in the pipe or terminal. A helper that escaped the group may hold it open:
         // then the end is the first time that nothing is there.
-        program.close_stdin();
-        self.program = Some(program);
         while self.program.as_ref().is_some_and(|program| program.stdout().is_some()) {
             if !self.drain_answers().await? {
                 break;
@@ -661,7 +681,7 @@ impl Shim {
             uncertain_records = match self.options.acknowledgement {
                 Acknowledgement::Line => 0,
                 Acknowledgement::Auto => unanswered as u64,
-                Acknowledgement::Read => self.taken_since_output,
+                Acknowledgement::Read => self.taken_last.len() as u64,
             };
             if unanswered > 0 && !is_read {
                 text = format!("{text} with {unanswered} lines unanswered, which are sent again");
@@ -762,6 +782,10 @@ impl Shim {
 
     async fn sleep(&mut self, control_ready: &tokio::io::unix::AsyncFd<std::os::fd::OwnedFd>) -> Result<(), ShimError> {
         self.hint()?;
+        // Nothing is written any more that would tell it.
+        if self.fed > 0 && self.stage.is_some() && self.program.as_ref().is_some_and(Program::has_closed_stdin) {
+            self.input_was_closed()?;
+        }
         let can_receive =
             self.feed.len() < BLOCK_BYTES && self.in_flight.len() < UNANSWERED_MAX && self.fed == self.in_flight.len();
         if let Some((stage, _)) = &mut self.stage {

@@ -1,0 +1,138 @@
+//! Programs that are no good steps: each has a clear status, and nothing that was acknowledged is lost.
+#![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests: a failure is a failed test")]
+
+use argo_streams_tests::{Finished, Scratch, processes_with, wait_for};
+use rustix::process::Signal;
+
+const COUNT: usize = 3000;
+
+fn input() -> String {
+    (0..COUNT).map(|i| format!("{i}\n")).collect()
+}
+
+/// Runs a Python program between two files, with lines on its error output in a third.
+fn run(scratch: &Scratch, text: &str, knobs: &str, arguments: &[&str]) -> Finished {
+    scratch.run(&prepare(scratch, text, knobs), arguments)
+}
+
+fn prepare(scratch: &Scratch, text: &str, knobs: &str) -> std::path::PathBuf {
+    let program = scratch.write("bad.py", text);
+    scratch.write("in", input());
+    scratch.pipeline(&format!(
+        "  - file: {{path: in}}\n  - parDo: bad\n    name: bad\n    command: [python3, {}]\n    {knobs}\n  - file: {{path: out}}\n  - file: {{path: errors}}\n    from: [bad.errors]\n",
+        program.display()
+    ))
+}
+
+#[test]
+fn not_executable() {
+    let scratch = Scratch::new();
+    scratch.write("plain", "#!/bin/cat\n");
+    scratch.write("in", "1\n");
+    let pipeline = scratch.pipeline(
+        "  - file: {path: in}\n  - parDo: bad\n    command: [./plain]\n    ack: line\n  - file: {path: out}\n",
+    );
+    let run = scratch.run(&pipeline, &[]).expect_code(3);
+    assert!(run.words().contains("cannot be started") && run.words().contains("ermission denied"), "{}", run.words());
+    assert_eq!(scratch.text("out"), "");
+}
+
+#[test]
+fn writes_garbage() {
+    let scratch = Scratch::new();
+    let text = "import sys\nfor l in sys.stdin.buffer:\n  sys.stdout.buffer.write(bytes(range(11, 256)) + b'\\0\\n' + b'\\xff\\xfe\\n'); sys.stdout.buffer.flush()\n";
+    let _ended = run(&scratch, text, "ack: line", &[]).expect_code(0);
+    let out = scratch.read("out");
+    let garbage: Vec<u8> = (11..=255).chain([0]).collect();
+    let lines: Vec<&[u8]> = out.split(|byte| *byte == b'\n').collect();
+    assert_eq!(lines.len(), COUNT + 1, "one line for each line");
+    assert!(lines[..COUNT].iter().all(|line| *line == garbage || *line == b"\xff\xfe"), "no byte is changed");
+    assert!(scratch.text("errors").lines().all(|line| line.contains("answers no record")));
+    assert_eq!(scratch.text("errors").lines().count(), COUNT, "what answers nothing is on the error output");
+}
+
+#[test]
+fn closes_its_input_and_ends() {
+    let scratch = Scratch::new();
+    let text = "import os, sys\nfor i, l in enumerate(sys.stdin):\n  sys.stdout.write(l); sys.stdout.flush()\n  if i == 700: os.close(0); sys.exit(0)\n";
+    let run = run(&scratch, text, "ack: line", &[]).expect_code(0);
+    assert!(scratch.text("out") == input(), "every line once and in order");
+    assert!(run.words().contains("exited with code 0"), "{}", run.words());
+}
+
+#[test]
+fn closes_its_input_and_stays() {
+    let scratch = Scratch::new();
+    let flag = scratch.path("flag");
+    let text = format!(
+        "import os, sys, time\nfirst = not os.path.exists({flag:?})\nopen({flag:?}, 'w')\nfor i, l in enumerate(sys.stdin):\n  sys.stdout.write(l); sys.stdout.flush()\n  if first and i == 700:\n    os.close(0)\n    while True: time.sleep(1)\n"
+    );
+    let pipeline = prepare(&scratch, &text, "ack: line");
+    // More than the pipe takes: what is left to be sent shows that nobody reads it.
+    let input: String = (0..20_000).map(|i| format!("{i:020}\n")).collect();
+    scratch.write("in", &input);
+    let run = scratch.run(&pipeline, &["--grace", "1s"]).expect_code(0);
+    assert!(scratch.text("out") == input, "every line once and in order");
+    assert!(run.words().contains("closed its standard input"), "{}", run.words());
+}
+
+#[test]
+fn floods_standard_error() {
+    let scratch = Scratch::new();
+    let text = "import sys\nfor l in sys.stdin:\n  sys.stderr.write('x' * 9000 + '\\n'); sys.stdout.write(l); sys.stdout.flush()\n";
+    let run = run(&scratch, text, "ack: line", &[]).expect_code(0);
+    assert!(scratch.text("out") == input(), "every line once and in order");
+    assert_eq!(run.words().matches('x').count() / 9000, COUNT, "what it says is passed on");
+}
+
+#[test]
+fn forks_a_helper_that_keeps_its_terminal() {
+    for knobs in ["ack: line", "ack: line\n    buffering: block"] {
+        let scratch = Scratch::new();
+        let text = "import os, sys, time\nif os.fork() == 0:\n  os.setsid()\n  time.sleep(60)\n  os._exit(0)\nfor l in sys.stdin: sys.stdout.write(l)\n";
+        let _ended = run(&scratch, text, knobs, &[]).expect_code(0);
+        assert!(scratch.text("out") == input(), "every line once and in order");
+        for helper in processes_with(scratch.path("bad.py").to_str().unwrap()) {
+            let _gone = rustix::process::kill_process(rustix::process::Pid::from_raw(helper).unwrap(), Signal::KILL);
+        }
+    }
+}
+
+#[test]
+fn never_reads() {
+    let scratch = Scratch::new();
+    let pipeline = prepare(&scratch, "import time\ntime.sleep(1000)\n", "ack: line");
+    let running = scratch.start(&pipeline, &["--grace", "1s"]);
+    let program = scratch.path("bad.py").to_str().unwrap().to_owned();
+    wait_for("the program", || (!processes_with(&program).is_empty()).then_some(()));
+    running.signal(Signal::TERM);
+    let run = running.finish().expect_code(5);
+    assert!(run.words().contains("records were read and not finished"), "{}", run.words());
+    assert_eq!(scratch.text("out"), "", "nothing was acknowledged");
+    wait_for("its end", || processes_with(&program).is_empty().then_some(()));
+}
+
+#[test]
+fn dies_on_one_record() {
+    let scratch = Scratch::new();
+    let text = "import sys\nfor l in sys.stdin:\n  if l == '1234\\n': raise ValueError(l)\n  sys.stdout.write(l); sys.stdout.flush()\n";
+    let run = run(&scratch, text, "ack: line", &[]).expect_code(3);
+    let before: String = (0..1234).map(|i| format!("{i}\n")).collect();
+    assert!(scratch.text("out") == before, "everything before it, once and in order");
+    assert!(run.words().contains("10 times again without any progress"), "{}", run.words());
+    assert!(run.words().contains("bad: ValueError: 1234"), "its own words are shown: {}", run.words());
+}
+
+#[test]
+fn killed_with_ack_read_nothing_is_doubled_and_what_is_lost_is_counted() {
+    let scratch = Scratch::new();
+    let text = "import os, signal, sys\nfor i, l in enumerate(sys.stdin):\n  sys.stdout.write(l); sys.stdout.flush()\n  if i == 611: os.kill(os.getpid(), signal.SIGKILL)\n";
+    let run = run(&scratch, text, "ack: read", &["--output", "json"]).expect_code(0);
+    let out: Vec<usize> = scratch.text("out").lines().map(|line| line.parse().unwrap()).collect();
+    assert!(out.is_sorted_by(|before, after| before < after), "nothing is doubled, and the order is kept");
+    let lost = COUNT - out.len();
+    let uncertain = run.summary()["steps"][1]["uncertain_records_total"].as_u64().unwrap();
+    assert!(lost > 0, "it had read ahead when it was killed");
+    assert!(uncertain >= lost as u64, "{lost} lost, {uncertain} counted");
+}
