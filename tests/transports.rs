@@ -1,4 +1,4 @@
-//! Programs that are reached over HTTP and over a unix socket: every answer counts once and in order, whatever kills them.
+//! Programs that are reached over HTTP, over a unix socket and over named pipes: every answer counts once and in order, whatever kills them.
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests: a failure is a failed test")]
 
@@ -92,6 +92,42 @@ fn an_answer_is_outputs_or_a_refusal_for_now_or_for_good() {
         assert_eq!((step["in"].as_u64(), step["errors"].as_u64()), (Some(7), Some(1)), "{transport}");
         assert!(processes_with(program.to_str().unwrap()).is_empty(), "{transport}: the program is still there");
     }
+}
+
+const FIFO_PROGRAM: &str = r#"
+import os
+with open(os.environ["AGS_INPUT"]) as lines, open(os.environ["AGS_OUTPUT"], "w", buffering=1) as out:
+    print("this is log")
+    for line in lines: out.write(line.upper())
+"#;
+
+#[test]
+fn lines_go_over_named_pipes_through_kills() {
+    let scratch = Scratch::new();
+    let program = scratch.write("program.py", FIFO_PROGRAM);
+    let program = program.to_str().unwrap();
+    let count = 300_000;
+    scratch.write("in", (0..count).map(|id| format!("id {id}\n")).collect::<String>());
+    let steps = steps(program, "fifo").replace("    transport", "    ack: line\n    transport");
+    let pipeline = scratch.pipeline(&steps);
+    let mut run = scratch.start(&pipeline, &[]);
+    let kills = kill_while_running(&scratch, &mut run, 20, || processes_with(program));
+    let run = run.finish().expect_code(0);
+    let expected: String = (0..count).map(|id| format!("ID {id}\n")).collect();
+    assert!(scratch.text("out") == expected, "{kills} kills: {} lines", scratch.text("out").lines().count());
+    assert!(kills >= 5, "only {kills} kills");
+    assert!(run.words().contains("this is log"));
+}
+
+/// The program waits for somebody to write when it opens its input, and nobody ever does.
+#[test]
+fn a_program_on_named_pipes_ends_when_nothing_comes() {
+    let scratch = Scratch::new();
+    let program = scratch.write("program.py", FIFO_PROGRAM);
+    scratch.write("in", "");
+    let pipeline = scratch.pipeline(&steps(program.to_str().unwrap(), "fifo"));
+    let _run = scratch.run(&pipeline, &["--grace", "2s"]).expect_code(0);
+    assert_eq!(scratch.text("out"), "");
 }
 
 #[test]

@@ -318,10 +318,11 @@ impl ShimArguments {
         argo_streams_shim::Options {
             socket: self.socket,
             exchange: match self.transport {
-                ShimTransport::Stdio => None,
+                ShimTransport::Stdio | ShimTransport::Fifo => None,
                 ShimTransport::Http => Some(argo_streams_shim::Exchange::Http),
                 ShimTransport::Socket => Some(argo_streams_shim::Exchange::Socket),
             },
+            has_fifos: self.transport == ShimTransport::Fifo,
             acknowledgement: match self.ack {
                 Ack::Auto => argo_streams_shim::Acknowledgement::Auto,
                 Ack::Line => argo_streams_shim::Acknowledgement::Line,
@@ -339,6 +340,8 @@ impl ShimArguments {
 pub enum ShimTransport {
     /// Lines on standard input and output.
     Stdio,
+    /// Lines on two named pipes.
+    Fifo,
     /// Requests to the program's own server.
     Http,
     /// Frames over a unix socket.

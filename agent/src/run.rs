@@ -299,7 +299,7 @@ impl Run {
             let transport = match plan.step(stage.step).map(argo_streams_pipeline::Step::kind) {
                 Some(StepKind::ParDo(pardo)) => match pardo.transport() {
                     Declared::Auto => Transport::Auto,
-                    Declared::Stdio | Declared::Http | Declared::Socket => Transport::Stdio,
+                    Declared::Stdio | Declared::Fifo | Declared::Http | Declared::Socket => Transport::Stdio,
                     Declared::Shm => Transport::Shm,
                 },
                 _ => Transport::Internal,
@@ -664,6 +664,7 @@ impl Run {
         shim.arg("shim").arg("--socket").arg(socket);
         shim.arg("--transport").arg(match pardo.transport() {
             Declared::Auto | Declared::Stdio | Declared::Shm => "stdio",
+            Declared::Fifo => "fifo",
             Declared::Http => "http",
             Declared::Socket => "socket",
         });

@@ -205,6 +205,8 @@ pub enum Transport {
     Stdio,
     /// The SDK, over shared memory.
     Shm,
+    /// Lines on two named pipes.
+    Fifo,
     /// The program serves HTTP.
     Http,
     /// Frames over a unix socket that the program connects to.

@@ -585,10 +585,11 @@ impl<'a> Reader<'a, '_> {
                 ("auto", Transport::Auto),
                 ("stdio", Transport::Stdio),
                 ("shm", Transport::Shm),
+                ("fifo", Transport::Fifo),
                 ("http", Transport::Http),
                 ("socket", Transport::Socket),
             ],
-            &["fifo", "file"],
+            &["file"],
         );
         let acknowledgement = self.choice(
             "ack",

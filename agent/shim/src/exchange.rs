@@ -23,7 +23,7 @@ use tokio::io::Interest;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 use tokio::task::JoinHandle;
 
-use crate::program::{OutputKind, Program, describe};
+use crate::program::{Fifos, OutputKind, Program, describe};
 use crate::serve::{GROUP_PATIENCE, LIBRARY, OPEN_TIMEOUT_NS, Options, ShimError, nanoseconds};
 
 /// A record that the program refuses for now is sent again after this time at first, then after twice as long each time ...
@@ -258,7 +258,13 @@ impl Shim {
             Ok(carrier) => carrier,
             Err(error) => return self.send(not_started(&error)),
         };
-        match Program::start(self.backend, &self.options.command, &carrier.environment, OutputKind::Log) {
+        match Program::start(
+            self.backend,
+            &self.options.command,
+            &carrier.environment,
+            OutputKind::Log,
+            &Fifos::beside(&self.options.socket),
+        ) {
             Ok(program) => {
                 self.send(Event::Program(ProgramEvent::Started { pid: program.pid() }))?;
                 self.program = Some(program);

@@ -3,12 +3,13 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use argo_streams_stage::{Backend, Stream, ready_descriptor};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitOptions, kill_process_group, pidfd_open, test_kill_process_group, wait, waitpid,
 };
@@ -28,6 +29,42 @@ pub(crate) enum OutputKind {
     Pipe,
     /// Our standard error: the program is a stage by itself, and its output is log.
     Log,
+    /// A named pipe, and another one in the place of standard input: `$AGS_INPUT` and `$AGS_OUTPUT`. Standard output is log.
+    Fifos,
+}
+
+/// Where the two named pipes of a worker are.
+#[derive(Clone, Debug)]
+pub(crate) struct Fifos {
+    pub(crate) input: PathBuf,
+    pub(crate) output: PathBuf,
+}
+
+impl Fifos {
+    /// Beside the agent's socket for the worker.
+    pub(crate) fn beside(socket: &Path) -> Self {
+        Self { input: socket.with_extension("in"), output: socket.with_extension("out") }
+    }
+
+    /// What the program is told.
+    pub(crate) fn environment(&self) -> [(String, String); 2] {
+        let text = |path: &Path| path.to_string_lossy().into_owned();
+        [("AGS_INPUT".to_owned(), text(&self.input)), ("AGS_OUTPUT".to_owned(), text(&self.output))]
+    }
+
+    /// Makes them, new for each process, so that nothing that an old one left behind writes into them. Our ends: to write the
+    /// input, to read the output. Both are opened for both, so that neither waits for the program nor ends before it.
+    fn open(&self) -> io::Result<(OwnedFd, OwnedFd)> {
+        let open = |path: &Path| {
+            match std::fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+            mknodat(CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)?;
+            Ok(rustix::fs::open(path, OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())?)
+        };
+        Ok((open(&self.input)?, open(&self.output)?))
+    }
 }
 
 /// A running program.
@@ -51,13 +88,20 @@ impl Program {
         command: &[String],
         environment: &[(String, String)],
         output: OutputKind,
+        fifos: &Fifos,
     ) -> io::Result<Self> {
         let (name, arguments) = command.split_first().ok_or(io::ErrorKind::InvalidInput)?;
         let mut starting = Command::new(name);
         starting.args(arguments).envs(environment.iter().map(|(name, value)| (name, value))).process_group(0);
         let mut stdin = None;
         let mut stdout = None;
-        if output == OutputKind::Log {
+        if output == OutputKind::Fifos {
+            let (input, output) = fifos.open()?;
+            stdin = Some(Stream::new(backend, input, Interest::WRITABLE)?);
+            stdout = Some(Stream::new(backend, output, Interest::READABLE)?);
+            starting.stdin(Stdio::null()).stdout(io::stderr().as_fd().try_clone_to_owned()?);
+            starting.envs(fifos.environment());
+        } else if output == OutputKind::Log {
             starting.stdin(Stdio::null()).stdout(io::stderr().as_fd().try_clone_to_owned()?);
         } else {
             let (reader, writer) = io::pipe()?;

@@ -21,7 +21,7 @@ use tokio::io::Interest;
 
 use crate::exchange::{self, Exchange};
 use crate::lines::{Line, LineSplitter};
-use crate::program::{OutputKind, Program, describe};
+use crate::program::{Fifos, OutputKind, Program, describe};
 
 pub(crate) const LIBRARY: &str = concat!("argo-streams-shim ", env!("CARGO_PKG_VERSION"));
 /// How long the agent may take to answer; it does so at once unless the machine is very busy.
@@ -59,6 +59,8 @@ pub struct Options {
     pub socket: PathBuf,
     /// How each record is answered on its own; `None` = lines on standard input and output.
     pub exchange: Option<Exchange>,
+    /// Whether lines go over named pipes in place of standard input and output.
+    pub has_fifos: bool,
     /// When a record counts as done.
     pub acknowledgement: Acknowledgement,
     /// Whether the program's output is a pipe instead of a terminal.
@@ -296,11 +298,18 @@ impl Shim {
         self.over = false;
         let output = match (shim_is_stage, self.options.is_block_buffered) {
             (false, _) => OutputKind::Log,
+            (true, _) if self.options.has_fifos => OutputKind::Fifos,
             (true, true) => OutputKind::Pipe,
             (true, false) => OutputKind::Terminal,
         };
         let environment = [("AGS_SOCKET".to_owned(), self.options.socket.to_string_lossy().into_owned())];
-        match Program::start(self.backend, &self.options.command, &environment, output) {
+        match Program::start(
+            self.backend,
+            &self.options.command,
+            &environment,
+            output,
+            &Fifos::beside(&self.options.socket),
+        ) {
             Ok(program) => {
                 self.send(Event::Program(ProgramEvent::Started { pid: program.pid() }))?;
                 self.program = Some(program);
