@@ -605,6 +605,9 @@ impl<'a> Reader<'a, '_> {
             Some(node) => self.state_limit(node),
             None => Some(STATE_BYTES_DEFAULT),
         };
+        if let Some(transport) = transport {
+            self.refuse_what_has_no_effect(transport);
+        }
         Some(ParDo {
             image: image?,
             command: command?,
@@ -615,6 +618,30 @@ impl<'a> Reader<'a, '_> {
             containers: u16::try_from(containers?).ok()?,
             state_limit_bytes: state_limit_bytes?,
         })
+    }
+
+    /// What is written and would be ignored is a mistake of whoever wrote it.
+    fn refuse_what_has_no_effect(&mut self, transport: Transport) {
+        // `shm` was always let pass with these two, and files were written with them.
+        const LINES: &[Transport] = &[Transport::Auto, Transport::Stdio, Transport::Fifo, Transport::Shm];
+        const TERMINAL: &[Transport] = &[Transport::Auto, Transport::Stdio, Transport::Shm];
+        const LIBRARY: &[Transport] = &[Transport::Auto, Transport::Shm];
+        for (name, transports, expected) in [
+            (
+                "ack",
+                LINES,
+                "it with `transport: auto`, `stdio` or `fifo` only: with others every record has an answer of its own",
+            ),
+            ("buffering", TERMINAL, "it with `transport: auto` or `stdio` only"),
+            ("state", LIBRARY, "it with `transport: auto` or `shm` only: keyed state is reached through the library"),
+        ] {
+            if let Some(node) = self.fields.value(name)
+                && !transports.contains(&transport)
+            {
+                let found = format!("{} beside a transport on which it has no effect", quote(name));
+                self.report.at(node.line, node.column, &join(self.place, name), &found, expected, None);
+            }
+        }
     }
 
     /// `state: {limit: 2Gi}`

@@ -312,7 +312,7 @@ fn par_dos_with_everything() {
     name: combine
     command: [python3, -c, 'print(1)', '']
     env: [{name: LIMIT, value: '5'}, {name: _x.y-z, value: \"a\\nb\"}, {value: '', name: EMPTY}]
-    transport: stdio
+    transport: auto
     ack: line
     buffering: block
     containers: 64
@@ -329,7 +329,7 @@ fn par_dos_with_everything() {
     let environment: Vec<(&str, &str)> =
         par_do.environment().iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
     assert_eq!(environment, [("LIMIT", "5"), ("_x.y-z", "a\nb"), ("EMPTY", "")]);
-    assert_eq!((par_do.transport(), par_do.acknowledgement()), (Transport::Stdio, Acknowledgement::Line));
+    assert_eq!((par_do.transport(), par_do.acknowledgement()), (Transport::Auto, Acknowledgement::Line));
     assert_eq!((par_do.buffering(), par_do.containers()), (Buffering::Block, 64));
     assert_eq!(par_do.state_limit_bytes(), 1536 << 20);
     let StepKind::ParDo(par_do) = kind(&plan, 2) else { panic!("a parDo") };

@@ -20,7 +20,7 @@ use argo_streams_shm_protocol::{
 };
 use argo_streams_stage::{Backend, StageBell, path_keys, ready_descriptor};
 use tokio::io::Interest;
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
+use tokio::sync::mpsc::{Receiver, Sender};
 use tokio::task::JoinHandle;
 
 use crate::program::{Fifos, OutputKind, Program, describe};
@@ -93,8 +93,8 @@ enum Answer {
 #[derive(Debug)]
 struct Carrier {
     /// Closed when nothing more will come.
-    requests: Option<UnboundedSender<Request>>,
-    answers: UnboundedReceiver<Answer>,
+    requests: Option<Sender<Request>>,
+    answers: Receiver<Answer>,
     /// How many requests may be under way.
     window: usize,
     /// Told to the program when it starts.
@@ -367,7 +367,8 @@ impl Shim {
                 continue;
             }
             let Some(record) = stage.undone_record(place) else { break };
-            if requests.send(request(stage, &record, entry)).is_err() {
+            // There is room for a whole window.
+            if requests.try_send(request(stage, &record, entry)).is_err() {
                 break;
             }
             entry.state = State::Sent;
@@ -487,8 +488,7 @@ impl Shim {
             carrier.requests = None;
         }
         let patience = tokio::time::Instant::now() + GROUP_PATIENCE;
-        loop {
-            let Some(carrier) = &mut self.carrier else { break };
+        while let Some(carrier) = &mut self.carrier {
             match tokio::time::timeout_at(patience, carrier.answers.recv()).await {
                 Ok(Some(Answer::Broken(_))) => {}
                 Ok(Some(answer)) => self.take(answer),

@@ -21,7 +21,7 @@ use hyper_util::rt::TokioIo;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_encode};
 use tokio::net::TcpStream;
 use tokio::sync::Mutex;
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::mpsc::{Receiver, Sender, channel};
 
 use super::{Answer, Carrier, Outcome, Output, Request, reason_of};
 
@@ -53,8 +53,8 @@ pub(super) fn connect() -> io::Result<Carrier> {
     // Free now; if somebody else takes it before the program does, that ends with an error and is started again on another.
     let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-    let (requests, queue) = unbounded_channel();
-    let (say, answers) = unbounded_channel();
+    let (requests, queue) = channel(CONNECTIONS);
+    let (say, answers) = channel(CONNECTIONS);
     let queue = Rc::new(Mutex::new(queue));
     let mut tasks = vec![tokio::task::spawn_local(await_ready(address, say.clone()))];
     for _ in 0..CONNECTIONS {
@@ -71,7 +71,7 @@ pub(super) fn connect() -> io::Result<Carrier> {
     })
 }
 
-async fn await_ready(address: SocketAddr, say: UnboundedSender<Answer>) {
+async fn await_ready(address: SocketAddr, say: Sender<Answer>) {
     let mut last = "nothing listened on its port".to_owned();
     let ready = async {
         loop {
@@ -91,7 +91,7 @@ async fn await_ready(address: SocketAddr, say: UnboundedSender<Answer>) {
             READY_TIMEOUT.as_secs()
         )),
     };
-    let _nobody_asks_any_more = say.send(answer);
+    let _nobody_asks_any_more = say.send(answer).await;
 }
 
 async fn ask_ready(address: SocketAddr) -> Result<StatusCode, Box<dyn std::error::Error>> {
@@ -117,7 +117,7 @@ async fn open(address: SocketAddr) -> Result<Connection, Box<dyn std::error::Err
 }
 
 /// Sends one request after the other over one connection.
-async fn connection(address: SocketAddr, queue: Rc<Mutex<UnboundedReceiver<Request>>>, say: UnboundedSender<Answer>) {
+async fn connection(address: SocketAddr, queue: Rc<Mutex<Receiver<Request>>>, say: Sender<Answer>) {
     let mut kept: Option<Connection> = None;
     loop {
         let Some(request) = queue.lock().await.recv().await else { return };
@@ -141,7 +141,7 @@ async fn connection(address: SocketAddr, queue: Rc<Mutex<UnboundedReceiver<Reque
         if matches!(outcome, Outcome::Unanswered) {
             tokio::time::sleep(RECONNECT_AFTER).await;
         }
-        if say.send(Answer::Record { number, outcome }).is_err() {
+        if say.send(Answer::Record { number, outcome }).await.is_err() {
             return;
         }
     }

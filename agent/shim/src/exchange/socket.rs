@@ -13,7 +13,7 @@ use argo_streams_shm_protocol::{attributes_encode, attributes_iter};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixListener;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::mpsc::{Receiver, Sender, channel};
 
 use super::{Answer, Carrier, Outcome, Output, Request, reason_of};
 
@@ -55,25 +55,25 @@ pub(super) fn listen(beside: &Path) -> io::Result<Carrier> {
         _ => {}
     }
     let listener = UnixListener::bind(&path)?;
-    let (requests, queue) = unbounded_channel();
-    let (say, answers) = unbounded_channel();
+    let (requests, queue) = channel(WINDOW);
+    let (say, answers) = channel(WINDOW);
     let environment = vec![(VARIABLE.to_owned(), path.to_string_lossy().into_owned())];
     let task = tokio::task::spawn_local(async move {
         let connected = tokio::time::timeout(CONNECT_TIMEOUT, listener.accept()).await;
         let stream = match connected {
             Ok(Ok((stream, _))) => stream,
             Ok(Err(error)) => {
-                let _nobody_asks_any_more = say.send(Answer::Broken(format!("could not connect: {error}")));
+                let _nobody_asks_any_more = say.send(Answer::Broken(format!("could not connect: {error}"))).await;
                 return;
             }
             Err(_elapsed) => {
                 let seconds = CONNECT_TIMEOUT.as_secs();
                 let text = format!("did not connect to ${VARIABLE} within {seconds} s");
-                let _nobody_asks_any_more = say.send(Answer::Broken(text));
+                let _nobody_asks_any_more = say.send(Answer::Broken(text)).await;
                 return;
             }
         };
-        let _nobody_asks_any_more = say.send(Answer::Ready);
+        let _nobody_asks_any_more = say.send(Answer::Ready).await;
         let (reader, writer) = stream.into_split();
         tokio::join!(write(writer, queue), read(reader, say));
     });
@@ -88,7 +88,7 @@ pub(super) fn listen(beside: &Path) -> io::Result<Carrier> {
 }
 
 /// Writes what comes; at its end the program reads the end of the stream.
-async fn write(mut writer: OwnedWriteHalf, mut queue: UnboundedReceiver<Request>) {
+async fn write(mut writer: OwnedWriteHalf, mut queue: Receiver<Request>) {
     let mut block = Vec::with_capacity(BLOCK_BYTES);
     while let Some(request) = queue.recv().await {
         block.clear();
@@ -131,7 +131,7 @@ fn encode(request: &Request, to: &mut Vec<u8>) {
 }
 
 /// Reads answers until the end of the stream, or until one cannot be.
-async fn read(reader: OwnedReadHalf, say: UnboundedSender<Answer>) {
+async fn read(reader: OwnedReadHalf, say: Sender<Answer>) {
     let mut reader = BufReader::with_capacity(BLOCK_BYTES, reader);
     let mut open = Open::default();
     let mut frame = Vec::new();
@@ -140,7 +140,7 @@ async fn read(reader: OwnedReadHalf, say: UnboundedSender<Answer>) {
             Ok(true) => match open.take(&frame) {
                 Ok(None) => continue,
                 Ok(Some(answer)) => {
-                    if say.send(answer).is_err() {
+                    if say.send(answer).await.is_err() {
                         return;
                     }
                     continue;
@@ -150,7 +150,7 @@ async fn read(reader: OwnedReadHalf, say: UnboundedSender<Answer>) {
             Ok(false) => "closed its connection".to_owned(),
             Err(error) => format!("closed its connection: {error}"),
         };
-        let _nobody_asks_any_more = say.send(Answer::Broken(text));
+        let _nobody_asks_any_more = say.send(Answer::Broken(text)).await;
         return;
     }
 }
