@@ -4,7 +4,7 @@
 
 use std::process::Command;
 
-use argo_streams_tests::{Finished, Running, Scratch, binary, repository};
+use argo_streams_tests::{Finished, Running, Scratch, binary, repository, target_directory};
 use serde_json::Value;
 
 fn conform(arguments: &[&str], cases: &[&str], program: &[&str]) -> Finished {
@@ -168,6 +168,30 @@ fn what_cannot_be_tried_or_is_no_step_has_its_own_code() {
     for program in [&["false"][..], &["true"], &["head", "-n", "1"]] {
         let _failed = conform(&[], &["two-records", "stays-until-the-end"], program).expect_code(1);
     }
+}
+
+#[test]
+fn a_program_on_shared_memory_passes_and_one_that_never_opens_it_fails() {
+    let scratch = Scratch::new();
+    let program = scratch.path("identity");
+    let library = target_directory().join("libargo_streams.a");
+    let compiled = Command::new("cc")
+        .args(["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-I"])
+        .arg(repository().join("sdk-c/include"))
+        .arg("-o")
+        .arg(&program)
+        .args([repository().join("tests/identity.c"), library])
+        .args(["-lpthread", "-ldl", "-lm", "-lgcc_s"])
+        .output()
+        .unwrap();
+    assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
+    let program = program.to_str().unwrap();
+    for transport in ["shm", "auto"] {
+        let run = conform(&["--transport", transport], &[], &[program]).expect_code(0);
+        assert!(cases(&run).len() >= 40);
+    }
+    let run = conform(&["--transport", "shm"], &["one-record", "unicode"], &["cat"]).expect_code(1);
+    assert!(cases(&run).iter().all(|case| case["passed"] == false));
 }
 
 #[test]
