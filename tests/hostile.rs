@@ -1,9 +1,6 @@
 //! `argo-streams run` with a program that owns a session and writes nonsense to every word that it can write, beside healthy
-//! steps of the same agent. However it is hostile: the agent ends by itself and with a reason that names the step, if it ends
-//! at all, and what the healthy steps have written is every record once and in order up to where they came.
-//!
-//! What this does not show: that the healthy steps go on to their end. A stage whose page cannot be recovered, and one that is
-//! started again and again without progress, end their run (exit codes 1 and 3), and with it its healthy steps.
+//! steps of the same agent. However it is hostile: the healthy chain writes its whole input, once and in order; only then does
+//! the agent end, with a reason that names the hostile step where that failed, and with its violations counted.
 //!
 //! `AGS_HOSTILE_ROUNDS` (8) runs, one way after the other; `AGS_SEED` (1).
 #![forbid(unsafe_code)]
@@ -77,22 +74,36 @@ fn run(way: usize, seed: u64) -> i32 {
     let run = scratch.run(&pipeline, &["--output", "json"]);
     let (code, words) = (run.code(), run.words());
     let what = format!("{} (seed {seed})", WAYS[way]);
-    // 0: the healthy steps came to their end, and the hostile one to one; 1: its page cannot be recovered; 3: the restart limit.
+    // 0: the hostile step came to its end; 1: what it left cannot be recovered; 3: the restart limit.
     assert!([0, 1, 3].contains(&code), "{what}: exit code {code}\n{words}");
     assert!(!words.contains("panicked"), "{what}: {words}");
     assert!(words.contains("hostile"), "{what}: nothing is said of the step\n{words}");
+    let summary = run.summary();
+    let steps = &summary["steps"];
+    let step = steps.as_array().unwrap().iter().find(|step| step["name"] == "hostile").expect("the hostile step");
     if code != 0 {
         let last = words.lines().last().unwrap_or_default();
         assert!(last.contains("hostile"), "{what}: the reason does not name the step: {last}");
+        assert!(step["failed"].is_string(), "{what}: the step is not shown as failed: {step}");
     }
-    let out = read(&scratch.path("out"));
-    // A line may be cut where the run ended: what is behind the committed length is cut by the next run.
-    let whole = out.rfind('\n').map_or("", |end| &out[..=end]);
-    assert!(input.starts_with(whole), "{what}: healthy records are lost, doubled or out of order");
-    let steps = run.summary()["steps"].clone();
-    let done = steps[2]["in"].as_u64().expect("the sink's count") as usize;
-    assert!(whole.lines().count() >= done, "{what}: {done} records are finished, the file has fewer");
-    println!("{what}: exit code {code}, {done} healthy records; {}", words.lines().last().unwrap_or_default());
+    if code == 1 {
+        assert!(step["violations"].as_u64() >= Some(1), "{what}: its violations are not counted: {step}");
+    }
+    if WAYS[way] == "control socket" {
+        assert!(step["violations"].as_u64() >= Some(1), "{what}: its messages are not counted: {step}");
+        assert!(words.contains("killed by signal"), "{what}: whoever sends nonsense is not ended\n{words}");
+    }
+    assert!(read(&scratch.path("out")) == input, "{what}: the healthy chain's output is not its whole input\n{words}");
+    assert_eq!(steps[2]["in"], LINES, "{what}: the healthy sink's count");
+    for healthy in steps.as_array().unwrap().iter().filter(|step| step["name"] != "hostile") {
+        assert_eq!(healthy["violations"], 0, "{what}: a healthy step is accused: {healthy}");
+        assert!(healthy["failed"].is_null(), "{what}: a healthy step failed: {healthy}");
+    }
+    println!(
+        "{what}: exit code {code}, {} violations; {}",
+        step["violations"],
+        words.lines().last().unwrap_or_default()
+    );
     code
 }
 

@@ -29,6 +29,8 @@ pub const BACKOFF_FIRST: Duration = Duration::from_millis(10);
 pub const BACKOFF_LAST: Duration = Duration::from_secs(1);
 /// Restarts in a row without any progress before the run gives up.
 pub const RESTARTS_WITHOUT_PROGRESS_MAX: u32 = 10;
+/// Messages of one client in one turn: who sends without end is not heard before everybody else.
+const MESSAGES_PER_TURN_MAX: usize = 64;
 
 /// How a worker's stage comes to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,14 +67,21 @@ pub enum Action {
         /// The text.
         text: String,
     },
-    /// The run cannot go on.
-    GiveUp {
+    /// A step's worker ended for good. What does not depend on it goes on.
+    StepFailed {
         /// The stage.
         stage: usize,
         /// Why.
         text: String,
         /// Whether it is the restart limit.
         is_restart_limit: bool,
+    },
+    /// The run cannot go on: a stage of the agent itself ended.
+    GiveUp {
+        /// The stage.
+        stage: usize,
+        /// Why.
+        text: String,
     },
 }
 
@@ -105,6 +114,8 @@ pub enum Phase {
     Live,
     /// All its work is done.
     Finished,
+    /// It ended for good before its work was done, and nothing on its pages is believed.
+    Failed,
 }
 
 /// What is kept of a worker beside its incarnation, for an agent that takes it over.
@@ -128,6 +139,16 @@ struct KeptWorker {
     /// Who reads from it must know payloads of this length, under a later agent as well.
     record_bytes_granted: u64,
     state_full: u64,
+    violations: u64,
+    failure: Option<Failure>,
+}
+
+/// Why a worker ended for good.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Failure {
+    text: String,
+    is_restart_limit: bool,
 }
 
 #[derive(Debug)]
@@ -158,10 +179,23 @@ struct Worker {
     kept: KeptWorker,
     /// Puts that found the state full, in the incarnations before.
     state_full: u64,
+    /// What the present incarnation began with: shown where its page cannot be believed.
+    slot_at_start: Slot,
+    /// Impossible things that it wrote or sent, all incarnations.
+    violations: u64,
+    /// Its session was ended for a violation, and what it still says is not heard.
+    is_revoked: bool,
+    failure: Option<Failure>,
 }
 
 impl Worker {
-    fn new(transport: Transport, socket: Option<PathBuf>, incarnation: Incarnation, inputs: usize) -> Self {
+    fn new(
+        transport: Transport,
+        socket: Option<PathBuf>,
+        incarnation: Incarnation,
+        slot_at_start: Slot,
+        inputs: usize,
+    ) -> Self {
         Self {
             transport,
             socket,
@@ -184,6 +218,10 @@ impl Worker {
             record_bytes_granted: 0,
             kept: KeptWorker::default(),
             state_full: 0,
+            slot_at_start,
+            violations: 0,
+            is_revoked: false,
+            failure: None,
         }
     }
 }
@@ -252,6 +290,7 @@ impl Broker {
                 transports.get(index).copied().unwrap_or(Transport::Internal),
                 sockets.get(index).cloned().flatten(),
                 incarnation,
+                Slot::empty(&stage.spec.shape),
                 stage.spec.inputs.len(),
             ));
         }
@@ -321,9 +360,12 @@ impl Broker {
             })?;
             let incarnation = adopt_incarnation(index, plan, (said.generation, said.state_extents), state, kept)?;
             let is_sealed = incarnation.is_sealed()?;
-            let mut worker = Worker::new(transport, socket, incarnation, plan.spec.inputs.len());
+            // What it began with under the agents before is not kept: should it fail, its numbers are not shown.
+            let slot_at_start = Slot::empty(&plan.spec.shape);
+            let mut worker = Worker::new(transport, socket, incarnation, slot_at_start, plan.spec.inputs.len());
             worker.is_sealed = is_sealed;
             worker.phase = match (said.is_finished, is_sealed) {
+                _ if said.failure.is_some() => Phase::Failed,
                 (true, _) => Phase::Finished,
                 (false, true) => Phase::Live,
                 // Perhaps granted and not mapped yet; then its client is let go below, and it is made anew.
@@ -344,6 +386,8 @@ impl Broker {
             worker.uncertain_records = said.uncertain_records;
             worker.record_bytes_granted = said.record_bytes_granted;
             worker.state_full = said.state_full;
+            worker.violations = said.violations;
+            worker.failure.clone_from(&said.failure);
             worker.kept = said;
             workers.push(worker);
         }
@@ -401,7 +445,11 @@ impl Broker {
     fn rejoin(&mut self) {
         for stage in 0..self.workers.len() {
             let Some(worker) = self.workers.get(stage) else { break };
-            if worker.phase == Phase::Finished {
+            if let Some(failure) = worker.failure.clone() {
+                let Failure { text, is_restart_limit } = failure;
+                self.actions.push(Action::StepFailed { stage, text, is_restart_limit });
+            }
+            if matches!(worker.phase, Phase::Finished | Phase::Failed) {
                 continue;
             }
             let was_in_agent = worker.transport == Transport::Internal;
@@ -469,6 +517,8 @@ impl Broker {
             uncertain_records: worker.uncertain_records,
             record_bytes_granted: worker.record_bytes_granted,
             state_full: worker.state_full,
+            violations: worker.violations,
+            failure: worker.failure.clone(),
         };
         if now != worker.kept {
             let bytes = serde_json::to_vec(&now).unwrap_or_default();
@@ -556,7 +606,7 @@ impl Broker {
 
     /// Reads what a client sent.
     pub fn handle(&mut self, client: usize) {
-        loop {
+        for _ in 0..MESSAGES_PER_TURN_MAX {
             let Some((stage, entry)) = self.clients.get(&client) else { return };
             let stage = *stage;
             match entry.control.try_receive() {
@@ -566,12 +616,85 @@ impl Broker {
                 }
                 Ok(None) => return,
                 Err(ControlError::Closed) => return self.client_gone(client),
-                Err(error) => {
-                    self.say(stage, Level::Warn, format!("control socket ended: {error}"));
-                    return self.client_gone(client);
+                Err(error) => return self.control_socket_failed(client, stage, &error),
+            }
+        }
+    }
+
+    /// A client's control socket cannot be read on. Whoever sent nonsense is ended as for any other violation; a socket that
+    /// the kernel fails is nobody's.
+    fn control_socket_failed(&mut self, client: usize, stage: usize, error: &ControlError) {
+        self.say(stage, Level::Warn, format!("control socket ended: {error}"));
+        let Some(worker) = self.workers.get_mut(stage) else { return };
+        if matches!(error, ControlError::Malformed(_)) {
+            worker.violations += 1;
+            // A stranger on the socket is not the stage: its words cost the stage nothing.
+            if worker.stage_client == Some(client) || worker.supervisor == Some(client) {
+                self.end_session(stage);
+            }
+        }
+        self.client_gone(client);
+        self.keep_worker(stage);
+    }
+
+    /// Ends a stage's session: nothing that it commits from now on counts, and its program is killed. What it committed before
+    /// is recovered when the program is gone.
+    fn end_session(&mut self, stage: usize) {
+        let Some(worker) = self.workers.get_mut(stage) else { return };
+        worker.is_revoked = true;
+        worker.incarnation.session().set_attention(session::ATTENTION_REVOKED);
+        worker.incarnation.publish_session();
+        if let Some(pid) = worker.program {
+            self.actions.push(Action::KillProgram { pid });
+        }
+    }
+
+    /// A worker ends for good. A program's step fails alone; a stage of the agent itself ends the run, as its thread does.
+    fn give_up(&mut self, stage: usize, text: String, is_restart_limit: bool) {
+        let Some(worker) = self.workers.get_mut(stage) else { return };
+        if worker.transport == Transport::Internal {
+            return self.actions.push(Action::GiveUp { stage, text });
+        }
+        if worker.phase == Phase::Failed {
+            return;
+        }
+        worker.phase = Phase::Failed;
+        worker.failure = Some(Failure { text: text.clone(), is_restart_limit });
+        worker.start_at_ns = None;
+        worker.shim_must_start = false;
+        let clients = [worker.stage_client.take(), worker.supervisor.take(), worker.opener.take()];
+        self.end_session(stage);
+        self.keep_worker(stage);
+        // Closing the supervisor's socket ends the shim, and the program that it may still have.
+        for client in clients.into_iter().flatten() {
+            self.remove_client(client);
+        }
+        self.actions.push(Action::StepFailed { stage, text, is_restart_limit });
+    }
+
+    /// The stages that are joined with a failed one by rings, however far: its readers never see the end of their input, its
+    /// writers and their other readers wait for room that nobody makes.
+    #[must_use]
+    pub fn held_up(&self) -> Vec<bool> {
+        let mut held: Vec<bool> = self.workers.iter().map(|worker| worker.phase == Phase::Failed).collect();
+        let mut found: Vec<usize> = (0..held.len()).filter(|stage| held.get(*stage) == Some(&true)).collect();
+        while let Some(stage) = found.pop() {
+            let Some(plan) = self.physical.stages.get(stage) else { continue };
+            for end in plan.producers.iter().chain(&plan.consumers) {
+                if let Some(neighbour) = held.get_mut(end.stage).filter(|held| !**held) {
+                    *neighbour = true;
+                    found.push(end.stage);
                 }
             }
         }
+        held
+    }
+
+    /// Whether nothing is left to do but for stages that a failed one holds up.
+    #[must_use]
+    pub fn is_all_else_finished(&self) -> bool {
+        let held = self.held_up();
+        self.workers.iter().zip(held).all(|(worker, is_held)| is_held || worker.phase == Phase::Finished)
     }
 
     /// Does what is due by now, and says when it wants to be called again.
@@ -598,7 +721,9 @@ impl Broker {
     pub fn begin(&mut self, is_running: impl Fn(usize) -> bool) {
         for stage in 0..self.workers.len() {
             let wants_shim = |worker: &Worker| {
-                worker.transport != Transport::Internal && worker.phase != Phase::Finished && !worker.shim_must_start
+                worker.transport != Transport::Internal
+                    && !matches!(worker.phase, Phase::Finished | Phase::Failed)
+                    && !worker.shim_must_start
             };
             if self.workers.get(stage).is_some_and(wants_shim) && !is_running(stage) {
                 self.actions.push(Action::StartShim { stage });
@@ -672,7 +797,7 @@ impl Broker {
     /// A shim's process ended.
     pub fn shim_ended(&mut self, stage: usize, text: &str) {
         let Some(worker) = self.workers.get_mut(stage) else { return };
-        if worker.phase == Phase::Finished {
+        if matches!(worker.phase, Phase::Finished | Phase::Failed) {
             return;
         }
         let program = worker.program.take();
@@ -700,9 +825,12 @@ impl Broker {
         let worker = self.workers.get(stage)?;
         let plan = self.physical.stages.get(stage)?;
         let page = worker.incarnation.page();
-        let slot = page.read().ok()?;
+        let believed = (worker.phase != Phase::Failed).then(|| page.read().ok()).flatten();
+        let is_believed = believed.is_some();
+        let slot = believed.unwrap_or_else(|| worker.slot_at_start.clone());
+        let statistic = |offset| if is_believed { page.statistic(offset) } else { 0 };
         let mut latencies = worker.latencies.clone();
-        for (input, latency) in latencies.iter_mut().enumerate() {
+        for (input, latency) in latencies.iter_mut().enumerate().filter(|_| is_believed) {
             HistogramView::new(page.words(), page.shape().histogram(input)).add_to(latency);
         }
         let depths = plan.producers.iter().enumerate().map(|(input, producer)| {
@@ -716,12 +844,14 @@ impl Broker {
             latencies,
             phase: worker.phase,
             restarts: worker.restarts,
+            violations: worker.violations,
+            failure: worker.failure.as_ref().map(|failure| failure.text.clone()),
             uncertain_records: worker.uncertain_records,
-            undone: page.statistic(commit::STATISTICS_UNDONE),
-            undone_since_ns: page.statistic(commit::STATISTICS_UNDONE_SINCE),
-            state_keys: page.statistic(commit::STATISTICS_STATE_KEYS),
-            state_bytes: page.statistic(commit::STATISTICS_STATE_BYTES),
-            state_full: worker.state_full + page.statistic(commit::STATISTICS_STATE_FULL),
+            undone: statistic(commit::STATISTICS_UNDONE),
+            undone_since_ns: statistic(commit::STATISTICS_UNDONE_SINCE),
+            state_keys: statistic(commit::STATISTICS_STATE_KEYS),
+            state_bytes: statistic(commit::STATISTICS_STATE_BYTES),
+            state_full: worker.state_full.saturating_add(statistic(commit::STATISTICS_STATE_FULL)),
             has_opened_itself: worker.has_opened_itself,
         })
     }
@@ -731,7 +861,12 @@ impl Broker {
             Message::Hello(hello) => self.hello(client, stage, &hello),
             Message::Mapped => self.mapped(client, stage),
             Message::Event(event) => self.event(client, stage, event),
-            other => self.say(stage, Level::Warn, format!("ignored a message that no client sends: {other:?}")),
+            other => {
+                if let Some(worker) = self.workers.get_mut(stage) {
+                    worker.violations += 1;
+                }
+                self.say(stage, Level::Warn, format!("ignored a message that no client sends: {other:?}"));
+            }
         }
     }
 
@@ -753,6 +888,9 @@ impl Broker {
         match (hello.role, worker.transport) {
             (Role::Supervisor, Transport::Internal) => {
                 self.refuse_client(client, RefusalCode::State, "this stage runs in the agent")
+            }
+            (_, _) if worker.phase == Phase::Failed => {
+                self.refuse_client(client, RefusalCode::State, "the step has failed");
             }
             (Role::Supervisor, _) if worker.supervisor.is_some() => {
                 self.refuse_client(client, RefusalCode::State, "another shim supervises this worker");
@@ -904,7 +1042,9 @@ impl Broker {
         peer: impl Fn(&Incarnation) -> (argo_streams_shm_protocol::Peer, Vec<BorrowedFd<'_>>),
     ) {
         let (Some(receiver), Some(shown)) = (self.workers.get(to), self.workers.get(neighbour)) else { return };
-        let receives = matches!(receiver.phase, Phase::Live | Phase::Finished) && shown.is_sealed;
+        // What a failed one left is shown to nobody.
+        let receives =
+            matches!(receiver.phase, Phase::Live | Phase::Finished) && shown.is_sealed && shown.phase != Phase::Failed;
         let Some((_, client)) = receiver.stage_client.and_then(|client| self.clients.get(&client)) else { return };
         if !receives {
             return;
@@ -983,6 +1123,9 @@ impl Broker {
 
     fn program_event(&mut self, stage: usize, event: ProgramEvent) {
         let Some(worker) = self.workers.get_mut(stage) else { return };
+        if worker.phase == Phase::Failed {
+            return;
+        }
         match event {
             ProgramEvent::Started { pid } => {
                 worker.program = Some(pid);
@@ -1027,6 +1170,9 @@ impl Broker {
         let Some(opener) = self.workers.get_mut(stage).and_then(|worker| worker.opener.take()) else { return };
         if given_up {
             self.recover(stage);
+            if self.phase(stage) == Some(Phase::Failed) {
+                return self.refuse_client(opener, RefusalCode::State, "the step has failed");
+            }
             self.grant(opener, stage, Role::Stage);
         } else {
             let text = format!(
@@ -1053,12 +1199,11 @@ impl Broker {
                 plan.spec.name.clone()
             ),
         );
-        let Some(worker) = self.workers.get_mut(culprit) else { return };
-        worker.incarnation.session().set_attention(session::ATTENTION_REVOKED);
-        worker.incarnation.publish_session();
-        if let Some(pid) = worker.program {
-            self.actions.push(Action::KillProgram { pid });
+        if let Some(worker) = self.workers.get_mut(culprit) {
+            worker.violations += 1;
         }
+        self.end_session(culprit);
+        self.keep_worker(culprit);
     }
 
     fn client_gone(&mut self, client: usize) {
@@ -1077,11 +1222,7 @@ impl Broker {
         if matches!(state, Ok(StageState::Finished | StageState::Drained)) {
             self.finished(stage);
         } else if worker.transport == Transport::Internal && worker.phase != Phase::Finished {
-            self.actions.push(Action::GiveUp {
-                stage,
-                text: "its thread in the agent ended".to_owned(),
-                is_restart_limit: false,
-            });
+            self.actions.push(Action::GiveUp { stage, text: "its thread in the agent ended".to_owned() });
         }
     }
 
@@ -1104,14 +1245,17 @@ impl Broker {
     fn recover(&mut self, stage: usize) {
         let Some(plan) = self.physical.stages.get(stage).cloned() else { return };
         let Some(worker) = self.workers.get(stage) else { return };
-        if worker.phase == Phase::Waiting {
+        if matches!(worker.phase, Phase::Waiting | Phase::Failed) {
             return;
         }
         let generation = worker.incarnation.generation();
         let mut slot = match worker.incarnation.recover() {
             Ok(slot) => slot,
             Err(error) => {
-                return self.actions.push(Action::GiveUp { stage, text: error.to_string(), is_restart_limit: false });
+                if let Some(worker) = self.workers.get_mut(stage) {
+                    worker.violations += 1;
+                }
+                return self.give_up(stage, error.to_string(), false);
             }
         };
         if let Some(client) = self.workers.get_mut(stage).and_then(|worker| worker.stage_client.take()) {
@@ -1141,7 +1285,10 @@ impl Broker {
                 let is_possible = acknowledged.max(free) <= entry.tail
                     && free.is_multiple_of(BATCH_ALIGN)
                     && entry.tail - free <= capacity;
-                if is_possible {
+                if neighbour.phase == Phase::Failed {
+                    // Nobody will read it, and nothing that stands on its page is looked at.
+                    readers.push(ReaderPosition { acknowledged: entry.tail, free: entry.tail });
+                } else if is_possible {
                     // The two words are read one after the other: `free` may be the newer one.
                     readers.push(ReaderPosition { acknowledged: acknowledged.max(free), free });
                 } else {
@@ -1168,20 +1315,30 @@ impl Broker {
         worker.state_full += page.statistic(commit::STATISTICS_STATE_FULL);
         let progress = progress_of(&slot);
         slot.attempts = if progress == worker.progress_at_start { slot.attempts + 1 } else { 0 };
-        match Incarnation::create(&plan.spec, generation + 1, slot, &readers, Some(&worker.incarnation)) {
+        match Incarnation::create(&plan.spec, generation + 1, slot.clone(), &readers, Some(&worker.incarnation)) {
             Ok(next) => {
                 worker.incarnation = next;
+                worker.slot_at_start = slot;
+                worker.is_revoked = false;
                 worker.phase = Phase::Waiting;
                 worker.is_sealed = false;
                 worker.stage_role = None;
                 self.keep_incarnation(stage);
             }
-            Err(error) => self.actions.push(Action::GiveUp { stage, text: error.to_string(), is_restart_limit: false }),
+            Err(error) => {
+                if matches!(error, IncarnationError::Ring(_)) {
+                    worker.violations += 1;
+                }
+                self.give_up(stage, error.to_string(), false);
+            }
         }
     }
 
     fn schedule_restart(&mut self, stage: usize, why: &str) {
         let Some(worker) = self.workers.get_mut(stage) else { return };
+        if matches!(worker.phase, Phase::Finished | Phase::Failed) {
+            return;
+        }
         let progress = worker.incarnation.page().read().map_or(worker.progress_at_start, |slot| progress_of(&slot));
         if progress != worker.progress_at_start {
             worker.restarts_in_a_row = 0;
@@ -1190,7 +1347,7 @@ impl Broker {
         if worker.restarts_in_a_row >= RESTARTS_WITHOUT_PROGRESS_MAX {
             let text =
                 format!("{why}; it was started {RESTARTS_WITHOUT_PROGRESS_MAX} times again without any progress");
-            return self.actions.push(Action::GiveUp { stage, text, is_restart_limit: true });
+            return self.give_up(stage, text, true);
         }
         let backoff = BACKOFF_FIRST.saturating_mul(1 << worker.restarts_in_a_row.min(16)).min(BACKOFF_LAST);
         worker.restarts += 1;
@@ -1273,6 +1430,10 @@ pub struct StageSnapshot {
     pub phase: Phase,
     /// How often it was started again.
     pub restarts: u64,
+    /// Impossible things that it wrote or sent.
+    pub violations: u64,
+    /// Why it ended for good, if it did.
+    pub failure: Option<String>,
     /// Records that a death may have lost or doubled.
     pub uncertain_records: u64,
     /// Records that are handed out and not done.

@@ -223,6 +223,8 @@ struct Run {
     trackers: Vec<OffsetTracker>,
     degradations: Vec<String>,
     failure: Option<RunError>,
+    /// The first step that failed alone: what does not depend on it goes on.
+    step_failure: Option<RunError>,
     is_draining: bool,
     drain_deadline_ns: Option<u64>,
     told_programs: bool,
@@ -350,6 +352,7 @@ impl Run {
             trackers: Vec::new(),
             degradations,
             failure: None,
+            step_failure: None,
             is_draining: false,
             drain_deadline_ns: None,
             told_programs: false,
@@ -455,6 +458,9 @@ impl Run {
             if self.broker.is_finished() && self.threads.is_empty() {
                 return Ok(if self.is_draining { Outcome::Drained } else { Outcome::Ended });
             }
+            if let Some(failure) = self.failed_step() {
+                return Err(failure);
+            }
             if stop_at_ns.is_some_and(|at| now >= at) {
                 self.drain();
             }
@@ -517,12 +523,36 @@ impl Run {
         self.broker.physical().stages.len() - self.listeners.len()
     }
 
+    /// The failed step, once everything that does not depend on it has finished.
+    fn failed_step(&mut self) -> Option<RunError> {
+        self.step_failure.as_ref()?;
+        let held = self.broker.held_up();
+        let is_held = |stage: &usize| held.get(*stage) == Some(&true);
+        if !self.broker.is_all_else_finished() || !self.threads.iter().all(|(stage, _)| is_held(stage)) {
+            return None;
+        }
+        let undone = self.undone();
+        let add = |text: String| match undone {
+            0 => text,
+            _ => format!("{text}; {undone} records were read and not finished; they are not counted as done"),
+        };
+        match self.step_failure.take()? {
+            RunError::Failed { step, text } => Some(RunError::Failed { step, text: add(text) }),
+            RunError::RestartLimit { step, text } => Some(RunError::RestartLimit { step, text: add(text) }),
+            other => Some(other),
+        }
+    }
+
     fn forced(&self) -> RunError {
-        let undone = (0..self.broker.physical().stages.len())
+        RunError::Forced { undone: self.undone() }
+    }
+
+    /// Records that were read and not finished.
+    fn undone(&self) -> u64 {
+        (0..self.broker.physical().stages.len())
             .filter_map(|stage| self.broker.snapshot(stage))
-            .map(|snapshot| snapshot.undone)
-            .sum();
-        RunError::Forced { undone }
+            // Every stage says its own number, whatever it may be.
+            .fold(0, |sum: u64, snapshot| sum.saturating_add(snapshot.undone))
     }
 
     fn drain(&mut self) {
@@ -631,21 +661,28 @@ impl Run {
                         Level::Warn => tracing::warn!(step, worker, "{text}"),
                     }
                 }
-                Action::GiveUp { stage, text, is_restart_limit } => {
+                Action::StepFailed { stage, text, is_restart_limit } => {
                     let step = step(stage, &self.broker);
-                    if is_restart_limit {
-                        self.fail(RunError::RestartLimit { step, text });
-                    } else if let Some(place) = self.threads.iter().position(|(index, _)| *index == stage) {
-                        // The thread's own words say more than "it ended".
-                        let (_, thread) = self.threads.swap_remove(place);
-                        let text = match thread.join() {
-                            Ok(Err(error)) => error.to_string(),
-                            _ => text,
-                        };
-                        self.fail(RunError::Failed { step, text });
+                    tracing::error!(
+                        step,
+                        "the step has failed for good: {text}; what does not depend on it goes on to its end"
+                    );
+                    self.step_failure.get_or_insert(if is_restart_limit {
+                        RunError::RestartLimit { step, text }
                     } else {
-                        self.fail(RunError::Failed { step, text });
-                    }
+                        RunError::Failed { step, text }
+                    });
+                }
+                Action::GiveUp { stage, text } => {
+                    let step = step(stage, &self.broker);
+                    let place = self.threads.iter().position(|(index, _)| *index == stage);
+                    // The thread's own words say more than "it ended".
+                    let ended = place.map(|place| self.threads.swap_remove(place).1.join());
+                    let text = match ended {
+                        Some(Ok(Err(error))) => error.to_string(),
+                        _ => text,
+                    };
+                    self.fail(RunError::Failed { step, text });
                 }
             }
         }

@@ -27,6 +27,11 @@ pub struct StepSummary {
     pub errors_unread: u64,
     /// How often its programs were started again.
     pub restarts: u64,
+    /// Impossible things that its programs wrote or sent: each ended a session, or was ignored.
+    pub violations: u64,
+    /// Why it ended for good before its work was done, if it did. Its numbers are then those of its last recovery.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failed: Option<String>,
     /// Records that a death may have lost or doubled, because acknowledgement was not declared or is `read`.
     pub uncertain_records_total: u64,
     /// Keyed state of its programs, if it is a ParDo that has any.
@@ -147,6 +152,7 @@ impl Status {
         let name = self.plan.step(step).map_or("", |step| step.name()).to_owned();
         let counted: Vec<_> = broker.physical().counted.iter().filter(|counted| counted.step == step).collect();
         let (mut records_in, mut records_out, mut errors, mut restarts, mut uncertain) = (0, 0, 0, 0, 0);
+        let (mut violations, mut failed) = (0, None);
         let mut end_to_end = Histogram::default();
         let mut state = StateNumbers::default();
         for counted in &counted {
@@ -176,6 +182,8 @@ impl Status {
             }
             errors += refused;
             restarts += snapshot.restarts;
+            violations += snapshot.violations;
+            failed = failed.or_else(|| snapshot.failure.clone());
             uncertain += snapshot.uncertain_records;
             state.keys += snapshot.state_keys;
             state.bytes += snapshot.state_bytes;
@@ -199,6 +207,8 @@ impl Status {
             errors,
             errors_unread: if is_read { 0 } else { errors },
             restarts,
+            violations,
+            failed,
             uncertain_records_total: uncertain,
             state: (state.bytes > 0 || state.full_total > 0).then_some(state),
             end_to_end_p50_us: quantile(0.5),
@@ -324,6 +334,12 @@ impl Status {
             if numbers.restarts > 0 {
                 notes.push(format!("{} restarts", numbers.restarts));
             }
+            if numbers.violations > 0 {
+                notes.push(format!("{} violations", numbers.violations));
+            }
+            if let Some(reason) = &numbers.failed {
+                notes.push(format!("failed: {reason}"));
+            }
             if numbers.errors > 0 {
                 notes.push(format!("{} errors", numbers.errors));
             }
@@ -363,6 +379,16 @@ pub fn summary_text(summary: &Summary) -> String {
         );
     }
     for step in &summary.steps {
+        if let Some(reason) = &step.failed {
+            let _infallible = writeln!(text, "{}: failed: {reason}", step.name);
+        }
+        if step.violations > 0 {
+            let _infallible = writeln!(
+                text,
+                "{}: {} times its program wrote or sent something impossible",
+                step.name, step.violations
+            );
+        }
         if step.errors_unread > 0 {
             let _infallible =
                 writeln!(text, "{} records on {}.errors were dropped: no step reads it", step.errors_unread, step.name);
