@@ -136,3 +136,24 @@ fn killed_with_ack_read_nothing_is_doubled_and_what_is_lost_is_counted() {
     assert!(lost > 0, "it had read ahead when it was killed");
     assert!(uncertain >= lost as u64, "{lost} lost, {uncertain} counted");
 }
+
+/// After two deaths without an answer it gets one record at a time; it answers none of them before its buffer is full.
+#[test]
+fn fills_a_buffer_first_after_it_died_twice() {
+    let scratch = Scratch::new();
+    let program = scratch.write(
+        "program.py",
+        "import os, sys\ndeaths = sys.argv[1]\nsize = os.path.getsize(deaths)\nfor number, line in enumerate(sys.stdin):\n  if size < 2:\n    open(deaths, 'a').write('x')\n    os.kill(os.getpid(), 9)\n  sys.stdout.write(line)\n",
+    );
+    let deaths = scratch.write("deaths", "");
+    let input: String = (0..20_000).map(|id| format!("record {id}\n")).collect();
+    scratch.write("in", &input);
+    let pipeline = scratch.pipeline(&format!(
+        "  - file: {{path: in}}\n  - parDo: step\n    command: [python3, -E, {}, {}]\n    ack: line\n    buffering: block\n  - file: {{path: out}}\n",
+        program.display(),
+        deaths.display()
+    ));
+    let _run = scratch.run(&pipeline, &[]).expect_code(0);
+    assert!(scratch.text("out") == input, "{} lines", scratch.text("out").lines().count());
+    assert_eq!(scratch.text("deaths"), "xx");
+}

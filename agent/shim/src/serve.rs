@@ -38,6 +38,8 @@ pub(crate) const GROUP_PATIENCE: Duration = Duration::from_secs(2);
 const TAKEN_INTERVAL: Duration = Duration::from_millis(5);
 /// With `read`, how much of what it took last a program may still hold when it dies: programs read 4 to 64 KiB ahead.
 const HELD_BYTES: u64 = 256 << 10;
+/// How long a record that is fed alone may stay unanswered before the others follow.
+const ALONE_PATIENCE_NS: u64 = 2_000_000_000;
 /// With `auto`, after how long an unanswered line is worth a hint.
 const HINT_AFTER_NS: u64 = 5_000_000_000;
 
@@ -151,6 +153,7 @@ struct Shim {
     deaths_in_a_row: u32,
     /// As many records go one by one, to find the one that kills the program.
     one_by_one: usize,
+    fed_alone_since_ns: u64,
     hinted: bool,
     surplus: u64,
     oldest_since_ns: u64,
@@ -196,6 +199,7 @@ impl Shim {
             progress: 0,
             deaths_in_a_row: 0,
             one_by_one: 0,
+            fed_alone_since_ns: 0,
             hinted: false,
             surplus: 0,
             oldest_since_ns: 0,
@@ -405,8 +409,18 @@ impl Shim {
         if self.program.as_ref().and_then(Program::stdin).is_none() {
             return Ok(moved);
         }
-        // A record that killed its process before goes alone, until as many have passed as were unanswered then.
+        // A record that killed its process before goes alone, until as many have passed as were unanswered then. A program that
+        // fills a buffer first answers no single one, and none of them killed it.
+        if self.one_by_one > 0
+            && self.fed > 0
+            && monotonic_ns().saturating_sub(self.fed_alone_since_ns) > ALONE_PATIENCE_NS
+        {
+            self.one_by_one = 0;
+        }
         let limit = if self.one_by_one > 0 { 1 } else { UNANSWERED_MAX };
+        if self.fed == 0 {
+            self.fed_alone_since_ns = monotonic_ns();
+        }
         while self.fed < self.in_flight.len() && self.fed < limit && self.feed.len() < BLOCK_BYTES {
             let Some(record) = stage.undone_record(self.fed) else { break };
             let begin = self.feed.len();
