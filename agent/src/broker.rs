@@ -1593,7 +1593,7 @@ mod tests {
     use std::sync::atomic::Ordering;
 
     use argo_streams_shm_protocol::stage::{Emit, Stage};
-    use argo_streams_shm_protocol::{Access, Grant, Kind, Mapping, Segment, Words};
+    use argo_streams_shm_protocol::{Access, CommitPage, Grant, Kind, Mapping, Segment, Words};
 
     use super::*;
 
@@ -1684,6 +1684,20 @@ mod tests {
         let writer = Raw::open(&mut broker, WRITER);
         let reader = Raw::open(&mut broker, READER);
         writer.page.store(writer.grant.shape.output_mirror(0), 4096, Ordering::Release);
+        reader.accuse(&mut broker, true);
+        assert_eq!(ended(&broker), [(false, 0), (true, 1), (false, 0), (false, 0)]);
+    }
+
+    #[test]
+    fn a_producer_that_published_what_is_no_batch_is_ended_and_not_its_accuser() {
+        let mut broker = broker();
+        let writer = Raw::open(&mut broker, WRITER);
+        let reader = Raw::open(&mut broker, READER);
+        // All its numbers agree; its ring has nothing but zeros.
+        let mut slot = Slot::empty(&writer.grant.shape);
+        slot.outputs[0].tail = 640;
+        CommitPage::create(writer.page, writer.grant.shape, slot);
+        assert_eq!(broker.workers[WRITER].incarnation.page().tail(0), 640);
         reader.accuse(&mut broker, true);
         assert_eq!(ended(&broker), [(false, 0), (true, 1), (false, 0), (false, 0)]);
     }
