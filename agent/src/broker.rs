@@ -19,6 +19,7 @@ use argo_streams_shm_protocol::{
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use serde::{Deserialize, Serialize};
 
+use crate::accusation::{End, Finding, look_at_producer, look_at_reader};
 use crate::keeper::Kept;
 use crate::physical::Physical;
 use crate::state_directory::StateDirectory;
@@ -31,6 +32,8 @@ pub const BACKOFF_LAST: Duration = Duration::from_secs(1);
 pub const RESTARTS_WITHOUT_PROGRESS_MAX: u32 = 10;
 /// Messages of one client in one turn: who sends without end is not heard before everybody else.
 const MESSAGES_PER_TURN_MAX: usize = 64;
+/// Accusations that the agent cannot judge, from one incarnation, before both sides begin again.
+const DOUBTS_MAX: u32 = 8;
 
 /// How a worker's stage comes to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -185,6 +188,8 @@ struct Worker {
     violations: u64,
     /// Its session was ended for a violation, and what it still says is not heard.
     is_revoked: bool,
+    /// Accusations of its present incarnation of which the agent could not tell whether they are right.
+    doubts: u32,
     failure: Option<Failure>,
 }
 
@@ -221,6 +226,7 @@ impl Worker {
             slot_at_start,
             violations: 0,
             is_revoked: false,
+            doubts: 0,
             failure: None,
         }
     }
@@ -1069,7 +1075,9 @@ impl Broker {
             Event::Program(event) if is_supervisor => self.program_event(stage, event),
             Event::Yielded { given_up, taken_bytes } if is_supervisor => self.yielded(stage, given_up, taken_bytes),
             Event::Violation { is_producer, index, generation, text } => {
-                self.violation(stage, is_producer, index as usize, generation, &text);
+                if self.workers.get(stage).is_some_and(|worker| worker.stage_client == Some(client)) {
+                    self.accusation(stage, is_producer, index as usize, generation, &text);
+                }
             }
             Event::StateWanted { extents } => self.grow_state(client, stage, extents),
             Event::Note { text } => {
@@ -1182,28 +1190,82 @@ impl Broker {
         }
     }
 
-    /// A neighbour wrote something impossible: its session ends, nobody else's.
-    fn violation(&mut self, reporter: usize, is_producer: bool, index: usize, generation: u64, text: &str) {
-        let Some(plan) = self.physical.stages.get(reporter) else { return };
-        let culprit = if is_producer { plan.producers.get(index) } else { plan.consumers.get(index) };
-        let Some(culprit) = culprit.map(|end| end.stage) else { return };
-        if self.workers.get(culprit).is_none_or(|worker| worker.incarnation.generation() != generation) {
+    /// A stage says that its neighbour wrote something impossible. The agent looks itself; then the session of one of the two
+    /// ends, or of nobody.
+    fn accusation(&mut self, accuser: usize, is_producer: bool, index: usize, generation: u64, text: &str) {
+        let (Some(plan), Some(worker)) = (self.physical.stages.get(accuser), self.workers.get(accuser)) else { return };
+        if worker.is_revoked {
+            return;
+        }
+        let ends = if is_producer { &plan.producers } else { &plan.consumers };
+        let Some(accused) = ends.get(index).copied() else {
+            let text = format!("it accused a neighbour that it does not have ({index})");
+            return self.end_for_violation(accuser, &text);
+        };
+        let (Some(other), Some(other_plan)) =
+            (self.workers.get(accused.stage), self.physical.stages.get(accused.stage))
+        else {
+            return;
+        };
+        if other.incarnation.generation() != generation {
             // It is about a dead incarnation: its successor has done nothing.
             return;
         }
-        self.say(
-            culprit,
-            Level::Warn,
-            format!(
-                "its neighbour {} found its ring impossible and its session is ended: {text}",
-                plan.spec.name.clone()
-            ),
-        );
-        if let Some(worker) = self.workers.get_mut(culprit) {
-            worker.violations += 1;
+        let accused_end = End { incarnation: &other.incarnation, spec: &other_plan.spec, index: accused.index };
+        let accuser_end = End { incarnation: &worker.incarnation, spec: &plan.spec, index };
+        let finding = if worker.transport == Transport::Internal {
+            // The agent's own code has looked already.
+            Finding::Impossible(text.to_owned())
+        } else if is_producer {
+            look_at_producer(accused_end, accuser_end)
+        } else {
+            look_at_reader(accused_end, accuser_end)
+        };
+        let (accuser_name, accused_name) = (plan.spec.name.clone(), other_plan.spec.name.clone());
+        match finding {
+            Finding::Impossible(found) => {
+                let text = format!("its neighbour {accuser_name} found its ring impossible, which it is: {found}");
+                self.end_for_violation(accused.stage, &text);
+            }
+            Finding::Possible => {
+                let text = format!("it accused its neighbour {accused_name}, which did nothing wrong: {text}");
+                self.end_for_violation(accuser, &text);
+            }
+            Finding::Unsure => self.doubt(accuser, accused.stage, text),
         }
-        self.end_session(culprit);
-        self.keep_worker(culprit);
+    }
+
+    /// The agent could not tell: nobody ends, and the accuser, which has let go of its neighbour, is shown it again.
+    fn doubt(&mut self, accuser: usize, accused: usize, text: &str) {
+        let Some(worker) = self.workers.get_mut(accuser) else { return };
+        worker.doubts += 1;
+        if worker.doubts > DOUBTS_MAX {
+            // They do not get on with each other, and a program that waits for ever is worse than one that begins again.
+            let text =
+                format!("it accused its neighbour {DOUBTS_MAX} times, and the agent saw each time that it may be so");
+            self.end_for_violation(accuser, &text);
+            return self
+                .end_for_violation(accused, "its neighbour accused it again and again, and the agent cannot tell");
+        }
+        worker.violations += 1;
+        self.say(
+            accuser,
+            Level::Warn,
+            format!("it accused a neighbour; the agent cannot tell, and nobody is ended: {text}"),
+        );
+        self.join(accuser);
+    }
+
+    /// A stage wrote or said something impossible: its session ends, nobody else's.
+    fn end_for_violation(&mut self, stage: usize, text: &str) {
+        let Some(worker) = self.workers.get_mut(stage) else { return };
+        worker.violations += 1;
+        let is_over = worker.is_revoked || worker.phase == Phase::Failed;
+        if !is_over {
+            self.say(stage, Level::Warn, format!("{text}; its session is ended"));
+            self.end_session(stage);
+        }
+        self.keep_worker(stage);
     }
 
     fn client_gone(&mut self, client: usize) {
@@ -1297,15 +1359,15 @@ impl Broker {
                     let at =
                         slot.and_then(|slot| slot.inputs.get(consumer.index).map(|input| input.batch)).unwrap_or(0);
                     readers.push(ReaderPosition { acknowledged: at, free: at });
-                    hostile.push((output, neighbour.incarnation.generation(), acknowledged));
+                    hostile.push((consumer.stage, acknowledged));
                 }
                 neighbour.incarnation.session().set_final_tail(consumer.index, generation, entry.tail);
                 neighbour.incarnation.publish_session();
             }
         }
-        for (output, generation, acknowledged) in hostile {
-            let text = format!("acknowledged {acknowledged} of what a dead producer had published");
-            self.violation(stage, false, output, generation, &text);
+        for (reader, acknowledged) in hostile {
+            let text = format!("it acknowledged {acknowledged} of what the dead {} had published", plan.spec.name);
+            self.end_for_violation(reader, &text);
         }
         let Some(worker) = self.workers.get_mut(stage) else { return };
         let page = worker.incarnation.page();
@@ -1320,6 +1382,7 @@ impl Broker {
                 worker.incarnation = next;
                 worker.slot_at_start = slot;
                 worker.is_revoked = false;
+                worker.doubts = 0;
                 worker.phase = Phase::Waiting;
                 worker.is_sealed = false;
                 worker.stage_role = None;
@@ -1528,4 +1591,161 @@ pub fn listen(path: &std::path::Path) -> std::io::Result<OwnedFd> {
     rustix::net::bind(&socket, &address)?;
     rustix::net::listen(socket.as_fd(), 16)?;
     Ok(socket)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering;
+
+    use argo_streams_shm_protocol::stage::{Emit, Stage};
+    use argo_streams_shm_protocol::{Access, CommitPage, Grant, Kind, Mapping, Segment, Words};
+
+    use super::*;
+
+    /// Two programs in a row: stage 1 writes, stage 2 reads.
+    const WRITER: usize = 1;
+    const READER: usize = 2;
+
+    fn broker() -> Broker {
+        let text = "apiVersion: argoproj.io/v1alpha1\nkind: Pipeline\nmetadata:\n  name: x\nspec:\n  - stdin: {}\n  - parDo: writer\n    transport: shm\n  - parDo: reader\n    transport: shm\n  - discard: {}\n";
+        let plan = argo_streams_pipeline::parse(text.as_bytes(), "test").expect("a good plan");
+        let physical = Physical::new(&plan).expect("it fits");
+        let transports = [Transport::Internal, Transport::Shm, Transport::Shm, Transport::Internal];
+        Broker::new(physical, &transports, &[None, None, None, None], None).expect("segments")
+    }
+
+    /// A program that goes through the handshake and has its page.
+    struct Raw {
+        control: Control,
+        client: usize,
+        grant: Box<Grant>,
+        page: Mapping,
+    }
+
+    impl Raw {
+        fn open(broker: &mut Broker, stage: usize) -> Self {
+            let control = broker.internal_client(stage).expect("a socket");
+            let client = broker.next_client - 1;
+            let hello = Hello {
+                version_min: PROTOCOL_VERSION_MAX,
+                version_max: PROTOCOL_VERSION_MAX,
+                role: Role::Stage,
+                features: u64::MAX,
+                pid: 1,
+                library: "test".to_owned(),
+            };
+            control.try_send(&Message::Hello(hello), &[]).expect("room");
+            broker.handle(client);
+            let Ok(Some((Message::Grant(grant), descriptors))) = control.try_receive() else { panic!("no grant") };
+            let commit = descriptors.into_iter().next().expect("a page");
+            let page = Segment::adopt(commit, Kind::Commit).expect("a page").map(Access::Writable).expect("its own");
+            control.try_send(&Message::Mapped, &[]).expect("room");
+            broker.handle(client);
+            Self { control, client, grant, page }
+        }
+
+        fn accuse(&self, broker: &mut Broker, is_producer: bool) {
+            let event = Event::Violation { is_producer, index: 0, generation: 1, text: "it is bad".to_owned() };
+            self.control.try_send(&Message::Event(event), &[]).expect("room");
+            broker.handle(self.client);
+        }
+    }
+
+    fn ended(broker: &Broker) -> Vec<(bool, u64)> {
+        broker.workers.iter().map(|worker| (worker.is_revoked, worker.violations)).collect()
+    }
+
+    #[test]
+    fn a_false_accusation_ends_the_accuser_only() {
+        let mut broker = broker();
+        let writer = broker.internal_client(WRITER).expect("a socket");
+        let client = broker.next_client - 1;
+        let honest = std::thread::spawn(move || {
+            let refuse = |_: &str| Err("no keys here".to_owned());
+            let mut stage = Stage::open(writer, Role::Stage, "honest", refuse, 60_000_000_000).expect("granted");
+            for payload in [&b"one"[..], b"two", &[7; 5000]] {
+                let emit: Emit<'_> = crate::internal::from_source(None, None);
+                stage.emit(0, &emit, payload).expect("room");
+            }
+            stage.done(0).expect("committed");
+            stage
+        });
+        while !honest.is_finished() {
+            broker.handle(client);
+            std::thread::yield_now();
+        }
+        let _stage = honest.join().expect("no panic");
+        let reader = Raw::open(&mut broker, READER);
+        assert!(broker.workers[WRITER].incarnation.page().tail(0) > 5000, "there are batches to look at");
+        reader.accuse(&mut broker, true);
+        assert_eq!(ended(&broker), [(false, 0), (false, 0), (true, 1), (false, 0)]);
+        reader.accuse(&mut broker, true);
+        assert_eq!(ended(&broker)[READER], (true, 1), "who is ended is not heard any more");
+    }
+
+    #[test]
+    fn a_producer_with_an_impossible_tail_is_ended_and_not_its_accuser() {
+        let mut broker = broker();
+        let writer = Raw::open(&mut broker, WRITER);
+        let reader = Raw::open(&mut broker, READER);
+        writer.page.store(writer.grant.shape.output_mirror(0), 4096, Ordering::Release);
+        reader.accuse(&mut broker, true);
+        assert_eq!(ended(&broker), [(false, 0), (true, 1), (false, 0), (false, 0)]);
+    }
+
+    #[test]
+    fn a_producer_that_published_what_is_no_batch_is_ended_and_not_its_accuser() {
+        let mut broker = broker();
+        let writer = Raw::open(&mut broker, WRITER);
+        let reader = Raw::open(&mut broker, READER);
+        // All its numbers agree; its ring has nothing but zeros.
+        let mut slot = Slot::empty(&writer.grant.shape);
+        slot.outputs[0].tail = 640;
+        CommitPage::create(writer.page, writer.grant.shape, slot);
+        assert_eq!(broker.workers[WRITER].incarnation.page().tail(0), 640);
+        reader.accuse(&mut broker, true);
+        assert_eq!(ended(&broker), [(false, 0), (true, 1), (false, 0), (false, 0)]);
+    }
+
+    #[test]
+    fn a_reader_is_ended_for_what_it_wrote_and_not_for_what_is_said_of_it() {
+        for is_hostile in [true, false] {
+            let mut broker = broker();
+            let writer = Raw::open(&mut broker, WRITER);
+            let reader = Raw::open(&mut broker, READER);
+            if is_hostile {
+                reader.page.store(reader.grant.shape.input_mirror(0), 640, Ordering::Release);
+            }
+            writer.accuse(&mut broker, false);
+            assert_eq!(ended(&broker)[WRITER], (!is_hostile, u64::from(!is_hostile)));
+            assert_eq!(ended(&broker)[READER], (is_hostile, u64::from(is_hostile)));
+        }
+    }
+
+    #[test]
+    fn whoever_sends_what_is_no_message_is_ended_with_its_program_and_a_stranger_costs_the_stage_nothing() {
+        let mut broker = broker();
+        let reader = Raw::open(&mut broker, READER);
+        broker.workers[READER].program = Some(4321);
+        broker.take_actions();
+        let nonsense = |control: &Control| {
+            argo_streams_shm_protocol::send_packet(
+                control.descriptor(),
+                b"nonsense",
+                &[],
+                rustix::net::SendFlags::DONTWAIT,
+            )
+            .expect("room");
+        };
+        let stranger = broker.internal_client(READER).expect("a socket");
+        let client = broker.next_client - 1;
+        nonsense(&stranger);
+        broker.handle(client);
+        assert_eq!(ended(&broker)[READER], (false, 1));
+        assert!(!broker.take_actions().contains(&Action::KillProgram { pid: 4321 }));
+        nonsense(&reader.control);
+        broker.handle(reader.client);
+        assert_eq!(ended(&broker)[READER], (true, 2));
+        assert!(broker.take_actions().contains(&Action::KillProgram { pid: 4321 }));
+    }
 }
