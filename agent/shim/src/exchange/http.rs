@@ -1,7 +1,7 @@
 //! `transport: http`: the program serves `POST /messages` on the port `$PORT` of 127.0.0.1, over HTTP/1.1 with keep-alive.
 //!
 //! 2xx with a body is an output, 204 is none; 4xx refuses the record for good, everything else for now. Before the first record
-//! `GET /ready` is asked until it succeeds. docs/pardo-contract.md has it for users.
+//! `GET /ready` is asked until it succeeds. docs/pardo.md has it for users.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};

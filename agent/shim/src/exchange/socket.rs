@@ -2,7 +2,7 @@
 //!
 //! A frame, all numbers little-endian: u32 length of what follows, u8 kind, u8 flags, u16 attempt, u64 number, i64 event time in
 //! ns since 1970, u32 length of the key, u32 length of the attributes, key, attributes, payload. Attributes are u16 length of the
-//! name, u32 length of the value, name, value, again and again. docs/pardo-contract.md has it for users.
+//! name, u32 length of the value, name, value, again and again. docs/pardo.md has it for users.
 
 use std::io;
 use std::path::Path;
