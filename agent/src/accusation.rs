@@ -105,8 +105,12 @@ fn look_at_ring(producer: End<'_>, reader: End<'_>) -> Finding {
     if tail > committed || !tail.is_multiple_of(BATCH_ALIGN) {
         return Finding::Impossible(format!("its mirrored tail is {tail}, its committed one {committed}"));
     }
-    if !free.is_multiple_of(BATCH_ALIGN) {
-        // The accuser's own number.
+    // The accuser's own numbers, and as in `look_at_acknowledgement` its slot is not behind its mirror.
+    let is_accuser_possible = match slot_of(reader) {
+        Ok(slot) => slot.inputs.get(reader.index).is_some_and(|input| free <= input.batch),
+        Err(finding) => finding == Finding::Unsure,
+    };
+    if !is_accuser_possible || !free.is_multiple_of(BATCH_ALIGN) {
         return Finding::Possible;
     }
     if free > tail {

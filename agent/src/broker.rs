@@ -1723,6 +1723,63 @@ mod tests {
     }
 
     #[test]
+    fn a_reader_whose_own_page_is_impossible_accuses_falsely() {
+        let mut broker = broker();
+        let _writer = Raw::open(&mut broker, WRITER);
+        let reader = Raw::open(&mut broker, READER);
+        reader.page.store(reader.grant.shape.input_mirror(0) + commit::MIRROR_FREE, 640, Ordering::Release);
+        reader.accuse(&mut broker, true);
+        assert_eq!(ended(&broker), [(false, 0), (false, 0), (true, 1), (false, 0)]);
+    }
+
+    #[test]
+    fn where_the_agent_cannot_tell_nobody_is_ended_a_bounded_number_of_times() {
+        let mut broker = broker();
+        let _writer = Raw::open(&mut broker, WRITER);
+        let reader = Raw::open(&mut broker, READER);
+        // It read 640 bytes, it says; the writer published none: one of the two took its words back.
+        let mut slot = Slot::empty(&reader.grant.shape);
+        (slot.inputs[0].acknowledged, slot.inputs[0].batch) = (640, 640);
+        CommitPage::create(reader.page, reader.grant.shape, slot);
+        let accuse = |broker: &mut Broker| {
+            let event = Event::Violation { is_producer: true, index: 0, generation: 1, text: "it is bad".to_owned() };
+            reader.control.try_send(&Message::Event(event), &[]).expect("room");
+            broker.handle(reader.client);
+        };
+        for doubts in 1..=u64::from(DOUBTS_MAX) {
+            accuse(&mut broker);
+            assert_eq!(ended(&broker), [(false, 0), (false, 0), (false, doubts), (false, 0)]);
+        }
+        accuse(&mut broker);
+        let all = ended(&broker);
+        assert!(all[WRITER].0 && all[READER].0, "{all:?}");
+    }
+
+    #[test]
+    fn a_failed_step_holds_up_what_is_joined_with_it_and_nothing_else() {
+        let steps = "  - stdin: {}\n  - parDo: bad\n  - discard: {}\n  - generate: {}\n    name: other\n    from: []\n  - discard: {}\n    name: end\n    from: [other]\n";
+        let text = format!("apiVersion: argoproj.io/v1alpha1\nkind: Pipeline\nmetadata:\n  name: x\nspec:\n{steps}");
+        let plan = argo_streams_pipeline::parse(text.as_bytes(), "test").expect("a good plan");
+        let physical = Physical::new(&plan).expect("it fits");
+        let mut transports = [Transport::Internal; 5];
+        transports[1] = Transport::Stdio;
+        let mut broker = Broker::new(physical, &transports, &[None, None, None, None, None], None).expect("segments");
+        assert_eq!(broker.held_up(), [false; 5]);
+        broker.give_up(1, "it is broken".to_owned(), true);
+        assert_eq!(broker.held_up(), [true, true, true, false, false]);
+        assert!(!broker.is_all_else_finished());
+        broker.finished(3);
+        broker.finished(4);
+        assert!(broker.is_all_else_finished() && !broker.is_finished());
+        let failed = Action::StepFailed { stage: 1, text: "it is broken".to_owned(), is_restart_limit: true };
+        assert_eq!(broker.take_actions(), [failed]);
+        assert_eq!(broker.snapshot(1).and_then(|snapshot| snapshot.failure).as_deref(), Some("it is broken"));
+        broker.schedule_restart(1, "again");
+        broker.shim_ended(1, "ended");
+        assert_eq!((broker.phase(1), broker.take_actions()), (Some(Phase::Failed), vec![]));
+    }
+
+    #[test]
     fn whoever_sends_what_is_no_message_is_ended_with_its_program_and_a_stranger_costs_the_stage_nothing() {
         let mut broker = broker();
         let reader = Raw::open(&mut broker, READER);
