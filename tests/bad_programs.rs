@@ -126,15 +126,22 @@ fn dies_on_one_record() {
 
 #[test]
 fn killed_with_ack_read_nothing_is_doubled_and_what_is_lost_is_counted() {
-    let scratch = Scratch::new();
-    let text = "import os, signal, sys\nfor i, l in enumerate(sys.stdin):\n  sys.stdout.write(l); sys.stdout.flush()\n  if i == 611: os.kill(os.getpid(), signal.SIGKILL)\n";
-    let run = run(&scratch, text, "ack: read", &["--output", "json"]).expect_code(0);
-    let out: Vec<usize> = scratch.text("out").lines().map(|line| line.parse().unwrap()).collect();
-    assert!(out.is_sorted_by(|before, after| before < after), "nothing is doubled, and the order is kept");
-    let lost = COUNT - out.len();
-    let uncertain = run.summary()["steps"][1]["uncertain_records_total"].as_u64().unwrap();
-    assert!(lost > 0, "it had read ahead when it was killed");
-    assert!(uncertain >= lost as u64, "{lost} lost, {uncertain} counted");
+    // In the middle, and when it has taken everything and its input is over.
+    for (count, killed_at) in [(COUNT, 611), (40_000, 7001), (700, 611)] {
+        let scratch = Scratch::new();
+        let text = format!(
+            "import os, signal, sys\nfor i, l in enumerate(sys.stdin):\n  sys.stdout.write(l); sys.stdout.flush()\n  if i == {killed_at}: os.kill(os.getpid(), signal.SIGKILL)\n"
+        );
+        let pipeline = prepare(&scratch, &text, "ack: read");
+        scratch.write("in", (0..count).map(|i| format!("{i}\n")).collect::<String>());
+        let run = scratch.run(&pipeline, &["--output", "json"]).expect_code(0);
+        let out: Vec<usize> = scratch.text("out").lines().map(|line| line.parse().unwrap()).collect();
+        assert!(out.is_sorted_by(|before, after| before < after), "nothing is doubled, and the order is kept");
+        let lost = count - out.len();
+        let uncertain = run.summary()["steps"][1]["uncertain_records_total"].as_u64().unwrap();
+        assert!(lost > 0, "it had read ahead when it was killed");
+        assert!(uncertain >= lost as u64, "{lost} lost, {uncertain} counted of {count}");
+    }
 }
 
 /// After two deaths without an answer it gets one record at a time; it answers none of them before its buffer is full.

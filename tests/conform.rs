@@ -150,8 +150,9 @@ fn programs_that_lie_now_and_then_never_pass() {
         ("is another after a kill", "killed-while-idle", "changed", &again),
     ] {
         let program = python(&scratch, "cat", text);
-        let run = conform(&[], &[case], &["python3", &program]).expect_code(1);
+        let run = conform(&[], &[case], &["python3", &program]);
         let cases = cases(&run);
+        assert_eq!(run.code(), 1, "a program that {name}: {}", cases[0]);
         let case = &cases[0];
         assert!(case["hint"].as_str().unwrap().contains(hint), "a program that {name}: {case}");
     }

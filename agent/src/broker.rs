@@ -1151,7 +1151,14 @@ impl Broker {
                 let has_finished = matches!(state, Ok(StageState::Finished | StageState::Drained));
                 if has_finished || (shim_is_stage && self.input_is_over(stage)) {
                     if code != 0 {
-                        self.say(stage, Level::Warn, format!("its program {text}, after all records were answered"));
+                        let told = if uncertain_records > 0 {
+                            format!(
+                                "its program {text}, after it had taken all records; up to {uncertain_records} of them may be lost"
+                            )
+                        } else {
+                            format!("its program {text}, after all records were answered")
+                        };
+                        self.say(stage, Level::Warn, told);
                     }
                     // Else the last lines are answered, and the shim finishes the stage now.
                     if has_finished {

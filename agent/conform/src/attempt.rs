@@ -552,7 +552,10 @@ impl Said {
         } else if let Some((before, _)) = line.split_once("; starting it again in ") {
             self.ends += 1;
             self.last_end = without_time(before);
-        } else if let Some((before, _)) = line.split_once(", after all records were answered") {
+        } else if let Some((before, _)) = line
+            .split_once(", after all records were answered")
+            .or_else(|| line.split_once(", after it had taken all records"))
+        {
             self.bad_end = Some(without_time(before));
         }
     }

@@ -141,7 +141,7 @@ impl Trier {
                 for records in [2, 4, 6] {
                     attempt.allow(records);
                     // Programs that keep their answers back until the end have them taken from them here, and are asked again.
-                    attempt.until(Some(BRIEFLY), |attempt| attempt.lines() == records)?;
+                    attempt.until(Some(PROMPT), |attempt| attempt.lines() == records)?;
                     let was_answered = attempt.lines() == records;
                     attempt.end_program(Signal::KILL)?;
                     if !was_answered {

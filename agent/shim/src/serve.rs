@@ -695,7 +695,9 @@ impl Shim {
         let is_read = self.options.acknowledgement == Acknowledgement::Read;
         let all_answered =
             self.in_flight.is_empty() && self.stage.as_ref().is_some_and(|(stage, _)| stage.is_input_over());
-        let mut uncertain_records = 0;
+        // With `read` nobody knows what became of what it took last, unless it ended well at the end of its input.
+        let mut uncertain_records =
+            if is_read && !(succeeded && all_answered) { self.taken_last.len() as u64 } else { 0 };
         if !all_answered && self.stage.is_some() {
             self.deaths_in_a_row += 1;
             if self.deaths_in_a_row > 1 {
@@ -704,7 +706,7 @@ impl Shim {
             uncertain_records = match self.options.acknowledgement {
                 Acknowledgement::Line => 0,
                 Acknowledgement::Auto => unanswered as u64,
-                Acknowledgement::Read => self.taken_last.len() as u64,
+                Acknowledgement::Read => uncertain_records,
             };
             if unanswered > 0 && !is_read {
                 text = format!("{text} with {unanswered} lines unanswered, which are sent again");
