@@ -196,6 +196,36 @@ fn a_program_on_shared_memory_passes_and_one_that_never_opens_it_fails() {
 }
 
 #[test]
+fn small_programs_on_named_pipes_a_socket_and_http_pass() {
+    let path = |name: &str| repository().join("examples/transports").join(name).to_str().unwrap().to_owned();
+    for (transport, name) in [("fifo", "identity_fifo.py"), ("socket", "identity_socket.py")] {
+        let run = conform(&["--transport", transport], &[], &["python3", &path(name)]).expect_code(0);
+        assert!(cases(&run).len() >= 40, "{transport}");
+    }
+    // Python's own server takes two minutes for all of them.
+    let those = [
+        "no-record",
+        "one-record",
+        "only-empty-records",
+        "unicode",
+        "one-at-a-time",
+        "killed-in-the-middle",
+        "stopped-run-drains",
+    ];
+    let server = path("identity_http.py");
+    let run = conform(&["--transport", "http"], &those, &["python3", &server]).expect_code(0);
+    assert_eq!(cases(&run).len(), those.len());
+    // Who swallows one record in a thousand is found out here too.
+    let scratch = Scratch::new();
+    let text = std::fs::read_to_string(path("identity_socket.py")).unwrap();
+    let lying = text.replace(", 4, 0, 0, number", ", 3 if number % 1000 == 999 else 4, 0, 0, number");
+    assert_ne!(lying, text);
+    let lying = scratch.write("lying.py", lying);
+    let run = conform(&["--transport", "socket"], &[], &["python3", lying.to_str().unwrap()]).expect_code(1);
+    assert!(cases(&run).iter().any(|case| case["passed"] == false));
+}
+
+#[test]
 fn the_contract_in_the_docs_is_the_table_of_the_cases_and_names_tests_that_exist() {
     let docs = std::fs::read_to_string(repository().join("docs/pardo-contract.md")).unwrap();
     let list = Running::start({

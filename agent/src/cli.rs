@@ -201,6 +201,12 @@ pub enum ConformTransport {
     Stdio,
     /// By the library.
     Shm,
+    /// By two named pipes.
+    Fifo,
+    /// By HTTP.
+    Http,
+    /// By a unix socket.
+    Socket,
 }
 
 /// What `conform` expects.

@@ -27,6 +27,9 @@ pub fn conform_command(arguments: &ConformArguments) -> Result<bool, Failure> {
             ConformTransport::Auto => Transport::Auto,
             ConformTransport::Stdio => Transport::Stdio,
             ConformTransport::Shm => Transport::Shm,
+            ConformTransport::Fifo => Transport::Fifo,
+            ConformTransport::Http => Transport::Http,
+            ConformTransport::Socket => Transport::Socket,
         },
         expect: match arguments.expect {
             ConformExpect::Identity => Expect::Identity,

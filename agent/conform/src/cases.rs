@@ -166,7 +166,7 @@ impl Trier {
 
     fn setup(&self) -> Setup {
         let ack = match (self.transport, self.expect) {
-            (Transport::Shm, _) => None,
+            (Transport::Shm | Transport::Http | Transport::Socket, _) => None,
             (_, Expect::Identity) => Some("line"),
             (_, Expect::Filter | Expect::Flatmap) => Some("read"),
         };

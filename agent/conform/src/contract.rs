@@ -35,6 +35,12 @@ pub enum Transport {
     Stdio,
     /// By the library.
     Shm,
+    /// By two named pipes.
+    Fifo,
+    /// By HTTP.
+    Http,
+    /// By a unix socket.
+    Socket,
 }
 
 impl Transport {
@@ -45,6 +51,9 @@ impl Transport {
             Self::Auto => "auto",
             Self::Stdio => "stdio",
             Self::Shm => "shm",
+            Self::Fifo => "fifo",
+            Self::Http => "http",
+            Self::Socket => "socket",
         }
     }
 }
@@ -105,14 +114,15 @@ pub(crate) struct Clause {
 }
 
 use Expect::{Filter, Flatmap, Identity};
-use Transport::{Auto, Shm, Stdio};
+use Transport::{Auto, Fifo, Http, Shm, Socket, Stdio};
 
 const EVERY: &[Expect] = &[Identity, Filter, Flatmap];
 const IDENTITY: &[Expect] = &[Identity];
 const FILTER: &[Expect] = &[Filter];
 const UNCHANGED: &[Expect] = &[Identity, Filter];
-const ANY: &[Transport] = &[Auto, Stdio, Shm];
-const LINES: &[Transport] = &[Auto, Stdio];
+const ANY: &[Transport] = &[Auto, Stdio, Shm, Fifo, Http, Socket];
+const TERMINAL: &[Transport] = &[Auto, Stdio];
+const LINES: &[Transport] = &[Auto, Stdio, Fifo];
 
 const fn clause(
     name: &'static str,
@@ -590,7 +600,7 @@ pub(crate) const CLAUSES: &[Clause] = &[
         "output-through-a-pipe",
         "with `buffering: block` the output is a pipe: the same records",
         EVERY,
-        LINES,
+        TERMINAL,
         Trial::Pipe,
     ),
     clause("acknowledged-when-read", "with `ack: read` the same records", IDENTITY, LINES, Trial::AckRead),
@@ -681,7 +691,7 @@ mod tests {
         let names: std::collections::HashSet<&str> = CLAUSES.iter().map(|clause| clause.name).collect();
         assert_eq!(names.len(), CLAUSES.len());
         for expect in [Identity, Filter, Flatmap] {
-            for transport in [Auto, Stdio, Shm] {
+            for transport in ANY.iter().copied() {
                 assert!(clauses(expect, transport).count() >= 40, "{expect:?} {transport:?}");
             }
         }

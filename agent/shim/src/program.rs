@@ -76,6 +76,17 @@ pub(crate) struct Program {
     stdin: Option<Stream>,
     stdout: Option<Stream>,
     written_bytes: u64,
+    /// The named pipe that it reads, if it reads one.
+    input_fifo: Option<PathBuf>,
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // The writer of `close_stdin` may still wait for a reader, which will never come: this is one.
+        if let Some(fifo) = &self.input_fifo {
+            let _gone = rustix::fs::open(fifo, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty());
+        }
+    }
 }
 
 impl Program {
@@ -124,7 +135,8 @@ impl Program {
         drop(starting);
         let pid = Pid::from_child(&child);
         let ended = ready_descriptor(pidfd_open(pid, PidfdFlags::empty())?, Interest::READABLE)?;
-        Ok(Self { pid, ended, status: None, stdin, stdout, written_bytes: 0 })
+        let input_fifo = (output == OutputKind::Fifos).then(|| fifos.input.clone());
+        Ok(Self { pid, ended, status: None, stdin, stdout, written_bytes: 0, input_fifo })
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -156,7 +168,14 @@ impl Program {
     }
 
     pub(crate) fn close_stdin(&mut self) {
-        self.stdin = None;
+        if self.stdin.take().is_some()
+            && let Some(fifo) = self.input_fifo.clone()
+        {
+            // A program that has not opened it yet would wait for a writer for ever: one comes and goes. Without a thread for
+            // that the program is ended after the grace time, as one that does not end by itself.
+            let writer = move || drop(std::fs::OpenOptions::new().write(true).open(fifo));
+            let _waits_then = std::thread::Builder::new().name("fifo-end".into()).spawn(writer);
+        }
     }
 
     pub(crate) fn close_stdout(&mut self) {
