@@ -1583,6 +1583,8 @@ impl Stage {
     /// [`StageError::Revoked`] and a broken control socket.
     pub fn commit(&mut self) -> Result<(), StageError> {
         self.publish();
+        // Whoever commits by hand or has nothing left to read is in no stream: the next record is looked at again.
+        self.unlooked = 0;
         self.wake_neighbours();
         self.check_session()
     }

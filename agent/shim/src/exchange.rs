@@ -24,7 +24,7 @@ use tokio::sync::mpsc::{Receiver, Sender};
 use tokio::task::JoinHandle;
 
 use crate::program::{Fifos, OutputKind, Program, describe};
-use crate::serve::{GROUP_PATIENCE, LIBRARY, OPEN_TIMEOUT_NS, Options, ShimError, nanoseconds};
+use crate::serve::{GROUP_PATIENCE, LIBRARY, OPEN_TIMEOUT_NS, Options, ShimError, finish_stage, nanoseconds};
 
 /// A record that the program refuses for now is sent again after this time at first, then after twice as long each time ...
 const RETRY_NS_MIN: u64 = 100_000_000;
@@ -565,19 +565,7 @@ impl Shim {
             }
             return Ok(false);
         }
-        if self.over {
-            match stage.finish(false) {
-                Ok(()) => {
-                    self.over = false;
-                    // The agent sees it on the commit page; this makes it look.
-                    stage.note("")?;
-                }
-                Err(StageError::Full) => {}
-                Err(error) => return Err(error.into()),
-            }
-            return Ok(!stage.is_blocked());
-        }
-        Ok(false)
+        if self.over { finish_stage(stage, &mut self.over) } else { Ok(false) }
     }
 
     async fn sleep(&mut self, control_ready: &tokio::io::unix::AsyncFd<std::os::fd::OwnedFd>) -> Result<(), ShimError> {

@@ -790,19 +790,7 @@ impl Shim {
             }
             return Ok(false);
         }
-        if self.over && self.in_flight.is_empty() {
-            match stage.finish(false) {
-                Ok(()) => {
-                    self.over = false;
-                    // The agent sees it on the commit page; this makes it look.
-                    stage.note("")?;
-                }
-                Err(StageError::Full) => {}
-                Err(error) => return Err(error.into()),
-            }
-            return Ok(!stage.is_blocked());
-        }
-        Ok(false)
+        if self.over && self.in_flight.is_empty() { finish_stage(stage, &mut self.over) } else { Ok(false) }
     }
 
     async fn sleep(&mut self, control_ready: &tokio::io::unix::AsyncFd<std::os::fd::OwnedFd>) -> Result<(), ShimError> {
@@ -868,6 +856,21 @@ impl Shim {
         );
         Ok(stage.note(&text)?)
     }
+}
+
+/// Ends a stage whose program has ended and whose records are all answered; `over` says that this is still to be done. `true`: it
+/// is done, or tried again when there is room.
+pub(crate) fn finish_stage(stage: &mut Stage, over: &mut bool) -> Result<bool, ShimError> {
+    match stage.finish(false) {
+        Ok(()) => {
+            *over = false;
+            // The agent sees it on the commit page; this makes it look.
+            stage.note("")?;
+        }
+        Err(StageError::Full) => {}
+        Err(error) => return Err(error.into()),
+    }
+    Ok(!stage.is_blocked())
 }
 
 fn emit_surplus(stage: &mut Stage, payload: &[u8]) -> Result<(), StageError> {
