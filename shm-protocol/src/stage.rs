@@ -312,8 +312,25 @@ struct Output {
 }
 
 impl Output {
+    /// Emits a record that is finished with it: this payload, or what was written in place. Nothing of the ring may be pending.
+    #[inline]
+    fn emit_done(
+        &mut self,
+        fields: &RecordFields<'_>,
+        payload: &[u8],
+        in_place: Option<&InPlace>,
+    ) -> Result<(), EmitError> {
+        match in_place {
+            None => self.producer.emit_done(fields, payload),
+            Some(place) => {
+                let emitted = self.emit_in_place(fields, place);
+                self.producer.mark_done();
+                emitted
+            }
+        }
+    }
+
     /// Emits what was written in place. Behind another large record it is copied: those lie in the order of their records.
-    #[cold]
     fn emit_in_place(&mut self, fields: &RecordFields<'_>, place: &InPlace) -> Result<(), EmitError> {
         if self.producer.emit_reserved(fields, place.len)? {
             return Ok(());
@@ -1117,11 +1134,10 @@ impl Stage {
         if emit.finishes
             && self.pending_outputs.is_empty()
             && self.counted.is_empty()
-            && self.in_place.is_none()
             && let Some(direct) = self.router.direct.get(output).and_then(Option::as_ref)
             && let Some(ring) = direct.ring(fields.key.map(|_| fields.key_hash), &mut self.router.spread)
             && let Some(to) = self.outputs.get_mut(ring)
-            && to.producer.emit_done(&fields, payload).is_ok()
+            && to.emit_done(&fields, payload, self.in_place.as_ref()).is_ok()
         {
             // The one output of a record that is finished with it: it is never pending.
             self.blocked_on = None;
