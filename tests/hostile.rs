@@ -226,8 +226,10 @@ impl Session {
 }
 
 fn attack(session: &Session, way: usize, mut random: Random) -> ExitCode {
-    while way == SPINS {
-        std::hint::black_box(random.next());
+    if way == SPINS {
+        loop {
+            std::hint::black_box(random.next());
+        }
     }
     for turn in 0..TURNS {
         match way {
