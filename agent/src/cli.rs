@@ -256,6 +256,10 @@ pub struct RunArguments {
     /// back within 10 minutes, the programs are ended.
     #[arg(long, value_name = "DIR")]
     pub state: Option<PathBuf>,
+    /// Serve the numbers of every step and edge for Prometheus at http://ADDRESS:PORT/metrics while the run lasts; port 0 takes
+    /// a free one and says which. The address is a number: 127.0.0.1:9090, 0.0.0.0:9090, [::1]:9090.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub metrics_listen: Option<std::net::SocketAddr>,
 }
 
 impl RunArguments {
@@ -273,6 +277,7 @@ impl RunArguments {
             grace: self.grace,
             live: !self.no_live,
             state: self.state,
+            metrics_listen: self.metrics_listen,
             spec_text: String::new(),
         }
     }

@@ -22,6 +22,7 @@ pub mod state_directory;
 
 pub mod identity;
 pub mod kafka_setup;
+pub mod metrics;
 pub mod offsets;
 pub mod screen;
 pub mod status;

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, BufRead, Read, Write};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -25,6 +26,7 @@ use crate::identity::{Identity, IdentityError};
 use crate::internal::{Context, InternalError};
 use crate::kafka_setup::{KafkaError, KafkaSetup};
 use crate::keeper::Kept;
+use crate::metrics::{Metrics, Numbers};
 use crate::offsets::OffsetTracker;
 use crate::physical::{Physical, PhysicalError};
 use crate::screen::Screen;
@@ -66,6 +68,8 @@ pub struct Options {
     pub live: bool,
     /// Where what outlives the agent is known from.
     pub state: Option<PathBuf>,
+    /// Where metrics are served.
+    pub metrics_listen: Option<SocketAddr>,
     /// The pipeline's file as it was read: a later agent takes over only what runs the same.
     pub spec_text: String,
 }
@@ -230,6 +234,17 @@ struct Run {
     told_programs: bool,
     unread_errors: Vec<u64>,
     say_errors_at_ns: u64,
+    metrics: Option<Metrics>,
+}
+
+fn listen_for_scrapes(address: SocketAddr) -> Result<Metrics, RunError> {
+    let metrics = Metrics::listen(address).map_err(|error| {
+        RunError::Missing(format!(
+            "--metrics-listen {address}: cannot listen there: {error}; name an address of this machine and a free port, or port 0"
+        ))
+    })?;
+    tracing::info!("metrics at http://{}/metrics", metrics.address());
+    Ok(metrics)
 }
 
 /// Runs a pipeline to its end. Blocks.
@@ -279,6 +294,7 @@ impl Run {
                 command_of(&options, step.name(), &step.place(), pardo, &directory)?;
             }
         }
+        let metrics = options.metrics_listen.map(listen_for_scrapes).transpose()?;
         let identity = Identity::take(plan.name(), &options.file)?;
         let (state, mut kept) = match &options.state {
             Some(state) => {
@@ -358,6 +374,7 @@ impl Run {
             told_programs: false,
             unread_errors: Vec::new(),
             say_errors_at_ns: 0,
+            metrics,
         };
         run.start_threads(backend, &directory, &kafka)?;
         Ok((run, identity, kafka))
@@ -495,6 +512,7 @@ impl Run {
                     Heard::Listener(place) => self.accept(place),
                     Heard::Words(stage) => self.read_words(stage),
                     Heard::ShimEnded(stage) => self.shim_ended(stage),
+                    Heard::Scrape => self.answer_scrapes(),
                     Heard::Signal => {
                         if signals.take() == 0 {
                             continue;
@@ -510,6 +528,22 @@ impl Run {
                 }
             }
         }
+    }
+
+    fn answer_scrapes(&self) {
+        let Some(metrics) = &self.metrics else { return };
+        metrics.answer(|| {
+            let status = Status::take(&self.plan, &self.broker, &self.latencies);
+            Numbers {
+                pipeline: self.plan.name().to_owned(),
+                steps: (0..self.plan.steps().len())
+                    .map(|step| (status.step(&self.broker, step), status.undone(&self.broker, step)))
+                    .collect(),
+                edges: status.edges(&self.broker),
+                degradations: self.degradations.len(),
+            }
+            .encode()
+        });
     }
 
     /// Whether some stage has finished, so that the others are about to.
@@ -790,6 +824,10 @@ impl Run {
     fn poll(&mut self, signals: &Signals, timeout_ns: u64) -> Vec<Heard> {
         let mut names = vec![Heard::Signal];
         let mut descriptors: Vec<BorrowedFd<'_>> = vec![signals.reader.as_fd()];
+        if let Some(metrics) = &self.metrics {
+            names.push(Heard::Scrape);
+            descriptors.push(metrics.descriptor());
+        }
         for (client, descriptor) in self.broker.descriptors() {
             names.push(Heard::Client(client));
             descriptors.push(descriptor);
@@ -872,6 +910,7 @@ enum Heard {
     Listener(usize),
     Words(usize),
     ShimEnded(usize),
+    Scrape,
     Signal,
 }
 
