@@ -257,7 +257,7 @@ pub struct RunArguments {
     #[arg(long, value_name = "DIR")]
     pub state: Option<PathBuf>,
     /// Serve the numbers of every step and edge for Prometheus at http://ADDRESS:PORT/metrics while the run lasts; port 0 takes
-    /// a free one and says which. The address is a number: 127.0.0.1:9090, 0.0.0.0:9090, [::1]:9090.
+    /// a free one and says which. The address is a number: 127.0.0.1:9090, 0.0.0.0:9090, `[::1]:9090`.
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub metrics_listen: Option<std::net::SocketAddr>,
 }

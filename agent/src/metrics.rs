@@ -167,6 +167,8 @@ fn said(status: StatusCode, text: &'static str) -> Response<Full<Bytes>> {
     response
 }
 
+/// A number of a step that not every step has.
+type NumberOf = fn(&StepSummary) -> Option<u64>;
 type Labels = Vec<(&'static str, String)>;
 type Count = Family<Labels, Counter>;
 type Whole = Family<Labels, Gauge<i64>>;
@@ -211,7 +213,7 @@ impl Numbers {
     }
 
     fn encode_steps(&self, registry: &mut Registry) {
-        let counters: [(&str, &str, fn(&StepSummary) -> Option<u64>); 8] = [
+        let counters: [(&str, &str, NumberOf); 8] = [
             ("step_records_in", "Records that a step has read and finished", |step| Some(step.records_in)),
             ("step_records_out", "Records that a step has given on", |step| Some(step.records_out)),
             ("step_errors", "Records on a step's error output", |step| Some(step.errors)),
