@@ -20,6 +20,7 @@ pub mod run;
 pub mod keeper;
 pub mod state_directory;
 
+pub mod ctl;
 pub mod identity;
 pub mod kafka_setup;
 pub mod metrics;

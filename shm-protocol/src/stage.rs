@@ -444,6 +444,7 @@ pub struct Stage {
     session_seen: u64,
     messages_seen: u64,
     stop_requested: bool,
+    pause_requested: bool,
     bell: Bell,
     interrupted: Arc<AtomicBool>,
     inputs: Vec<Input>,
@@ -621,6 +622,7 @@ impl Stage {
             session_seen: 0,
             messages_seen: 0,
             stop_requested: false,
+            pause_requested: false,
             bell,
             interrupted: Arc::new(AtomicBool::new(false)),
             inputs,
@@ -725,6 +727,13 @@ impl Stage {
     #[must_use]
     pub fn is_input_over(&self) -> bool {
         !self.inputs.is_empty() && self.inputs.iter().all(|input| input.ended)
+    }
+
+    /// Whether the agent asks this stage to read nothing for a while (sources). Like every decision of the agent, a change is seen
+    /// by the next commit or wait.
+    #[must_use]
+    pub fn is_pause_requested(&self) -> bool {
+        self.pause_requested
     }
 
     /// Whether the agent asks this stage to stop reading (sources).
@@ -2088,6 +2097,7 @@ impl Stage {
         }
         self.session_seen = epoch;
         self.stop_requested = attention & session::ATTENTION_STOP != 0;
+        self.pause_requested = attention & session::ATTENTION_PAUSE != 0;
         let messages = attention >> session::ATTENTION_COUNT_SHIFT;
         while self.messages_seen < messages {
             match self.control.try_receive()? {
