@@ -29,6 +29,7 @@ pub mod screen;
 pub mod status;
 
 pub mod internal;
+pub mod overflow;
 pub mod router;
 pub mod sinks;
 pub mod sources;

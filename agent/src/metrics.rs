@@ -240,6 +240,14 @@ impl Numbers {
             }
             registry.register(name, help, family);
         }
+        let dropped = Count::default();
+        for (step, _) in &self.steps {
+            if let Some(numbers) = step.dropped {
+                let labels = [self.of_step(step), vec![("reason", numbers.policy.to_owned())]].concat();
+                dropped.get_or_create(&labels).inc_by(numbers.records);
+            }
+        }
+        registry.register("step_dropped", "Records that an overflow dropped", dropped);
         let (undone, failed, keys) = (Whole::default(), Whole::default(), Whole::default());
         let (state, limit) = (Whole::default(), Whole::default());
         let quantiles = Seconds::default();

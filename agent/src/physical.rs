@@ -111,7 +111,9 @@ impl Physical {
             for worker in 0..workers_of(step.kind()) {
                 let state = match step.kind() {
                     StepKind::ParDo(pardo) => StateShape::with_limit(pardo.state_limit_bytes()),
-                    StepKind::Source(_) | StepKind::GroupByKey(_) | StepKind::Sink(_) => StateShape::default(),
+                    StepKind::Source(_) | StepKind::GroupByKey(_) | StepKind::Sink(_) | StepKind::Overflow(_) => {
+                        StateShape::default()
+                    }
                 };
                 let stage = this.stages.len();
                 this.stages.push(StagePlan {
@@ -125,7 +127,7 @@ impl Physical {
                         state,
                         is_kept: false,
                         // A line or a message of a source is bounded by what is gathered in memory.
-                        record_bytes_max: if matches!(step.kind(), StepKind::ParDo(_)) {
+                        record_bytes_max: if matches!(step.kind(), StepKind::ParDo(_) | StepKind::Overflow(_)) {
                             RECORD_PAYLOAD_BYTES_MAX as u64
                         } else {
                             RECORD_PAYLOAD_BYTES_MAX_BEFORE as u64
@@ -250,7 +252,7 @@ impl Physical {
 /// How many stages a step becomes.
 fn workers_of(kind: &StepKind) -> usize {
     match kind {
-        StepKind::Source(_) | StepKind::Sink(_) => 1,
+        StepKind::Source(_) | StepKind::Sink(_) | StepKind::Overflow(_) => 1,
         StepKind::ParDo(pardo) => usize::from(pardo.containers()),
         StepKind::GroupByKey(group) => match group.key() {
             KeyExpression::Path(_) => 0,

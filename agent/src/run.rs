@@ -33,7 +33,7 @@ use crate::physical::{Physical, PhysicalError};
 use crate::screen::Screen;
 use crate::state_directory::{StateDirectory, StateError};
 use crate::status::{Status, Summary, summary_text};
-use crate::{router, sinks, sources};
+use crate::{overflow, router, sinks, sources};
 
 /// How often we look at progress when nothing happens.
 const LOOK_INTERVAL_NS: u64 = 100_000_000;
@@ -233,7 +233,7 @@ struct Run {
     is_draining: bool,
     drain_deadline_ns: Option<u64>,
     told_programs: bool,
-    unread_errors: Vec<u64>,
+    said_dropped: Vec<u64>,
     say_errors_at_ns: u64,
     metrics: Option<Metrics>,
     ctl: Ctl,
@@ -283,6 +283,7 @@ pub fn run(plan: Plan, options: Options, screen: Arc<Screen>) -> (Result<Outcome
     }
     run.io.1 = backend_reason;
     let result = run.serve(&mut signals, &kafka);
+    run.say_what_is_dropped();
     let summary = run.summary();
     run.end();
     if !run.options.is_json {
@@ -390,7 +391,7 @@ impl Run {
             is_draining: false,
             drain_deadline_ns: None,
             told_programs: false,
-            unread_errors: Vec::new(),
+            said_dropped: Vec::new(),
             say_errors_at_ns: 0,
             metrics,
             ctl,
@@ -466,6 +467,9 @@ impl Run {
                 StepKind::GroupByKey(group) => {
                     let key: KeyExpression = group.key().clone();
                     Box::new(move || flatten(block_on(backend, router::run(context, key))))
+                }
+                StepKind::Overflow(policy) => {
+                    Box::new(move || flatten(block_on(backend, overflow::run(context, policy))))
                 }
                 StepKind::ParDo(_) => continue,
             };
@@ -780,16 +784,27 @@ impl Run {
         self.answer_replaced(now);
         if now >= self.say_errors_at_ns {
             self.say_errors_at_ns = now + ERRORS_INTERVAL_NS;
-            self.say_unread_errors();
+            self.say_what_is_dropped();
         }
     }
 
-    /// Errors that no step reads are dropped, so they are said: at most one line a step and interval.
-    fn say_unread_errors(&mut self) {
+    /// Errors that no step reads are dropped, and so is what overflows: that is said, at most one line a step and interval.
+    fn say_what_is_dropped(&mut self) {
         let status = Status::take(&self.plan, &self.broker, &self.latencies);
-        self.unread_errors.resize(self.plan.steps().len(), 0);
-        for (step, said) in self.unread_errors.iter_mut().enumerate() {
+        self.said_dropped.resize(self.plan.steps().len(), 0);
+        for (step, said) in self.said_dropped.iter_mut().enumerate() {
             let numbers = status.step(&self.broker, step);
+            if let Some(dropped) = numbers.dropped.filter(|dropped| dropped.records > *said) {
+                let (more, total) = (dropped.records - *said, dropped.records);
+                tracing::warn!(
+                    step = numbers.name,
+                    more,
+                    total,
+                    "records are dropped ({}): the step behind does not keep up",
+                    dropped.policy
+                );
+                *said = total;
+            }
             if numbers.errors_unread > *said {
                 let (more, total) = (numbers.errors_unread - *said, numbers.errors_unread);
                 tracing::warn!(

@@ -8,6 +8,7 @@ use argo_streams_shm_protocol::{Histogram, monotonic_ns};
 use serde::Serialize;
 
 use crate::broker::{Broker, Phase, StageSnapshot};
+use crate::overflow::COUNTER_DROPPED;
 use crate::physical::{COUNTER_ERRORS, COUNTER_MAIN};
 
 /// One step of the summary.
@@ -23,6 +24,9 @@ pub struct StepSummary {
     pub records_out: u64,
     /// Records on its error output.
     pub errors: u64,
+    /// Records that were dropped because the step behind did not keep up, if this is its overflow; and which were.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dropped: Option<Dropped>,
     /// Errors that nobody reads: counted and dropped.
     pub errors_unread: u64,
     /// How often its programs were started again.
@@ -43,6 +47,15 @@ pub struct StepSummary {
     /// The same, the slowest hundredth.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub end_to_end_p99_us: Option<f64>,
+}
+
+/// What an overflow dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Dropped {
+    /// Records.
+    pub records: u64,
+    /// Which records: `dropNewest`, `dropOldest` or `sample`.
+    pub policy: &'static str,
 }
 
 /// Keyed state of a step, all workers together.
@@ -153,6 +166,7 @@ impl Status {
         let counted: Vec<_> = broker.physical().counted.iter().filter(|counted| counted.step == step).collect();
         let (mut records_in, mut records_out, mut errors, mut restarts, mut uncertain) = (0, 0, 0, 0, 0);
         let (mut violations, mut failed) = (0, None);
+        let mut dropped = None;
         let mut end_to_end = Histogram::default();
         let mut state = StateNumbers::default();
         for counted in &counted {
@@ -170,6 +184,11 @@ impl Status {
                 Some(StepKind::Source(_)) => {
                     records_in += given + refused;
                     records_out += given;
+                }
+                Some(StepKind::Overflow(policy)) => {
+                    records_in += read;
+                    records_out += given;
+                    dropped = Some(Dropped { records: self.counter(stage, COUNTER_DROPPED), policy: policy.name() });
                 }
                 Some(StepKind::Sink(_)) => {
                     records_in += read;
@@ -205,6 +224,7 @@ impl Status {
             records_in,
             records_out,
             errors,
+            dropped,
             errors_unread: if is_read { 0 } else { errors },
             restarts,
             violations,
@@ -349,6 +369,9 @@ impl Status {
             if numbers.errors > 0 {
                 notes.push(format!("{} errors", numbers.errors));
             }
+            if let Some(dropped) = numbers.dropped.filter(|dropped| dropped.records > 0) {
+                notes.push(format!("{} records dropped ({})", dropped.records, dropped.policy));
+            }
             if numbers.uncertain_records_total > 0 {
                 notes.push(format!("{} records uncertain", numbers.uncertain_records_total));
             }
@@ -394,6 +417,10 @@ pub fn summary_text(summary: &Summary) -> String {
                 "{}: {} times its program wrote or sent something impossible",
                 step.name, step.violations
             );
+        }
+        if let Some(dropped) = step.dropped.filter(|dropped| dropped.records > 0) {
+            let _infallible =
+                writeln!(text, "{}: {} records were dropped ({})", step.name, dropped.records, dropped.policy);
         }
         if step.errors_unread > 0 {
             let _infallible =

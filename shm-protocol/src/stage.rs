@@ -482,6 +482,8 @@ pub struct Stage {
     careful: bool,
     blocked_on: Option<usize>,
     wants_input: bool,
+    /// Also while it waits for room.
+    wants_input_while_blocked: bool,
     sleeps: u64,
     spin_ns: u64,
     lane: Lane,
@@ -649,6 +651,7 @@ impl Stage {
             careful,
             blocked_on: None,
             wants_input: true,
+            wants_input_while_blocked: false,
             sleeps: 0,
             spin_ns: 0,
             lane: Lane::default(),
@@ -1781,6 +1784,7 @@ impl Stage {
         let reason = match (self.blocked_on, self.wants_input) {
             // The agent rings whatever the reason is.
             _ if self.waits_for_state => 0,
+            (Some(_), true) if self.wants_input_while_blocked => commit::ANNOUNCE_ROOM | commit::ANNOUNCE_INPUT,
             (Some(_), _) => commit::ANNOUNCE_ROOM,
             (None, true) => commit::ANNOUNCE_INPUT,
             (None, false) => 0,
@@ -1805,6 +1809,12 @@ impl Stage {
     /// room in an output and by the agent.
     pub fn set_wants_input(&mut self, wants_input: bool) {
         self.wants_input = wants_input;
+    }
+
+    /// Whether input is a reason to wake also while an output has no room: for a stage that has something else to do with a
+    /// record than to emit it. By default it is not, and a blocked stage sleeps until there is room.
+    pub fn set_wants_input_while_blocked(&mut self, wants_input: bool) {
+        self.wants_input_while_blocked = wants_input;
     }
 
     /// Whether an emit found an output full, or a put the state waiting for its next extent, and has not succeeded since.
@@ -1861,9 +1871,11 @@ impl Stage {
             return false;
         }
         if let Some(output) = self.blocked_on.and_then(|ring| self.outputs.get(ring)) {
-            return output
-                .heard()
-                .is_some_and(|heard| heard != (output.producer.acknowledged(), output.producer.free()));
+            let has_heard =
+                output.heard().is_some_and(|heard| heard != (output.producer.acknowledged(), output.producer.free()));
+            if has_heard || !self.wants_input_while_blocked {
+                return has_heard;
+            }
         }
         self.wants_input
             && self.inputs.iter().any(|input| match (&input.consumer, &input.neighbour) {

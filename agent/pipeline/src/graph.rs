@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use crate::error::{Report, quote, suggestion};
 use crate::fields::join;
 use crate::limits::CONTAINERS_MAX;
-use crate::plan::{Input, Output, Sink, Source, Step, StepKind};
+use crate::plan::{Input, Output, Overflow, Sink, Source, Step, StepKind};
 use crate::steps::{Class, RawStep};
 
 /// Joins checked steps to a plan's. None: the report says why not.
@@ -22,10 +22,22 @@ pub(crate) fn connect(raw: Vec<RawStep<'_>>, report: &mut Report) -> Option<Vec<
     }
     stdin_once(&raw, report);
     files(&raw, report);
-    raw.into_iter()
+    let mut steps: Vec<Step> = raw
+        .iter()
         .zip(inputs)
-        .map(|(step, inputs)| Some(Step { index: step.index, name: step.name(), kind: step.kind?, inputs }))
-        .collect()
+        .map(|(step, inputs)| {
+            let (index, kind) = (step.index, step.kind.clone()?);
+            Some(Step { index, of: index, name: step.name(), kind, inputs })
+        })
+        .collect::<Option<_>>()?;
+    for step in raw.iter().filter(|step| step.overflow != Overflow::Block) {
+        let index = steps.len();
+        let Some(reader) = steps.get_mut(step.index) else { continue };
+        let inputs = std::mem::replace(&mut reader.inputs, vec![Input { step: index, output: Output::Main }]);
+        let name = format!("{}.overflow", reader.name);
+        steps.push(Step { index, of: step.index, name, kind: StepKind::Overflow(step.overflow), inputs });
+    }
+    Some(steps)
 }
 
 /// Every name with its step; a name that two steps have is reported.

@@ -43,5 +43,5 @@ pub use key_expression::{KeyExpression, KeyExpressionError, KeyProgram};
 pub use parse::parse;
 pub use plan::{
     Acknowledgement, Buffering, FileSink, FileSource, Generate, Generator, GroupByKey, Input, KafkaSink, KafkaSource,
-    Output, ParDo, Plan, Sink, Source, StartAt, Step, StepKind, Transport,
+    Output, Overflow, ParDo, Plan, Sink, Source, StartAt, Step, StepKind, Transport,
 };

@@ -32,22 +32,24 @@ impl Plan {
     }
 }
 
-/// One step of a plan.
+/// One step of a plan: one of the file, or the overflow before one of those, which come behind all others.
 #[derive(Clone, Debug)]
 pub struct Step {
     pub(crate) index: usize,
+    /// The step of the file that it is or belongs to.
+    pub(crate) of: usize,
     pub(crate) name: String,
     pub(crate) kind: StepKind,
     pub(crate) inputs: Vec<Input>,
 }
 
 impl Step {
-    /// Its index in the file.
+    /// Its index in the plan, and in the file if it is of the file.
     pub fn index(&self) -> usize {
         self.index
     }
 
-    /// Its name, given or by default: a DNS label, once in a plan.
+    /// Its name, given or by default: a DNS label, once in a plan. That of an overflow is `STEP.overflow`.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -64,7 +66,7 @@ impl Step {
 
     /// Its place in the file, as errors write it: `spec[2]`.
     pub fn place(&self) -> String {
-        format!("spec[{}]", self.index)
+        format!("spec[{}]", self.of)
     }
 }
 
@@ -97,6 +99,34 @@ pub enum StepKind {
     ParDo(ParDo),
     /// Takes records out.
     Sink(Sink),
+    /// Drops records before a step that does not keep up.
+    Overflow(Overflow),
+}
+
+/// What happens to records that a step does not keep up with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Overflow {
+    /// They wait, and so does everything before them.
+    #[default]
+    Block,
+    /// Those that come while there is no room are dropped.
+    DropNewest,
+    /// Those that have waited longest are dropped.
+    DropOldest,
+    /// As many are dropped, evenly, as the step does not keep up with.
+    Sample,
+}
+
+impl Overflow {
+    /// As it is written in a file.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Block => "block",
+            Self::DropNewest => "dropNewest",
+            Self::DropOldest => "dropOldest",
+            Self::Sample => "sample",
+        }
+    }
 }
 
 /// Where records come from.

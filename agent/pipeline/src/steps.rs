@@ -15,8 +15,8 @@ use crate::limits::{
     STATE_BYTES_MIN, TEXT_BYTES_MAX, WORD_BYTES_MAX,
 };
 use crate::plan::{
-    Acknowledgement, Buffering, FileSink, FileSource, Generate, Generator, GroupByKey, KafkaSink, KafkaSource, ParDo,
-    Sink, Source, StartAt, StepKind, Transport,
+    Acknowledgement, Buffering, FileSink, FileSource, Generate, Generator, GroupByKey, KafkaSink, KafkaSource,
+    Overflow, ParDo, Sink, Source, StartAt, StepKind, Transport,
 };
 use crate::yaml::{Node, Value};
 
@@ -25,7 +25,7 @@ pub(crate) const KINDS: [&str; 8] = ["kafka", "file", "generate", "stdin", "grou
 /// The kinds that can be a source.
 const SOURCES: [&str; 4] = ["kafka", "file", "generate", "stdin"];
 /// What may stand beside every kind.
-const SIBLINGS: [&str; 2] = ["name", "from"];
+const SIBLINGS: [&str; 3] = ["name", "from", "overflow"];
 /// What may stand beside parDo, and what it is.
 const PARDO_SIBLINGS: [(&str, &str); 7] = [
     ("command", "what to start instead of the image's own command"),
@@ -58,6 +58,7 @@ pub(crate) struct RawStep<'a> {
     pub(crate) from: Option<From<'a>>,
     /// There is a `from`, but what it says is not known; the errors say why.
     pub(crate) from_is_broken: bool,
+    pub(crate) overflow: Overflow,
 }
 
 /// What a step's `from` says.
@@ -130,7 +131,8 @@ pub(crate) fn step<'a>(node: &'a Node, index: usize, report: &mut Report) -> Opt
     siblings_fit(&fields, kind_name, &place, report);
     let mut reader = Reader { fields: &fields, value, path: join(&place, kind_name), place: &place, report };
     let (class, kind) = reader.kind(kind_name, at_source, from.is_some());
-    Some(RawStep { index, place, node, kind_name, class, kind, name, from, from_is_broken })
+    let overflow = reader.overflow(kind_name, class);
+    Some(RawStep { index, place, node, kind_name, class, kind, name, from, from_is_broken, overflow })
 }
 
 /// Names that are known, but are no kinds and no siblings.
@@ -266,6 +268,20 @@ impl<'a> Reader<'a, '_> {
                 (Class::Sink, self.nothing(kind).map(|()| StepKind::Sink(Sink::Discard)))
             }
         }
+    }
+
+    /// What happens when the step does not keep up.
+    fn overflow(&mut self, kind: &str, class: Class) -> Overflow {
+        let Some(node) = self.fields.value("overflow") else { return Overflow::Block };
+        let path = join(self.place, "overflow");
+        if class == Class::Source || kind == "groupByKey" {
+            let expected =
+                "it beside a parDo or a sink only: it says what happens to records that these do not keep up with";
+            self.report.node(node, &path, &format!("\"overflow\" beside {kind}"), expected);
+            return Overflow::Block;
+        }
+        let policies = [Overflow::Block, Overflow::DropNewest, Overflow::DropOldest, Overflow::Sample];
+        choice(node, &path, &policies.map(|policy| (policy.name(), policy)), &[], self.report).unwrap_or_default()
     }
 
     fn only_a_source(&mut self, kind: &str, at_source: bool, from_is_given: bool) {
