@@ -15,7 +15,7 @@ BINARY = os.environ.get("ARGO_STREAMS_BIN", "target/release/argo-streams")
 SECONDS = int(sys.argv[1]) if len(sys.argv) > 1 else 300
 SPEC = """apiVersion: argoproj.io/v1alpha1
 kind: Pipeline
-metadata: {name: overflow-POLICY}
+metadata: {name: overflow}
 spec:
   - generate: {generator: counter, recordsPerSecond: 50000}
   - parDo: still

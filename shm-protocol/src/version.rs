@@ -1,6 +1,6 @@
 //! The versions of the shared-memory protocol, newest first; one sentence each.
 //!
-//! 1.1 (layout 9284a507716ee714): keyed state is a list of extents that grows while its stage runs (feature 1), with its numbers on the commit page; who does not know the bit is granted the first extent alone, and refused once there are more; payloads up to 64 MiB (feature 2), granted only to who writes for readers that know it.
+//! 1.1 (layout 3be7aa341f51a90c): keyed state is a list of extents that grows while its stage runs (feature 1), with its numbers on the commit page; who does not know the bit is granted the first extent alone, and refused once there are more; payloads up to 64 MiB (feature 2), granted only to who writes for readers that know it; a pause bit in the session page's attention, which only the agent's own sources look at.
 //! 1.0 (layout 767c1263c1bc1e0b): segments, batches, rings, commit pages with mirrors, session pages, keyed state and the control socket as PROTOCOL.md says.
 
 /// Incompatible changes of the layout.
