@@ -1,6 +1,6 @@
 //! The loop that joins a program to its stage and to the agent.
 //!
-//! Records go to the program in blocks, one line each; lines come back. What a line means for acknowledgement is declared
+//! Records go to the program in blocks, one line (or frame) each; lines come back. What a line means for acknowledgement is declared
 //! (DESIGN.md, 5): with `line` the oldest unanswered record is answered by the next line, so a killed program is started
 //! again and gets the unanswered records once more; with `read` a record is done when the program has taken its bytes.
 
@@ -19,8 +19,9 @@ use argo_streams_shm_protocol::{
 use argo_streams_stage::{Backend, StageBell, block_on, choose_backend, path_keys, ready_descriptor};
 use tokio::io::Interest;
 
+use crate::batch::{self, BatchLimits, Batches};
 use crate::exchange::{self, Exchange};
-use crate::lines::{Line, LineSplitter};
+use crate::framing::{Answer, AnswerKey, Frame, FrameSplitter, Framing, append_record, id_of};
 use crate::program::{Fifos, OutputKind, Program, describe};
 
 pub(crate) const LIBRARY: &str = concat!("argo-streams-shim ", env!("CARGO_PKG_VERSION"));
@@ -61,6 +62,12 @@ pub struct Options {
     pub socket: PathBuf,
     /// How each record is answered on its own; `None` = lines on standard input and output.
     pub exchange: Option<Exchange>,
+    /// How batches are answered as a whole; `None` = records are answered one by one.
+    pub batches: Option<Batches>,
+    /// How long a batch may be.
+    pub batch: BatchLimits,
+    /// How records lie in the program's input and output.
+    pub framing: Framing,
     /// Whether lines go over named pipes in place of standard input and output.
     pub has_fifos: bool,
     /// When a record counts as done.
@@ -105,9 +112,10 @@ pub fn run(options: Options) -> Result<(), ShimError> {
     let (backend, reason) = choose_backend();
     tracing::debug!(backend = backend.name(), reason, "shim I/O");
     block_on(backend, async move {
-        let served = match options.exchange {
-            Some(exchange) => exchange::serve(exchange, options, backend).await,
-            None => Shim::connect(options, backend)?.serve().await,
+        let served = match (options.exchange, options.batches.clone()) {
+            (Some(exchange), _) => exchange::serve(exchange, options, backend).await,
+            (None, Some(batches)) => batch::serve(batches, options, backend).await,
+            (None, None) => Shim::connect(options, backend)?.serve().await,
         };
         match served {
             // The agent ended the run, by force or because it is gone itself: nothing that a shim could add to what it says.
@@ -143,9 +151,11 @@ struct Shim {
     feed: Vec<u8>,
     feed_begin: usize,
     fed_bytes: u64,
-    splitter: LineSplitter,
-    /// A line that found no room in an output.
-    held: Option<Line>,
+    splitter: FrameSplitter,
+    /// A frame that found no room in an output.
+    held: Option<Frame>,
+    /// What the program wrote that nobody can understand, completing "was ended because it".
+    nonsense: Option<String>,
     /// With `read`: where the records end that the program took last: what a death may lose.
     taken_last: VecDeque<u64>,
     /// Records that this process answered or took.
@@ -182,6 +192,7 @@ impl Shim {
             library: LIBRARY.to_owned(),
         };
         control.send(&Message::Hello(hello), &[]).map_err(failed)?;
+        let splitter = FrameSplitter::new(options.framing);
         Ok(Self {
             options,
             backend,
@@ -193,8 +204,9 @@ impl Shim {
             feed: Vec::with_capacity(BLOCK_BYTES),
             feed_begin: 0,
             fed_bytes: 0,
-            splitter: LineSplitter::default(),
+            splitter,
             held: None,
+            nonsense: None,
             taken_last: VecDeque::new(),
             progress: 0,
             deaths_in_a_row: 0,
@@ -294,7 +306,7 @@ impl Shim {
 
     fn start(&mut self, shim_is_stage: bool) -> Result<(), ShimError> {
         self.forget_input();
-        self.splitter = LineSplitter::default();
+        self.splitter = FrameSplitter::new(self.options.framing);
         self.progress = 0;
         self.taken_last.clear();
         self.stopping = None;
@@ -376,7 +388,7 @@ impl Shim {
         }
         moved |= self.read_output().await?;
         if let Some(program) = &mut self.program
-            && program.try_status()?.is_some()
+            && (program.try_status()?.is_some() || self.nonsense.is_some())
         {
             self.end_program(true).await?;
             return Ok(true);
@@ -425,14 +437,12 @@ impl Shim {
             let Some(record) = stage.undone_record(self.fed) else { break };
             let begin = self.feed.len();
             if let Some(entry @ InFlight::Line { .. }) = self.in_flight.get_mut(self.fed) {
-                stage.append_payload(&record, &mut self.feed);
-                if self.feed.get(begin..).unwrap_or_default().contains(&b'\n') {
-                    self.feed.truncate(begin);
-                    *entry = InFlight::Refused("the payload has a newline in it, which `framing: lines` cannot carry");
-                } else {
-                    self.feed.push(b'\n');
-                    self.fed_bytes += (self.feed.len() - begin) as u64;
-                    *entry = InFlight::Line { end: Some(self.fed_bytes) };
+                match append_record(self.options.framing, stage, &record, &mut self.feed) {
+                    Ok(()) => {
+                        self.fed_bytes += (self.feed.len() - begin) as u64;
+                        *entry = InFlight::Line { end: Some(self.fed_bytes) };
+                    }
+                    Err(reason) => *entry = InFlight::Refused(reason),
                 }
             }
             self.fed += 1;
@@ -513,8 +523,12 @@ impl Shim {
             if !self.settle_front()? {
                 break;
             }
-            let Some(line) = self.held.take().or_else(|| self.splitter.next_line()) else { break };
-            if !self.emit_line(line)? {
+            let Some(frame) = self.held.take().or_else(|| self.splitter.next_frame()) else { break };
+            if let Frame::Nonsense(text) = frame {
+                self.nonsense.get_or_insert(text);
+                break;
+            }
+            if !self.emit_frame(frame)? {
                 break;
             }
             moved = true;
@@ -549,11 +563,11 @@ impl Shim {
         }
     }
 
-    /// Emits one line; `false` when there was no room for it, and it is held.
-    fn emit_line(&mut self, line: Line) -> Result<bool, ShimError> {
+    /// Emits one frame; `false` when there was no room for it, and it is held.
+    fn emit_frame(&mut self, frame: Frame) -> Result<bool, ShimError> {
         let Some((stage, _)) = &mut self.stage else {
             // The program is a stage by itself: what it writes is log. Nobody can do anything about a broken standard error.
-            if let Line::Whole(mut text) = line {
+            if let Frame::Whole(Answer { payload: mut text, .. }) = frame {
                 text.push(b'\n');
                 let _unheard = std::io::stderr().write_all(&text);
             }
@@ -562,22 +576,30 @@ impl Shim {
         let is_read = self.options.acknowledgement == Acknowledgement::Read;
         let answers =
             !is_read && self.fed > 0 && matches!(self.in_flight.front(), Some(InFlight::Line { end: Some(_) }));
-        let emitted = match (&line, answers) {
-            (Line::Whole(payload), true) => stage.emit(OUTPUT_MAIN, &Emit::default(), payload),
-            (Line::Whole(payload), false) if is_read => stage.emit(
-                OUTPUT_MAIN,
-                &Emit { belongs_to: BelongsTo::Nothing, key: KeyChoice::None, ..Emit::default() },
-                payload,
-            ),
-            (Line::Whole(payload), false) => {
-                self.surplus += 1;
-                emit_surplus(stage, payload)
+        let emitted = match (&frame, answers) {
+            (Frame::Whole(answer), true) => match misplaced(stage, answer) {
+                Some(reason) => stage.reject(0, &reason),
+                None => stage.emit(OUTPUT_MAIN, &emit_of(answer, BelongsTo::Oldest), &answer.payload),
+            },
+            (Frame::Whole(answer), false) if is_read => {
+                stage.emit(OUTPUT_MAIN, &emit_of(answer, BelongsTo::Nothing), &answer.payload)
             }
-            (Line::TooLong { len_bytes }, true) => stage.reject(
+            (Frame::Whole(answer), false) => {
+                self.surplus += 1;
+                emit_surplus(stage, "a line that answers no record", &answer.payload)
+            }
+            (Frame::Unreadable { reason, .. }, true) => stage.reject(0, reason),
+            (Frame::Unreadable { bytes, reason }, false) => {
+                if !is_read {
+                    self.surplus += 1;
+                }
+                emit_surplus(stage, reason, bytes)
+            }
+            (Frame::TooLong { len_bytes }, true) => stage.reject(
                 0,
                 &format!("its answer has {len_bytes} bytes, the longest line is {} bytes", crate::LINE_BYTES_MAX),
             ),
-            (Line::TooLong { .. }, false) => Ok(()),
+            (Frame::TooLong { .. } | Frame::Nonsense(_), _) => Ok(()),
         };
         match emitted {
             Ok(()) => {}
@@ -585,18 +607,23 @@ impl Shim {
                 if !answers && !is_read {
                     self.surplus -= 1;
                 }
-                self.held = Some(line);
+                self.held = Some(frame);
                 return Ok(false);
             }
             // The undone outputs of `read` fill a ring: publish them and go on.
             Err(StageError::BatchFull) => {
                 stage.done(0)?;
-                self.held = Some(line);
+                self.held = Some(frame);
                 return Ok(false);
             }
             Err(StageError::TooLarge(error)) if answers => {
                 let reason = format!("its answer cannot be carried: {error}");
                 stage.reject(0, &reason)?;
+            }
+            Err(StageError::TooLarge(error)) => {
+                if let Frame::Whole(answer) = &frame {
+                    emit_surplus(stage, &format!("what it wrote cannot be carried: {error}"), &answer.payload)?;
+                }
             }
             Err(error) => return Err(error.into()),
         }
@@ -681,15 +708,18 @@ impl Shim {
         // An unterminated last line counts only when the program ended well; else it is torn.
         if succeeded
             && by_itself
-            && let Some(line) = self.splitter.take_unterminated()
+            && let Some(frame) = self.splitter.take_unterminated()
         {
-            self.held = Some(line);
+            self.held = Some(frame);
             self.drain_answers().await?;
         }
-        self.splitter = LineSplitter::default();
+        self.splitter = FrameSplitter::new(self.options.framing);
         self.held = None;
         self.program = None;
-        let (code, mut text) = status.map_or((1, "ended in an unknown way".to_owned()), describe);
+        let (mut code, mut text) = status.map_or((1, "ended in an unknown way".to_owned()), describe);
+        if let Some(nonsense) = self.nonsense.take() {
+            (code, text) = (1, format!("was ended because it {nonsense}"));
+        }
         let unanswered =
             self.in_flight.iter().take(self.fed).filter(|entry| matches!(entry, InFlight::Line { .. })).count();
         let is_read = self.options.acknowledgement == Acknowledgement::Read;
@@ -873,10 +903,30 @@ pub(crate) fn finish_stage(stage: &mut Stage, over: &mut bool) -> Result<bool, S
     Ok(!stage.is_blocked())
 }
 
-fn emit_surplus(stage: &mut Stage, payload: &[u8]) -> Result<(), StageError> {
+/// With `json` an answer may say for which record it is; that it is this one's is what `ack: line` promises.
+fn misplaced(stage: &Stage, answer: &Answer) -> Option<String> {
+    let said = answer.id.as_ref()?;
+    let due = id_of(&stage.undone_record(0)?);
+    (*said != due).then(|| {
+        let said: String = said.chars().take(64).collect();
+        format!("its answer says that it is for the record {said:?}; expected the one for {due:?}: with `ack: line` answers come in the order of the records")
+    })
+}
+
+/// What a program said of its answer; what it did not say comes from the record.
+fn emit_of(answer: &Answer, belongs_to: BelongsTo) -> Emit<'_> {
+    let key = match &answer.key {
+        AnswerKey::Some(key) => KeyChoice::Set(key),
+        AnswerKey::Unsaid if belongs_to == BelongsTo::Oldest => KeyChoice::Inherit,
+        AnswerKey::Unsaid | AnswerKey::None => KeyChoice::None,
+    };
+    Emit { belongs_to, key, event_time_ns: answer.event_time_ns, attributes: &answer.attributes, finishes: false }
+}
+
+fn emit_surplus(stage: &mut Stage, reason: &str, payload: &[u8]) -> Result<(), StageError> {
     let mut attributes = Vec::new();
     let name = stage.grant().name.clone();
-    encode_error(&name, "a line that answers no record", &mut attributes);
+    encode_error(&name, reason, &mut attributes);
     stage.emit(
         OUTPUT_ERRORS,
         &Emit { belongs_to: BelongsTo::Nothing, key: KeyChoice::None, attributes: &attributes, ..Emit::default() },
