@@ -163,3 +163,94 @@ fn a_program_that_fails_on_a_record_lets_those_before_it_through_and_fails_with_
     let run = scratch.run(&pipeline, &["--grace", "2s"]);
     assert!(run.code() != 0 && run.words().contains("no-such-program"), "{}", run.words());
 }
+
+/// As anybody would write it: looks for files, writes beside and renames, removes. What it makes of a batch goes into two files.
+const FILE_PROGRAM: &str = r#"
+import os, time
+source, target = os.environ["AGS_INPUT_DIRECTORY"], os.environ["AGS_OUTPUT_DIRECTORY"]
+while True:
+    names = sorted(os.listdir(source))
+    for name in names:
+        lines = open(os.path.join(source, name)).readlines()
+        half = len(lines) // 2
+        for suffix, part in [(".1", lines[:half]), (".2", lines[half:])]:
+            path = os.path.join(target, name + suffix)
+            with open(path + ".tmp", "w") as out: out.writelines(line.upper() for line in part if "drop" not in line)
+            os.rename(path + ".tmp", path)
+        os.remove(os.path.join(source, name))
+    if not names: time.sleep(0.001)
+"#;
+
+fn file_steps(program: &str, more: &str) -> String {
+    format!(
+        "  - file: {{path: in}}\n  - parDo: step\n    name: step\n    command: [python3, {program}]\n    transport: file\n{more}  - file: {{path: out}}\n  - file: {{path: errors}}\n    from: [step.errors]\n"
+    )
+}
+
+#[test]
+fn batches_as_files_give_any_number_of_lines() {
+    let scratch = Scratch::new();
+    let program = scratch.write("program.py", FILE_PROGRAM);
+    let program = program.to_str().unwrap();
+    let input: String =
+        (0..10_000).map(|id| if id % 3 == 0 { format!("drop {id}\n") } else { format!("id {id}\n") }).collect();
+    scratch.write("in", &input);
+    let pipeline = scratch.pipeline(&file_steps(program, "    batch: {records: 900}\n"));
+    let run = scratch.run(&pipeline, &["--output", "json"]).expect_code(0);
+    let expected: String = (0..10_000).filter(|id| id % 3 != 0).map(|id| format!("ID {id}\n")).collect();
+    assert!(scratch.text("out") == expected, "{} lines", scratch.text("out").lines().count());
+    let step = &run.summary()["steps"][1];
+    assert_eq!((step["in"].as_u64(), step["restarts"].as_u64()), (Some(10_000), Some(0)));
+    assert!(processes_with(program).is_empty());
+    scratch.write("in", "");
+    let _none_yet = std::fs::remove_file(scratch.path("out"));
+    let _run = scratch.run(&pipeline, &[]).expect_code(0);
+    assert_eq!(scratch.text("out"), "");
+}
+
+#[test]
+fn killed_programs_and_shims_leave_each_line_of_a_file_once() {
+    for is_shim in [false, true] {
+        let scratch = Scratch::new();
+        let program = scratch.write("program.py", FILE_PROGRAM);
+        let program = program.to_str().unwrap();
+        scratch.write("in", lines(60_000));
+        let pipeline = scratch.pipeline(&file_steps(program, "    batch: {records: 300}\n"));
+        let mut run = scratch.start(&pipeline, &[]);
+        let agent = run.child.id();
+        let victims = || if is_shim { shims_of(agent) } else { processes_with(program) };
+        let kills = kill_while_running(&scratch, &mut run, 10, victims);
+        let _run = run.finish().expect_code(0);
+        let expected = lines(60_000).to_uppercase();
+        assert!(scratch.text("out") == expected, "{kills} kills: {} lines", scratch.text("out").lines().count());
+        assert!(kills >= 5, "only {kills} kills");
+        assert!(processes_with(program).is_empty(), "a program does not outlive its shim");
+    }
+}
+
+#[test]
+fn an_output_that_belongs_to_no_batch_is_no_silent_loss() {
+    let scratch = Scratch::new();
+    let text = FILE_PROGRAM.replace("os.path.join(target, name + suffix)", "os.path.join(target, \"result\" + suffix)");
+    let program = scratch.write("program.py", text);
+    scratch.write("in", "a\nb\n");
+    let pipeline = scratch.pipeline(&file_steps(program.to_str().unwrap(), ""));
+    let run = scratch.run(&pipeline, &["--grace", "2s"]);
+    assert_ne!(run.code(), 0);
+    assert_eq!(scratch.text("out"), "");
+    let words = run.words();
+    assert!(words.contains("result.1") && words.contains("named after no batch"), "{words}");
+}
+
+#[test]
+fn outputs_in_files_that_fill_the_ring_make_the_batch_smaller() {
+    let scratch = Scratch::new();
+    let program =
+        scratch.write("program.py", FILE_PROGRAM.replace("line.upper()", "(line[:-1] + ' ' * 2000 + chr(10))"));
+    scratch.write("in", lines(3_000));
+    let pipeline = scratch.pipeline(&file_steps(program.to_str().unwrap(), ""));
+    let run = scratch.run(&pipeline, &[]).expect_code(0);
+    let found: String = scratch.text("out").lines().map(|line| format!("{}\n", line.trim_end())).collect();
+    assert!(found == lines(3_000), "{} lines", found.lines().count());
+    assert!(run.words().contains("half of the records"), "{}", run.words());
+}
