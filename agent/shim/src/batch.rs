@@ -482,7 +482,7 @@ impl Shim {
                 },
                 Frame::TooLong { len_bytes } => {
                     batch.too_much = Some(format!(
-                        "one of them has {len_bytes} bytes, the longest line is {} bytes",
+                        "one of them has {len_bytes} bytes; the longest line has {} bytes, with `framing: json` twice as many, and the payload in it as many",
                         crate::LINE_BYTES_MAX
                     ));
                 }

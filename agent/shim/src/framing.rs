@@ -14,6 +14,8 @@ use crate::lines::{LINE_BYTES_MAX, Line, LineSplitter};
 
 /// A line of JSON is longer than its payload: base64 adds a third, escapes and what stands beside it the rest.
 const JSON_BYTES_MAX: usize = 2 * LINE_BYTES_MAX;
+/// A text shorter than this is written as text, whatever is in it: it is for people to read.
+const ESCAPED_BYTES_MIN: usize = 4096;
 /// As much of a frame that cannot be read goes into its error.
 const SHOWN_BYTES: usize = 64;
 
@@ -246,6 +248,7 @@ fn write_json(
     let value: Option<&RawValue> = text
         .filter(|text| !text.contains(['\n', '\r']))
         .and_then(|text| serde_json::from_str::<&RawValue>(text).ok().filter(|value| value.get().len() == text.len()));
+    let text = text.filter(|_| value.is_none() && !is_shorter_as_base64(payload));
     let key_text = key.and_then(|key| std::str::from_utf8(key).ok());
     let written = Written {
         id,
@@ -254,14 +257,30 @@ fn write_json(
         time_ns: event_time_ns.to_string(),
         attributes: map,
         value,
-        text: text.filter(|_| value.is_none()),
-        base64: text.is_none().then(|| BASE64.encode(payload)),
+        text,
+        base64: (value.is_none() && text.is_none()).then(|| BASE64.encode(payload)),
     };
     if serde_json::to_writer(&mut *feed, &written).is_err() {
         feed.truncate(begin);
         return Err("it cannot be written as JSON");
     }
     Ok(())
+}
+
+/// A long text of control characters takes six bytes for each as JSON: then it would be longer than a line may be.
+fn is_shorter_as_base64(payload: &[u8]) -> bool {
+    if payload.len() < ESCAPED_BYTES_MIN {
+        return false;
+    }
+    let extra: usize = payload
+        .iter()
+        .map(|byte| match byte {
+            b'\n' | b'\r' | b'\t' | b'"' | b'\\' | 8 | 12 => 1,
+            0..0x20 => 5,
+            _ => 0,
+        })
+        .sum();
+    extra > payload.len() / 3
 }
 
 /// An object whose `null` differs from its absence.

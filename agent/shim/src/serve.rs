@@ -164,12 +164,16 @@ struct Shim {
     /// As many records go one by one, to find the one that kills the program.
     one_by_one: usize,
     fed_alone_since_ns: u64,
+    /// As declared; `Auto` becomes `Read` when the program shows that it is not `Line`, and stays so.
+    acknowledgement: Acknowledgement,
     hinted: bool,
     surplus: u64,
     oldest_since_ns: u64,
     stopping: Option<Stopping>,
     /// The input is over and its end is told when the program has begun to read.
     is_closing: bool,
+    /// The program was told that its input is over, and has all of it.
+    is_told: bool,
     over: bool,
 }
 
@@ -194,6 +198,7 @@ impl Shim {
         control.send(&Message::Hello(hello), &[]).map_err(failed)?;
         let splitter = FrameSplitter::new(options.framing);
         Ok(Self {
+            acknowledgement: options.acknowledgement,
             options,
             backend,
             control,
@@ -217,6 +222,7 @@ impl Shim {
             oldest_since_ns: 0,
             stopping: None,
             is_closing: false,
+            is_told: false,
             over: false,
         })
     }
@@ -311,6 +317,7 @@ impl Shim {
         self.taken_last.clear();
         self.stopping = None;
         self.is_closing = false;
+        self.is_told = false;
         self.over = false;
         let output = match (shim_is_stage, self.options.is_block_buffered) {
             (false, _) => OutputKind::Log,
@@ -534,7 +541,7 @@ impl Shim {
             moved = true;
         }
         if moved
-            && self.options.acknowledgement == Acknowledgement::Read
+            && self.acknowledgement == Acknowledgement::Read
             && let Some((stage, _)) = &mut self.stage
         {
             // Lines of a `read` program belong to no record.
@@ -563,8 +570,28 @@ impl Shim {
         }
     }
 
+    /// With `auto`: the program has shown that it does not answer line for line. From now on a record is done when it is read.
+    fn turn_to_read(&mut self, shown: &str) -> Result<(), ShimError> {
+        self.acknowledgement = Acknowledgement::Read;
+        self.hinted = true;
+        let Some((stage, _)) = &self.stage else { return Ok(()) };
+        let text = format!(
+            "{shown}: `ack` is not declared, and it does not write one line for each line. From now on a record counts as done when it is read, and what the program has taken when it is killed is lost. Declare `ack: read`, or `ack: exit` if it ends at the end of its input and nothing may be lost; if it does answer line for line and is only slow, `ack: line`"
+        );
+        Ok(stage.note(&text)?)
+    }
+
     /// Emits one frame; `false` when there was no room for it, and it is held.
     fn emit_frame(&mut self, frame: Frame) -> Result<bool, ShimError> {
+        // More lines out than in. What it says before it has read anything is no answer, and no sign either.
+        if self.acknowledgement == Acknowledgement::Auto
+            && self.fed == 0
+            && self.progress > 0
+            && self.stage.is_some()
+            && matches!(frame, Frame::Whole(_))
+        {
+            self.turn_to_read("it wrote more lines than it was given")?;
+        }
         let Some((stage, _)) = &mut self.stage else {
             // The program is a stage by itself: what it writes is log. Nobody can do anything about a broken standard error.
             if let Frame::Whole(Answer { payload: mut text, .. }) = frame {
@@ -573,7 +600,7 @@ impl Shim {
             }
             return Ok(true);
         };
-        let is_read = self.options.acknowledgement == Acknowledgement::Read;
+        let is_read = self.acknowledgement == Acknowledgement::Read;
         let answers =
             !is_read && self.fed > 0 && matches!(self.in_flight.front(), Some(InFlight::Line { end: Some(_) }));
         let emitted = match (&frame, answers) {
@@ -597,7 +624,7 @@ impl Shim {
             }
             (Frame::TooLong { len_bytes }, true) => stage.reject(
                 0,
-                &format!("its answer has {len_bytes} bytes, the longest line is {} bytes", crate::LINE_BYTES_MAX),
+                &format!("its answer has {len_bytes} bytes; the longest line has {} bytes, with `framing: json` twice as many, and the payload in it as many", crate::LINE_BYTES_MAX),
             ),
             (Frame::TooLong { .. } | Frame::Nonsense(_), _) => Ok(()),
         };
@@ -646,7 +673,7 @@ impl Shim {
 
     /// With `read`: finishes the records that the program has taken.
     fn take_read(&mut self) -> Result<bool, ShimError> {
-        if self.options.acknowledgement != Acknowledgement::Read {
+        if self.acknowledgement != Acknowledgement::Read {
             return Ok(false);
         }
         let Some(program) = &self.program else { return Ok(false) };
@@ -705,6 +732,12 @@ impl Shim {
         }
         self.drain_answers().await?;
         let succeeded = status.is_some_and(|status| status.success());
+        // Told that nothing more comes, it read all and ended well: what it did not answer has no answer.
+        let was_told = self.stopping.is_none_or(|stopping| !stopping.terminated) && self.is_told;
+        if self.acknowledgement == Acknowledgement::Auto && succeeded && by_itself && was_told && self.fed > 0 {
+            self.turn_to_read("it ended well at the end of its input with fewer lines out than in")?;
+            while self.take_read()? {}
+        }
         // An unterminated last line counts only when the program ended well; else it is torn.
         if succeeded
             && by_itself
@@ -722,7 +755,7 @@ impl Shim {
         }
         let unanswered =
             self.in_flight.iter().take(self.fed).filter(|entry| matches!(entry, InFlight::Line { .. })).count();
-        let is_read = self.options.acknowledgement == Acknowledgement::Read;
+        let is_read = self.acknowledgement == Acknowledgement::Read;
         let all_answered =
             self.in_flight.is_empty() && self.stage.as_ref().is_some_and(|(stage, _)| stage.is_input_over());
         // With `read` nobody knows what became of what it took last, unless it ended well at the end of its input.
@@ -733,7 +766,7 @@ impl Shim {
             if self.deaths_in_a_row > 1 {
                 self.one_by_one = self.in_flight.len();
             }
-            uncertain_records = match self.options.acknowledgement {
+            uncertain_records = match self.acknowledgement {
                 Acknowledgement::Line => 0,
                 Acknowledgement::Auto => unanswered as u64,
                 Acknowledgement::Read => uncertain_records,
@@ -805,13 +838,14 @@ impl Shim {
                     return Ok(false);
                 }
                 self.is_closing = false;
+                self.is_told = true;
                 program.close_stdin();
                 return Ok(true);
             }
             // All is answered and it was told that nothing comes: it has the grace time to end.
             if self.in_flight.is_empty()
                 && program.stdin().is_none()
-                && self.options.acknowledgement != Acknowledgement::Read
+                && self.acknowledgement != Acknowledgement::Read
                 && self.stopping.is_none()
             {
                 let grace = self.options.grace;
@@ -837,7 +871,7 @@ impl Shim {
                 return Ok(());
             }
         }
-        let is_taking = self.is_closing || (self.options.acknowledgement == Acknowledgement::Read && self.fed > 0);
+        let is_taking = self.is_closing || (self.acknowledgement == Acknowledgement::Read && self.fed > 0);
         let now = monotonic_ns();
         let timer = match (&self.stopping, is_taking) {
             (_, true) => TAKEN_INTERVAL,
@@ -864,17 +898,26 @@ impl Shim {
         Ok(())
     }
 
-    /// With `auto`: says once what to declare when lines stay unanswered.
+    /// With `auto`: lines stay unanswered. A program that waits for more input has no answer to them; one that does anything
+    /// else, or may hold its answers back in a buffer, is only hinted at, once.
     fn hint(&mut self) -> Result<(), ShimError> {
-        if self.hinted
-            || self.options.acknowledgement != Acknowledgement::Auto
-            || self.fed == 0
-            || self.program.is_none()
-        {
+        if self.acknowledgement != Acknowledgement::Auto || self.fed == 0 || self.oldest_since_ns == 0 {
             return Ok(());
         }
+        let Some(program) = &self.program else { return Ok(()) };
         let waited_ns = monotonic_ns().saturating_sub(self.oldest_since_ns);
-        if waited_ns < HINT_AFTER_NS || self.oldest_since_ns == 0 {
+        if waited_ns < HINT_AFTER_NS {
+            return Ok(());
+        }
+        let writes_lines = !self.options.is_block_buffered && !self.options.has_fifos;
+        let has_taken_all =
+            self.feed.is_empty() && program.stdin().is_some() && program.taken_bytes() == self.fed_bytes;
+        if writes_lines && has_taken_all && program.waits_for_input() {
+            let shown =
+                format!("{} lines unanswered for {} s, and it waits for more", self.fed, waited_ns / 1_000_000_000);
+            return self.turn_to_read(&shown);
+        }
+        if self.hinted {
             return Ok(());
         }
         let Some((stage, _)) = &self.stage else { return Ok(()) };
