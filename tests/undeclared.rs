@@ -50,6 +50,7 @@ fn a_filter_that_waits_for_more_gets_it() {
     wait_for("the match behind 40,000 lines without an answer", || {
         std::fs::read_to_string(scratch.path("out")).ok().filter(|text| text.contains("a match"))
     });
+    drop(run.child.stdin.take());
     let run = run.finish().expect_code(0);
     assert_eq!(scratch.text("out"), "a match\n");
     let words = run.words();
