@@ -254,3 +254,47 @@ fn outputs_in_files_that_fill_the_ring_make_the_batch_smaller() {
     assert!(found == lines(3_000), "{} lines", found.lines().count());
     assert!(run.words().contains("half of the records"), "{}", run.words());
 }
+
+/// Not at some moment but at each of those that matter: the program kills itself or its shim behind its outputs, and behind the
+/// acknowledgement. The marker makes it do so once.
+#[test]
+fn killed_at_each_moment_that_matters_a_batch_counts_once() {
+    let kill = |victim: &str, marker: &str| {
+        format!(
+            "if not os.path.exists({marker:?}): open({marker:?}, 'w').close(); os.kill(os.{victim}(), 9); time.sleep(60)\n"
+        )
+    };
+    let input = lines(1_000);
+    for victim in ["getpid", "getppid"] {
+        let scratch = Scratch::new();
+        scratch.write("in", &input);
+        let marker = scratch.path("died").to_str().unwrap().to_owned();
+        let text = format!(
+            "import os, sys, time\nfor line in sys.stdin: sys.stdout.write(line)\nsys.stdout.flush()\n{}",
+            kill(victim, &marker)
+        );
+        let program = scratch.write("program.py", text);
+        let command = format!("[python3, {}]", program.display());
+        let pipeline = scratch.pipeline(&exit_steps(&command, "    batch: {records: 300}\n"));
+        let _run = scratch.run(&pipeline, &[]).expect_code(0);
+        assert!(scratch.path("died").exists());
+        assert!(scratch.text("out") == input, "exit, {victim}: {} lines", scratch.text("out").lines().count());
+        for moment in ["before", "after"] {
+            let remove = "        os.remove(os.path.join(source, name))\n";
+            let kill = format!("        {}", kill(victim, &marker));
+            let text = FILE_PROGRAM.replace(
+                remove,
+                &if moment == "before" { format!("{kill}{remove}") } else { format!("{remove}{kill}") },
+            );
+            assert_ne!(text, FILE_PROGRAM);
+            std::fs::remove_file(&marker).unwrap();
+            std::fs::remove_file(scratch.path("out")).unwrap();
+            let program = scratch.write("program.py", text);
+            let pipeline = scratch.pipeline(&file_steps(program.to_str().unwrap(), "    batch: {records: 300}\n"));
+            let _run = scratch.run(&pipeline, &[]).expect_code(0);
+            assert!(scratch.path("died").exists());
+            let found = scratch.text("out");
+            assert!(found == input.to_uppercase(), "file, {victim}, {moment}: {} lines", found.lines().count());
+        }
+    }
+}

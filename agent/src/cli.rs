@@ -169,6 +169,9 @@ pub struct ConformArguments {
     /// How the program is joined to the pipeline.
     #[arg(long, value_name = "NAME", default_value = "stdio")]
     pub transport: ConformTransport,
+    /// How records lie in what the program reads and writes.
+    #[arg(long, value_name = "NAME", default_value = "lines")]
+    pub framing: FramingKind,
     /// What the program does with a record.
     #[arg(long, value_name = "WHAT", default_value = "identity")]
     pub expect: ConformExpect,
@@ -207,6 +210,8 @@ pub enum ConformTransport {
     Http,
     /// By a unix socket.
     Socket,
+    /// By files in a directory.
+    File,
 }
 
 /// What `conform` expects.

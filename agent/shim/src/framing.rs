@@ -428,3 +428,82 @@ fn read_json(line: &[u8]) -> Result<Answer, String> {
     );
     Ok(Answer { payload, key, event_time_ns, attributes, id: read.id })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frames(framing: Framing, bytes: &[u8], step: usize) -> Vec<Frame> {
+        let mut splitter = FrameSplitter::new(framing);
+        let mut frames = Vec::new();
+        for chunk in bytes.chunks(step) {
+            let mut buffer = splitter.take_buffer();
+            buffer.extend_from_slice(chunk);
+            splitter.put_buffer(buffer);
+            frames.extend(std::iter::from_fn(|| splitter.next_frame()));
+        }
+        frames.extend(splitter.take_unterminated());
+        frames
+    }
+
+    fn whole(payload: &[u8]) -> Frame {
+        Frame::Whole(Answer { payload: payload.to_vec(), ..Answer::default() })
+    }
+
+    #[test]
+    fn frames_come_out_whole_however_they_are_cut() {
+        let length = b"\x03\0\0\0a\nb\0\0\0\0\x01\0\0\0\0";
+        let json = b"{\"text\":\"a\\nb\"}\n{\"base64\":\"AP8=\"}\n{\"value\": {\"n\": 1.50} }\n{\"value\":null}";
+        for step in 1..=json.len() {
+            assert_eq!(frames(Framing::Length, length, step), [whole(b"a\nb"), whole(b""), whole(b"\0")]);
+            assert_eq!(
+                frames(Framing::Json, json, step),
+                [whole(b"a\nb"), whole(&[0, 255]), whole(b"{\"n\": 1.50}"), whole(b"null")]
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read_back_as_it_was() {
+        let mut attributes = Vec::new();
+        argo_streams_shm_protocol::attributes_encode([("a", b"1".as_slice()), ("raw", &[255])], &mut attributes);
+        let long_text = "\0".repeat(ESCAPED_BYTES_MIN);
+        for payload in [b"".as_slice(), b"text", b"{\"a\":[1,2.0]}", b" 1 ", b"1\n", b"\xff\0", long_text.as_bytes()] {
+            for key in [None, Some(b"k".as_slice()), Some(&[0xff, 0])] {
+                let mut line = Vec::new();
+                write_json("1-2-3", key, i64::MIN, &attributes, payload, &mut line).unwrap();
+                assert!(!line.contains(&b'\n'));
+                let answer = read_json(&line).unwrap();
+                assert_eq!(answer.payload, payload);
+                assert_eq!(answer.key, key.map_or(AnswerKey::Unsaid, |key| AnswerKey::Some(key.to_vec())));
+                assert_eq!((answer.event_time_ns, answer.id.as_deref()), (Some(i64::MIN), Some("1-2-3")));
+                assert_eq!(answer.attributes, attributes);
+            }
+        }
+    }
+
+    #[test]
+    fn behind_a_length_that_cannot_be_nothing_is_a_frame() {
+        let found = frames(Framing::Length, b"\x01\0\0\0a\xff\xff\xff\xff\x01\0\0\0a", 3);
+        assert!(matches!(found.as_slice(), [Frame::Whole(_), Frame::Nonsense(_)]), "{found:?}");
+        let torn = frames(Framing::Length, b"\x02\0\0\0a", 2);
+        assert!(matches!(torn.as_slice(), [Frame::Nonsense(text)] if text.contains("in the middle")), "{torn:?}");
+    }
+
+    #[test]
+    fn no_bytes_are_too_strange() {
+        let seed = br#"{"id":"a","key":null,"key_base64":"YQ==","time_ns":"1","attributes":{"a":{"base64":"YQ=="}},"value":[1]}"#;
+        for at in 0..seed.len() {
+            for byte in [0, b'"', b'{', b'}', b':', b',', b'\\', b'9', 0xff] {
+                let mut bytes = seed.to_vec();
+                bytes[at] = byte;
+                // Read or refused, and what is refused says what was expected or where.
+                if let Err(reason) = read_json(&bytes) {
+                    assert!(reason.starts_with("its answer "), "{reason}");
+                }
+            }
+        }
+        let deep = [b"{\"value\":".as_slice(), &[b'['; 100_000]].concat();
+        assert!(read_json(&deep).is_err());
+    }
+}
