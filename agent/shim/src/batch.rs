@@ -277,7 +277,7 @@ impl Shim {
                 self.end_idle().await?;
                 return Ok(true);
             }
-            return Ok(self.begin()? || self.finish().await?);
+            return Ok(self.begin()? || self.finish().await? || self.stop_between_batches()?);
         }
         let mut moved = false;
         match self.emit()? {
@@ -326,7 +326,7 @@ impl Shim {
     /// Receives what is there, and makes a batch of it. `false`: nothing is there, or no program may run.
     fn begin(&mut self) -> Result<bool, ShimError> {
         let Some((stage, _)) = &mut self.stage else { return Ok(false) };
-        if !self.may_start || (self.stopping.is_some() && self.program.is_none() && self.batches == Batches::Files) {
+        if !self.may_start || self.stopping.is_some() {
             return Ok(false);
         }
         let records_max = if self.suspects > 0 { self.suspects_max.min(self.records_max) } else { self.records_max };
@@ -760,6 +760,22 @@ impl Shim {
             self.over = true;
         }
         if self.over { finish_stage(stage, &mut self.over) } else { Ok(false) }
+    }
+
+    /// Told to stop, a program has ended when its batch has; one that waits for files is asked to.
+    fn stop_between_batches(&mut self) -> Result<bool, ShimError> {
+        if !self.may_start || self.stopping.is_none_or(|(_, terminated)| terminated) {
+            return Ok(false);
+        }
+        if let Some(program) = &self.program {
+            program.terminate();
+            self.stopping = Some((monotonic_ns() + nanoseconds(self.options.grace), true));
+            return Ok(true);
+        }
+        self.may_start = false;
+        let text = "was stopped between two batches".to_owned();
+        self.send(Event::Program(ProgramEvent::Ended { code: 0, text, uncertain_records: 0 }))?;
+        Ok(true)
     }
 
     async fn sleep(&mut self, control_ready: &tokio::io::unix::AsyncFd<std::os::fd::OwnedFd>) -> Result<(), ShimError> {
