@@ -4,7 +4,7 @@ DEMO_SECONDS ?= 20
 PREFIX ?= /usr/local
 BINARY := target/release/argo-streams
 
-.PHONY: demo test test-rust test-loom check build examples install crash kills test-aarch64 single-step fuzz bench bench-peers setup-build setup-test setup-peers setup-aarch64 clean
+.PHONY: demo test test-rust test-loom check build examples install crash kills hostile-rate test-aarch64 single-step fuzz bench bench-peers setup-build setup-test setup-peers setup-aarch64 clean
 
 build: setup-build
 	cargo build --release --workspace
@@ -68,6 +68,10 @@ kills: setup-test
 	for victim in source combiner sink; do \
 		AGS_VICTIM=$$victim AGS_KILLS=$(KILLS) cargo test --release -p argo-streams-shm-protocol --test kills || exit 1; \
 	done
+
+# How fast a healthy chain is beside each way of being hostile, over its rate beside a program that only spins: two minutes.
+hostile-rate: setup-test
+	AGS_HOSTILE_RATE=5 cargo test --release -p argo-streams-tests --test hostile
 
 # A stage killed behind every instruction of a record, one process each: about 29,000 of them, two minutes.
 single-step: setup-test

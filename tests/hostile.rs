@@ -3,6 +3,9 @@
 //! the agent end, with a reason that names the hostile step where that failed, and with its violations counted.
 //!
 //! `AGS_HOSTILE_ROUNDS` (8) runs, one way after the other; `AGS_SEED` (1).
+//!
+//! With `AGS_HOSTILE_RATE=ROUNDS` (`make hostile-rate`) it judges nothing but says how fast the healthy chain was beside each way, as a ratio to
+//! runs in turn in which the hostile program owns its session, spins as fast as it can and writes nothing.
 #![forbid(unsafe_code)]
 #![allow(
     clippy::unwrap_used,
@@ -15,9 +18,10 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use argo_streams_shm_protocol::layout::{DATA_OFFSET, commit, header, state};
 use argo_streams_shm_protocol::{
@@ -25,6 +29,7 @@ use argo_streams_shm_protocol::{
 };
 use argo_streams_tests::Scratch;
 use rustix::net::SendFlags;
+use rustix::process::Signal;
 
 #[path = "../shm-protocol/tests/support/random.rs"]
 mod random;
@@ -34,6 +39,8 @@ use random::Random;
 const PATIENCE_NS: u64 = 60_000_000_000;
 const WAYS: [&str; 8] =
     ["anything on the page", "positions", "epochs", "headers", "rings", "state", "control socket", "all at once"];
+/// In place of a way: writes nothing.
+const SPINS: usize = WAYS.len();
 /// A session that nobody ends is left after so many turns.
 const TURNS: u64 = 2_000_000;
 const LINES: usize = 300_000;
@@ -50,6 +57,11 @@ fn main() -> ExitCode {
     }
     let number =
         |name: &str, default: u64| std::env::var(name).ok().map_or(default, |text| text.parse().expect("a number"));
+    let rate_rounds = number("AGS_HOSTILE_RATE", 0);
+    if rate_rounds > 0 {
+        rates(rate_rounds);
+        return ExitCode::SUCCESS;
+    }
     let (rounds, mut random) = (number("AGS_HOSTILE_ROUNDS", 8), Random(number("AGS_SEED", 1)));
     let mut ends: BTreeMap<(&str, i32), u64> = BTreeMap::new();
     for round in 0..rounds {
@@ -61,8 +73,45 @@ fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// One run with a hostile step in it; its exit code.
-fn run(way: usize, seed: u64) -> i32 {
+/// Prints the healthy chain's rate beside each way, over its rate beside a program that only spins.
+fn rates(rounds: u64) {
+    let mut ratios: Vec<Vec<f64>> = vec![Vec::new(); WAYS.len()];
+    for round in 0..rounds {
+        for (way, ratios) in ratios.iter_mut().enumerate() {
+            let beside_a_spinner = healthy_seconds(SPINS, round);
+            ratios.push(beside_a_spinner / healthy_seconds(way, round));
+        }
+    }
+    for (way, mut ratios) in WAYS.iter().zip(ratios) {
+        ratios.sort_by(f64::total_cmp);
+        let median = ratios[ratios.len() / 2];
+        println!(
+            "{way}: {median:.2} of the rate beside a spinning program ({:.2} to {:.2}, {rounds} runs)",
+            ratios[0],
+            ratios[ratios.len() - 1]
+        );
+    }
+}
+
+/// From the start of a run until the healthy chain's output is whole.
+fn healthy_seconds(way: usize, seed: u64) -> f64 {
+    let (scratch, pipeline, input) = prepare(way, seed);
+    let begin = Instant::now();
+    let run = scratch.start(&pipeline, &["--output", "json", "--grace", "1s"]);
+    let out = scratch.path("out");
+    while std::fs::metadata(&out).map_or(0, |file| file.len()) < input.len() as u64 {
+        assert!(begin.elapsed() < Duration::from_nanos(PATIENCE_NS), "the healthy chain does not end");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let seconds = begin.elapsed().as_secs_f64();
+    run.signal(Signal::TERM);
+    // However it ends: the spinning program is ended by force.
+    let _code = run.finish().code();
+    seconds
+}
+
+/// A folder with a pipeline of a healthy chain and a hostile step, and the healthy chain's input.
+fn prepare(way: usize, seed: u64) -> (Scratch, PathBuf, String) {
     let scratch = Scratch::new();
     let input: String = (0..LINES).map(|id| format!("{{\"id\":{id}}}\n")).collect();
     scratch.write("in", &input);
@@ -71,6 +120,12 @@ fn run(way: usize, seed: u64) -> i32 {
         "  - file: {{path: in}}\n  - parDo: cat\n    command: [cat]\n    ack: line\n  - file: {{path: out}}\n  - file: {{path: in}}\n    name: other\n    from: []\n  - parDo: hostile\n    name: hostile\n    command: ['{}', --child, '{way}', '{seed}']\n    transport: shm\n    from: [other]\n  - discard: {{}}\n    from: [hostile]\n",
         program.display()
     ));
+    (scratch, pipeline, input)
+}
+
+/// One run with a hostile step in it; its exit code.
+fn run(way: usize, seed: u64) -> i32 {
+    let (scratch, pipeline, input) = prepare(way, seed);
     let run = scratch.run(&pipeline, &["--output", "json"]);
     let (code, words) = (run.code(), run.words());
     let what = format!("{} (seed {seed})", WAYS[way]);
@@ -171,6 +226,11 @@ impl Session {
 }
 
 fn attack(session: &Session, way: usize, mut random: Random) -> ExitCode {
+    if way == SPINS {
+        loop {
+            std::hint::black_box(random.next());
+        }
+    }
     for turn in 0..TURNS {
         match way {
             0 => scribble(&session.page, header::LEN, &mut random),

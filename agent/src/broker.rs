@@ -61,6 +61,11 @@ pub enum Action {
         /// Its process group.
         pid: u32,
     },
+    /// Kill the shim of this stage, and with it its program: both are to begin afresh.
+    EndShim {
+        /// The stage.
+        stage: usize,
+    },
     /// Log a line about a stage.
     Say {
         /// The stage.
@@ -191,6 +196,8 @@ struct Worker {
     /// Accusations of its present incarnation of which the agent could not tell whether they are right.
     doubts: u32,
     failure: Option<Failure>,
+    /// Its program is being replaced, at the latest at this time, by force then.
+    replaced_by_ns: Option<u64>,
 }
 
 impl Worker {
@@ -228,6 +235,7 @@ impl Worker {
             is_revoked: false,
             doubts: 0,
             failure: None,
+            replaced_by_ns: None,
         }
     }
 }
@@ -273,6 +281,7 @@ pub struct Broker {
     next_client: usize,
     actions: Vec<Action>,
     is_stopping: bool,
+    is_paused: bool,
     /// What makes the run outlive its agent, if that is wanted.
     state: Option<StateDirectory>,
 }
@@ -307,6 +316,7 @@ impl Broker {
             next_client: 0,
             actions: Vec::new(),
             is_stopping: false,
+            is_paused: false,
             state,
         };
         for stage in 0..this.workers.len() {
@@ -341,6 +351,7 @@ impl Broker {
             next_client: 0,
             actions: Vec::new(),
             is_stopping: false,
+            is_paused: false,
             state: Some(state),
         };
         this.adopt_clients(kept);
@@ -707,6 +718,13 @@ impl Broker {
     pub fn tick(&mut self, now_ns: u64) -> Option<u64> {
         let mut next: Option<u64> = None;
         for stage in 0..self.workers.len() {
+            if let Some(by) = self.workers.get(stage).and_then(|worker| worker.replaced_by_ns) {
+                if by <= now_ns {
+                    self.end_shim_for_successor(stage);
+                } else {
+                    next = Some(next.map_or(by, |next| next.min(by)));
+                }
+            }
             let Some(at) = self.workers.get(stage).and_then(|worker| worker.start_at_ns) else { continue };
             if at <= now_ns {
                 self.start_program(stage);
@@ -735,6 +753,57 @@ impl Broker {
                 self.actions.push(Action::StartShim { stage });
             }
         }
+    }
+
+    /// Asks every source to read nothing, or to go on; everything in flight goes on.
+    pub fn pause_sources(&mut self, is_paused: bool) {
+        if std::mem::replace(&mut self.is_paused, is_paused) == is_paused {
+            return;
+        }
+        for (worker, stage) in self.workers.iter_mut().zip(&self.physical.stages) {
+            if stage.producers.is_empty() {
+                let session = worker.incarnation.session();
+                if is_paused {
+                    session.set_attention(session::ATTENTION_PAUSE);
+                } else {
+                    session.clear_attention(session::ATTENTION_PAUSE);
+                }
+                worker.incarnation.publish_session();
+            }
+        }
+    }
+
+    /// Whether sources are asked to read nothing.
+    #[must_use]
+    pub fn is_paused(&self) -> bool {
+        self.is_paused
+    }
+
+    /// Ends the program of a ParDo's stage and starts it again at once, with whatever `run` starts it with then: no death, and
+    /// nothing of it is lost or doubled. A program on lines or requests may finish what it has until `grace` is over; one that
+    /// has opened the library begins again behind its last commit. Says whether there is something to start again.
+    pub fn replace_program(&mut self, stage: usize, now_ns: u64, grace: Duration) -> bool {
+        let Some(worker) = self.workers.get_mut(stage) else { return false };
+        if worker.transport == Transport::Internal || matches!(worker.phase, Phase::Finished | Phase::Failed) {
+            return false;
+        }
+        let can_finish = worker.program.is_some() && worker.stage_role == Some(Role::ShimStage);
+        let grace_ns = if can_finish { u64::try_from(grace.as_nanos()).unwrap_or(u64::MAX) } else { 0 };
+        worker.replaced_by_ns = Some(now_ns.saturating_add(grace_ns));
+        if can_finish {
+            let grace_ms = u64::try_from(grace.as_millis() / 2).unwrap_or(u64::MAX);
+            self.send_supervisor(stage, Event::Stop { grace_ms });
+        }
+        true
+    }
+
+    /// Whether a program is still to be started that replaces another one.
+    #[must_use]
+    pub fn is_being_replaced(&self, stage: usize) -> bool {
+        self.workers.get(stage).is_some_and(|worker| {
+            !matches!(worker.phase, Phase::Finished | Phase::Failed)
+                && (worker.replaced_by_ns.is_some() || worker.shim_must_start || worker.program.is_none())
+        })
     }
 
     /// Asks every source to stop; everything in flight is finished.
@@ -808,6 +877,7 @@ impl Broker {
         }
         let program = worker.program.take();
         worker.shim_must_start = true;
+        let is_replaced = worker.replaced_by_ns.take().is_some();
         if let Some(pid) = program {
             self.actions.push(Action::KillProgram { pid });
         }
@@ -815,8 +885,33 @@ impl Broker {
             self.remove_client(client);
         }
         self.recover(stage);
-        self.schedule_restart(stage, &format!("its shim {text}"));
+        if is_replaced {
+            if let Some(worker) = self.workers.get_mut(stage).filter(|worker| worker.phase != Phase::Failed) {
+                worker.restarts_in_a_row = 0;
+                // Another program may not open the library, or may.
+                worker.has_opened_itself = false;
+                worker.start_at_ns = Some(0);
+                self.say(stage, Level::Info, "its program is replaced".to_owned());
+            }
+        } else {
+            self.schedule_restart(stage, &format!("its shim {text}"));
+        }
         self.keep_worker(stage);
+    }
+
+    /// The program has finished what it had, or had its time: its shim goes too, because the next one has other arguments.
+    fn end_shim_for_successor(&mut self, stage: usize) {
+        let Some(worker) = self.workers.get_mut(stage) else { return };
+        // Until its end is seen.
+        worker.replaced_by_ns = Some(u64::MAX);
+        if worker.shim_must_start {
+            // There is none.
+            worker.replaced_by_ns = None;
+            worker.start_at_ns = Some(0);
+            return;
+        }
+        worker.start_at_ns = None;
+        self.actions.push(Action::EndShim { stage });
     }
 
     /// The committed slot of a stage.
@@ -1408,6 +1503,9 @@ impl Broker {
         let Some(worker) = self.workers.get_mut(stage) else { return };
         if matches!(worker.phase, Phase::Finished | Phase::Failed) {
             return;
+        }
+        if worker.replaced_by_ns.is_some() {
+            return self.end_shim_for_successor(stage);
         }
         let progress = worker.incarnation.page().read().map_or(worker.progress_at_start, |slot| progress_of(&slot));
         if progress != worker.progress_at_start {

@@ -35,6 +35,11 @@ pub enum Command {
     /// `argo-streams conform -- cat` tries that each record comes back as it was sent; `--expect` says what else to expect.
     /// docs/pardo-contract.md is the contract. Exit codes: 0 all cases passed; 1 a case failed; 2 bad usage, or no such program.
     Conform(ConformArguments),
+    /// Pause, resume or drain a pipeline that runs, or replace the programs of a step.
+    ///
+    /// Nothing is lost, doubled or brought out of order by it. Only the user who runs the pipeline can. Exit codes: 0 done;
+    /// 1 not done, with the reason; 2 bad usage.
+    Ctl(CtlArguments),
     /// Hold descriptors for the next agent (started by `run --state`).
     #[command(hide = true)]
     Keeper {
@@ -261,6 +266,10 @@ pub struct RunArguments {
     /// back within 10 minutes, the programs are ended.
     #[arg(long, value_name = "DIR")]
     pub state: Option<PathBuf>,
+    /// Serve the numbers of every step and edge for Prometheus at http://ADDRESS:PORT/metrics while the run lasts; port 0 takes
+    /// a free one and says which. The address is a number: 127.0.0.1:9090, 0.0.0.0:9090, `[::1]:9090`.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub metrics_listen: Option<std::net::SocketAddr>,
 }
 
 impl RunArguments {
@@ -278,6 +287,7 @@ impl RunArguments {
             grace: self.grace,
             live: !self.no_live,
             state: self.state,
+            metrics_listen: self.metrics_listen,
             spec_text: String::new(),
         }
     }
@@ -297,6 +307,51 @@ pub enum OutputFormat {
     Text,
     /// For machines.
     Json,
+}
+
+/// Arguments of `ctl`.
+#[derive(Args, Debug)]
+pub struct CtlArguments {
+    /// The pipeline's file, as it was given to `run`.
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// What to do.
+    #[command(subcommand)]
+    pub what: CtlCommand,
+}
+
+/// What to do with a pipeline that runs.
+#[derive(Debug, Subcommand)]
+pub enum CtlCommand {
+    /// Show the numbers of now, as the summary shows them at the end.
+    Status {
+        /// `json`: one object with all numbers.
+        #[arg(long, value_name = "FORMAT", default_value = "text")]
+        output: OutputFormat,
+    },
+    /// Let sources read nothing until `resume`. What is in flight goes on to its end, and sources stay where they are: members of
+    /// a consumer group stay members. A paused run that is drained ends.
+    Pause,
+    /// Let sources go on.
+    Resume,
+    /// End the run: sources stop, what is in flight is finished. The same as SIGTERM.
+    Drain,
+    /// Start the programs of a step again, as after a change of the program's file.
+    Restart {
+        /// The step's name.
+        step: String,
+    },
+    /// End the programs of a step and start another command in their place, for as long as this run lasts.
+    ///
+    /// Programs on lines, HTTP or a socket are told to end, and may finish what they have for half of the run's grace time. A
+    /// program that uses the library begins again behind its last commit, with its keyed state. Meanwhile records wait in the rings.
+    Replace {
+        /// The step's name.
+        step: String,
+        /// The program and its arguments; a path is relative to where you are.
+        #[arg(last = true, required = true, value_name = "COMMAND")]
+        command: Vec<String>,
+    },
 }
 
 /// Arguments of `shim`.

@@ -45,14 +45,13 @@ impl Identity {
     /// # Errors
     /// [`IdentityError`].
     pub fn take(name: &str, file: &Path) -> Result<Self, IdentityError> {
-        let base = runtime_directory()?;
+        let directory = Self::directory_of(name, file)?;
         let failed = |directory: &Path| {
             let directory = directory.to_path_buf();
             move |error: io::Error| IdentityError::Directory { directory, reason: error.to_string() }
         };
         let file = std::fs::canonicalize(file).unwrap_or_else(|_| file.to_path_buf());
-        let hash = hash_key(format!("{name}\0{}", file.display()).as_bytes());
-        let lock_path = base.join(format!("{hash:016x}.lock"));
+        let lock_path = directory.with_extension("lock");
         let mut lock = OpenOptions::new()
             .read(true)
             .write(true)
@@ -68,8 +67,17 @@ impl Identity {
         let written =
             lock.set_len(0).and_then(|()| lock.rewind()).and_then(|()| write!(lock, "{}", std::process::id()));
         written.map_err(failed(&lock_path))?;
-        let directory = base.join(format!("{hash:016x}"));
         Ok(Self { directory, _lock: lock })
+    }
+
+    /// Where the sockets of a run of this pipeline are, if there is one.
+    ///
+    /// # Errors
+    /// [`IdentityError::Directory`].
+    pub fn directory_of(name: &str, file: &Path) -> Result<PathBuf, IdentityError> {
+        let file = std::fs::canonicalize(file).unwrap_or_else(|_| file.to_path_buf());
+        let hash = hash_key(format!("{name}\0{}", file.display()).as_bytes());
+        Ok(runtime_directory()?.join(format!("{hash:016x}")))
     }
 
     /// Begins with an empty directory: what a killed run left there is nobody's, as the lock says, unless it is taken over.

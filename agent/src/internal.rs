@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use argo_streams_pipeline::KeyExpression;
+use argo_streams_shm_protocol::monotonic_ns;
 use argo_streams_shm_protocol::stage::{
     BelongsTo, Emit, KeyChoice, KeyEvaluator, OUTPUT_MAIN, OpenError, Stage, StageError,
 };
@@ -149,6 +150,22 @@ impl Internal {
         }
         self.stage.end_sleep();
         Ok(())
+    }
+
+    /// Waits while the agent wants a source to read nothing. Returns how long that was, and at once where it wants no such thing.
+    ///
+    /// # Errors
+    /// As [`Stage::done`] and [`Stage::prepare_sleep`].
+    pub async fn pause(&mut self) -> Result<u64, StageError> {
+        if !self.stage.is_pause_requested() || self.stage.is_stop_requested() {
+            return Ok(0);
+        }
+        self.publish()?;
+        let begin_ns = monotonic_ns();
+        while self.stage.is_pause_requested() && !self.stage.is_stop_requested() {
+            self.wait().await?;
+        }
+        Ok(monotonic_ns().saturating_sub(begin_ns))
     }
 
     /// Emits a record of a source; publishes what is there and waits for room where there is none.

@@ -20,8 +20,10 @@ pub mod run;
 pub mod keeper;
 pub mod state_directory;
 
+pub mod ctl;
 pub mod identity;
 pub mod kafka_setup;
+pub mod metrics;
 pub mod offsets;
 pub mod screen;
 pub mod status;

@@ -7,8 +7,9 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use argo_streams_agent::bench::bench_ring;
-use argo_streams_agent::cli::{BenchCommand, Cli, Command};
+use argo_streams_agent::cli::{BenchCommand, Cli, Command, CtlArguments, CtlCommand, OutputFormat};
 use argo_streams_agent::conform::conform_command;
+use argo_streams_agent::ctl::{Request, ask};
 use argo_streams_agent::run::{Options, RunError, run, write_summary};
 use argo_streams_agent::screen::{Screen, ScreenWriter};
 use argo_streams_pipeline::{Plan, limits::FILE_BYTES_MAX};
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
             }
             code
         }
+        Command::Ctl(arguments) => ctl_command(arguments),
         Command::Keeper { directory } => match argo_streams_agent::keeper::serve(&directory) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
@@ -83,6 +85,50 @@ fn main() -> ExitCode {
                 }
             }
         }
+    }
+}
+
+fn ctl_command(arguments: CtlArguments) -> ExitCode {
+    let plan = match load(&arguments.file) {
+        Ok((plan, _)) => plan,
+        Err(text) => {
+            say(&text);
+            return ExitCode::from(BAD_USAGE);
+        }
+    };
+    let is_json = matches!(arguments.what, CtlCommand::Status { output: OutputFormat::Json });
+    let request = match arguments.what {
+        CtlCommand::Status { .. } => Request::Status,
+        CtlCommand::Pause => Request::Pause,
+        CtlCommand::Resume => Request::Resume,
+        CtlCommand::Drain => Request::Drain,
+        CtlCommand::Restart { step } => Request::Restart { step },
+        CtlCommand::Replace { step, mut command } => {
+            if let Some(program) = command.first_mut().filter(|program| program.contains('/')) {
+                *program = std::path::absolute(&*program)
+                    .map_or_else(|_| program.clone(), |path| path.to_string_lossy().into_owned());
+            }
+            Request::Replace { step, command }
+        }
+    };
+    let answer = match ask(plan.name(), &arguments.file, &request) {
+        Ok(answer) => answer,
+        Err(error) => {
+            say(&format!("ctl: {error}"));
+            return ExitCode::from(FAILED);
+        }
+    };
+    if !answer.ok {
+        say(&format!("ctl: {}", answer.text));
+        return ExitCode::from(FAILED);
+    }
+    let text = match &answer.summary {
+        Some(summary) if is_json => summary.to_string(),
+        _ => answer.text,
+    };
+    match writeln!(std::io::stdout(), "{}", text.trim_end()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_nobody_reads) => ExitCode::from(FAILED),
     }
 }
 

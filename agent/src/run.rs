@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, BufRead, Read, Write};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -21,10 +22,12 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open, pidfd_send_signal};
 
 use crate::broker::{Action, AdoptError, Broker, Level, Phase, Transport, listen};
+use crate::ctl::{Answer, Asked, Ctl, Request};
 use crate::identity::{Identity, IdentityError};
 use crate::internal::{Context, InternalError};
 use crate::kafka_setup::{KafkaError, KafkaSetup};
 use crate::keeper::Kept;
+use crate::metrics::{Metrics, Numbers};
 use crate::offsets::OffsetTracker;
 use crate::physical::{Physical, PhysicalError};
 use crate::screen::Screen;
@@ -66,6 +69,8 @@ pub struct Options {
     pub live: bool,
     /// Where what outlives the agent is known from.
     pub state: Option<PathBuf>,
+    /// Where metrics are served.
+    pub metrics_listen: Option<SocketAddr>,
     /// The pipeline's file as it was read: a later agent takes over only what runs the same.
     pub spec_text: String,
 }
@@ -230,6 +235,33 @@ struct Run {
     told_programs: bool,
     unread_errors: Vec<u64>,
     say_errors_at_ns: u64,
+    metrics: Option<Metrics>,
+    ctl: Ctl,
+    /// Commands that were put in the place of a step's own, by step.
+    replaced: HashMap<String, Vec<String>>,
+    /// Whoever waits for programs to be replaced.
+    replacing: Vec<Replacing>,
+    io: (&'static str, String),
+}
+
+/// A request that is answered when the programs of its step have started.
+#[derive(Debug)]
+struct Replacing {
+    asked: Asked,
+    step: String,
+    stages: Vec<usize>,
+    since_ns: u64,
+    until_ns: u64,
+}
+
+fn listen_for_scrapes(address: SocketAddr) -> Result<Metrics, RunError> {
+    let metrics = Metrics::listen(address).map_err(|error| {
+        RunError::Missing(format!(
+            "--metrics-listen {address}: cannot listen there: {error}; name an address of this machine and a free port, or port 0"
+        ))
+    })?;
+    tracing::info!("metrics at http://{}/metrics", metrics.address());
+    Ok(metrics)
 }
 
 /// Runs a pipeline to its end. Blocks.
@@ -249,9 +281,9 @@ pub fn run(plan: Plan, options: Options, screen: Arc<Screen>) -> (Result<Outcome
     if backend == Backend::Epoll {
         run.degradations.push(format!("io_uring is off: {backend_reason}"));
     }
+    run.io.1 = backend_reason;
     let result = run.serve(&mut signals, &kafka);
-    let status = Status::take(&run.plan, &run.broker, &run.latencies);
-    let summary = status.summary(&run.broker, backend.name(), &backend_reason, run.degradations.clone());
+    let summary = run.summary();
     run.end();
     if !run.options.is_json {
         run.screen.words(summary_text(&summary).as_bytes());
@@ -279,6 +311,7 @@ impl Run {
                 command_of(&options, step.name(), &step.place(), pardo, &directory)?;
             }
         }
+        let metrics = options.metrics_listen.map(listen_for_scrapes).transpose()?;
         let identity = Identity::take(plan.name(), &options.file)?;
         let (state, mut kept) = match &options.state {
             Some(state) => {
@@ -292,6 +325,7 @@ impl Run {
         if !is_taken_over {
             identity.clear()?;
         }
+        let ctl = Ctl::listen(&identity).map_err(system("cannot listen for `argo-streams ctl`"))?;
         let kafka = KafkaSetup::prepare(&plan, &options, &directory)?;
         let plan = Arc::new(plan);
         let mut transports = Vec::new();
@@ -362,6 +396,11 @@ impl Run {
             told_programs: false,
             unread_errors: Vec::new(),
             say_errors_at_ns: 0,
+            metrics,
+            ctl,
+            replaced: HashMap::new(),
+            replacing: Vec::new(),
+            io: (backend.name(), String::new()),
         };
         run.start_threads(backend, &directory, &kafka)?;
         Ok((run, identity, kafka))
@@ -484,7 +523,7 @@ impl Run {
                 draw_at_ns = now + DRAW_INTERVAL_NS;
             }
             let mut wake_ns = now + if self.screen.is_live() { DRAW_INTERVAL_NS } else { LOOK_INTERVAL_NS * 10 };
-            if self.is_ending() {
+            if self.is_ending() || !self.replacing.is_empty() {
                 wake_ns = now + LOOK_INTERVAL_NS / 10;
             }
             if !self.trackers.is_empty() {
@@ -499,6 +538,8 @@ impl Run {
                     Heard::Listener(place) => self.accept(place),
                     Heard::Words(stage) => self.read_words(stage),
                     Heard::ShimEnded(stage) => self.shim_ended(stage),
+                    Heard::Ctl => self.do_asked(),
+                    Heard::Scrape => self.answer_scrapes(),
                     Heard::Signal => {
                         if signals.take() == 0 {
                             continue;
@@ -514,6 +555,140 @@ impl Run {
                 }
             }
         }
+    }
+
+    fn summary(&self) -> Summary {
+        let status = Status::take(&self.plan, &self.broker, &self.latencies);
+        status.summary(&self.broker, self.io.0, &self.io.1, self.degradations.clone())
+    }
+
+    /// Does what was asked over the control socket of the run.
+    fn do_asked(&mut self) {
+        for asked in self.ctl.take() {
+            let answer = match &asked.request {
+                Request::Status => {
+                    let summary = self.summary();
+                    let state = if self.is_draining {
+                        "draining"
+                    } else if self.broker.is_paused() {
+                        "paused"
+                    } else {
+                        "running"
+                    };
+                    let text = format!("{state}\n{}", summary_text(&summary));
+                    Answer { summary: serde_json::to_value(&summary).ok(), ..Answer::done(text) }
+                }
+                Request::Pause | Request::Resume if self.is_draining => {
+                    Answer::refused("the run is being drained: its sources have stopped for good")
+                }
+                Request::Pause => {
+                    self.broker.pause_sources(true);
+                    tracing::info!("paused: sources read nothing until `argo-streams ctl FILE resume`");
+                    Answer::done("sources read nothing until they are resumed; what is in flight goes on")
+                }
+                Request::Resume => {
+                    self.broker.pause_sources(false);
+                    tracing::info!("resumed");
+                    Answer::done("sources go on")
+                }
+                Request::Drain => {
+                    tracing::info!("draining, as asked by `argo-streams ctl`");
+                    self.drain();
+                    Answer::done("sources stop, what is in flight is finished, and the run ends")
+                }
+                Request::Restart { step } | Request::Replace { step, .. } => {
+                    let (step, command) = (step.clone(), asked.request.command().map(<[String]>::to_vec));
+                    match self.replace(&step, command) {
+                        Ok(stages) => {
+                            let since_ns = monotonic_ns();
+                            let until_ns = since_ns + nanoseconds(self.options.grace) + END_PATIENCE_NS;
+                            self.replacing.push(Replacing { asked, step, stages, since_ns, until_ns });
+                            continue;
+                        }
+                        Err(text) => Answer::refused(text),
+                    }
+                }
+            };
+            asked.answer(answer);
+        }
+    }
+
+    /// Begins to replace the programs of a step; its stages.
+    fn replace(&mut self, step: &str, command: Option<Vec<String>>) -> Result<Vec<usize>, String> {
+        let pardos = || {
+            self.plan.steps().iter().filter(|step| matches!(step.kind(), StepKind::ParDo(_))).map(|step| step.name())
+        };
+        let Some(found) = self.plan.steps().iter().find(|found| found.name() == step) else {
+            let names: Vec<&str> = pardos().collect();
+            return Err(format!("there is no step {step:?}; steps with a program are {}", names.join(", ")));
+        };
+        if !matches!(found.kind(), StepKind::ParDo(_)) {
+            let names: Vec<&str> = pardos().collect();
+            return Err(format!("{step} has no program of its own; steps that do are {}", names.join(", ")));
+        }
+        if self.replacing.iter().any(|replacing| replacing.step == step) {
+            return Err(format!("{step} is being replaced already: wait for that"));
+        }
+        if let Some(command) = command {
+            if self.options.state.is_some() {
+                return Err(
+                    "this run outlives its agent (--state), and the next agent would start what the file says: drain it, change the file, and run it again"
+                        .to_owned(),
+                );
+            }
+            let command = resolve(command, Path::new(".")).map_err(|found| {
+                format!("the program {found:?} is not there or not executable; {step} goes on as it is")
+            })?;
+            self.replaced.insert(step.to_owned(), command);
+        }
+        let now = monotonic_ns();
+        let index = found.index();
+        let stages: Vec<usize> = self.broker.physical().stages_of(index).collect();
+        let stages: Vec<usize> = stages
+            .into_iter()
+            .filter(|stage| self.broker.replace_program(*stage, now, self.options.grace / 2))
+            .collect();
+        if stages.is_empty() {
+            return Err(format!("{step} has ended: there is nothing to start again"));
+        }
+        Ok(stages)
+    }
+
+    /// Tells whoever asked that the programs of a step have started, or that they have not.
+    fn answer_replaced(&mut self, now: u64) {
+        for replacing in std::mem::take(&mut self.replacing) {
+            let waits = replacing.stages.iter().filter(|stage| self.broker.is_being_replaced(**stage)).count();
+            if waits == 0 {
+                let (count, ms) = (replacing.stages.len(), now.saturating_sub(replacing.since_ns) / 1_000_000);
+                let text = format!("{}: {count} program(s) began again, {ms} ms after that was asked", replacing.step);
+                replacing.asked.answer(Answer::done(text));
+            } else if now >= replacing.until_ns {
+                let text = format!(
+                    "{}: {waits} of {} program(s) have not started yet; the run goes on trying, and says why on standard error",
+                    replacing.step,
+                    replacing.stages.len()
+                );
+                replacing.asked.answer(Answer::refused(text));
+            } else {
+                self.replacing.push(replacing);
+            }
+        }
+    }
+
+    fn answer_scrapes(&self) {
+        let Some(metrics) = &self.metrics else { return };
+        metrics.answer(|| {
+            let status = Status::take(&self.plan, &self.broker, &self.latencies);
+            Numbers {
+                pipeline: self.plan.name().to_owned(),
+                steps: (0..self.plan.steps().len())
+                    .map(|step| (status.step(&self.broker, step), status.undone(&self.broker, step)))
+                    .collect(),
+                edges: status.edges(&self.broker),
+                degradations: self.degradations.len(),
+            }
+            .encode()
+        });
     }
 
     /// Whether some stage has finished, so that the others are about to.
@@ -606,6 +781,7 @@ impl Run {
         if self.is_draining {
             self.drain();
         }
+        self.answer_replaced(now);
         if now >= self.say_errors_at_ns {
             self.say_errors_at_ns = now + ERRORS_INTERVAL_NS;
             self.say_unread_errors();
@@ -647,6 +823,12 @@ impl Run {
                     if let Err(error) = self.start_shim(stage) {
                         let step = step(stage, &self.broker);
                         self.fail(RunError::Failed { step, text: format!("its shim cannot be started: {error}") });
+                    }
+                }
+                Action::EndShim { stage } => {
+                    if let Some(shim) = self.shims.get(&stage) {
+                        // Gone already is what was asked for.
+                        let _gone = pidfd_send_signal(&shim.ended, Signal::KILL);
                     }
                 }
                 Action::KillProgram { pid } => {
@@ -699,8 +881,11 @@ impl Run {
         let StepKind::ParDo(pardo) = step.kind() else { return Ok(()) };
         let Some(socket) = self.broker.socket(stage) else { return Ok(()) };
         let directory = self.options.file.parent().unwrap_or(Path::new("."));
-        let command = command_of(&self.options, step.name(), &step.place(), pardo, directory)
-            .map_err(|error| io::Error::other(error.to_string()))?;
+        let command = match self.replaced.get(step.name()) {
+            Some(command) => command.clone(),
+            None => command_of(&self.options, step.name(), &step.place(), pardo, directory)
+                .map_err(|error| io::Error::other(error.to_string()))?,
+        };
         let mut shim = Command::new(std::env::current_exe()?);
         shim.arg("shim").arg("--socket").arg(socket);
         shim.arg("--transport").arg(match pardo.transport() {
@@ -803,8 +988,12 @@ impl Run {
     }
 
     fn poll(&mut self, signals: &Signals, timeout_ns: u64) -> Vec<Heard> {
-        let mut names = vec![Heard::Signal];
-        let mut descriptors: Vec<BorrowedFd<'_>> = vec![signals.reader.as_fd()];
+        let mut names = vec![Heard::Signal, Heard::Ctl];
+        let mut descriptors: Vec<BorrowedFd<'_>> = vec![signals.reader.as_fd(), self.ctl.descriptor()];
+        if let Some(metrics) = &self.metrics {
+            names.push(Heard::Scrape);
+            descriptors.push(metrics.descriptor());
+        }
         for (client, descriptor) in self.broker.descriptors() {
             names.push(Heard::Client(client));
             descriptors.push(descriptor);
@@ -887,6 +1076,8 @@ enum Heard {
     Listener(usize),
     Words(usize),
     ShimEnded(usize),
+    Scrape,
+    Ctl,
     Signal,
 }
 
@@ -919,7 +1110,7 @@ fn command_of(
     pardo: &ParDo,
     directory: &Path,
 ) -> Result<Vec<String>, RunError> {
-    let (mut command, base, origin) = match (options.images.get(pardo.image()), pardo.command()) {
+    let (command, base, origin) = match (options.images.get(pardo.image()), pardo.command()) {
         (Some(command), _) => (command.clone(), Path::new("."), "--image"),
         (None, Some(command)) => (command.to_vec(), directory, "command"),
         (None, None) => {
@@ -934,15 +1125,20 @@ fn command_of(
             "{place} ({name}): the program of {origin}, {found:?}, is not there or not executable"
         ))
     };
+    resolve(command, base).map_err(|found| missing(&found))
+}
+
+/// A command with the whole path of its program, if that has one; else the name of what is not there.
+fn resolve(mut command: Vec<String>, base: &Path) -> Result<Vec<String>, String> {
     if let Some(program) = command.first_mut() {
         if program.contains('/') {
             let path = base.join(&*program);
             if !path.is_file() {
-                return Err(missing(&path.display().to_string()));
+                return Err(path.display().to_string());
             }
             *program = std::path::absolute(&path).unwrap_or(path).to_string_lossy().into_owned();
         } else if !is_in_path(program) {
-            return Err(missing(program));
+            return Err(program.clone());
         }
     }
     Ok(command)

@@ -216,6 +216,12 @@ impl Status {
         }
     }
 
+    /// Records that a step has read and not finished.
+    #[must_use]
+    pub fn undone(&self, broker: &Broker, step: usize) -> u64 {
+        self.of(broker, step).fold(0, |sum: u64, (_, snapshot)| sum.saturating_add(snapshot.undone))
+    }
+
     /// The numbers of every edge, in the order of the file.
     #[must_use]
     pub fn edges(&self, broker: &Broker) -> Vec<(EdgeSummary, u64)> {

@@ -187,6 +187,8 @@ pub mod session {
     pub const ATTENTION_STOP: u64 = 1;
     /// The session was revoked: nothing that is written from here on counts.
     pub const ATTENTION_REVOKED: u64 = 2;
+    /// Read nothing more until the bit is gone (sources).
+    pub const ATTENTION_PAUSE: u64 = 4;
     /// Where the entries of inputs begin.
     pub const INPUTS: usize = 4096;
     /// Distance of two entries.

@@ -47,6 +47,8 @@ impl<W: Words> SessionPage<W> {
     pub fn resume(words: W, shape: PageShape) -> Self {
         let (epoch, attention) =
             (words.load(session::EPOCH, Ordering::Acquire), words.load(session::ATTENTION, Ordering::Acquire));
+        // A pause was the predecessor's wish, and nobody would know of it.
+        let attention = attention & !session::ATTENTION_PAUSE;
         let attention = attention.wrapping_add(UNANNOUNCED_MAX << session::ATTENTION_COUNT_SHIFT);
         let mut page = Self { words, shape, epoch, attention };
         page.words.store(session::ATTENTION, attention, Ordering::Release);
@@ -90,6 +92,12 @@ impl<W: Words> SessionPage<W> {
     /// Sets a bit of attention.
     pub fn set_attention(&mut self, bit: u64) {
         self.attention |= bit;
+        self.words.store(session::ATTENTION, self.attention, Ordering::Release);
+    }
+
+    /// Takes a bit of attention back.
+    pub fn clear_attention(&mut self, bit: u64) {
+        self.attention &= !bit;
         self.words.store(session::ATTENTION, self.attention, Ordering::Release);
     }
 

@@ -312,8 +312,25 @@ struct Output {
 }
 
 impl Output {
+    /// Emits a record that is finished with it: this payload, or what was written in place. Nothing of the ring may be pending.
+    #[inline]
+    fn emit_done(
+        &mut self,
+        fields: &RecordFields<'_>,
+        payload: &[u8],
+        in_place: Option<&InPlace>,
+    ) -> Result<(), EmitError> {
+        match in_place {
+            None => self.producer.emit_done(fields, payload),
+            Some(place) => {
+                let emitted = self.emit_in_place(fields, place);
+                self.producer.mark_done();
+                emitted
+            }
+        }
+    }
+
     /// Emits what was written in place. Behind another large record it is copied: those lie in the order of their records.
-    #[cold]
     fn emit_in_place(&mut self, fields: &RecordFields<'_>, place: &InPlace) -> Result<(), EmitError> {
         if self.producer.emit_reserved(fields, place.len)? {
             return Ok(());
@@ -427,6 +444,7 @@ pub struct Stage {
     session_seen: u64,
     messages_seen: u64,
     stop_requested: bool,
+    pause_requested: bool,
     bell: Bell,
     interrupted: Arc<AtomicBool>,
     inputs: Vec<Input>,
@@ -604,6 +622,7 @@ impl Stage {
             session_seen: 0,
             messages_seen: 0,
             stop_requested: false,
+            pause_requested: false,
             bell,
             interrupted: Arc::new(AtomicBool::new(false)),
             inputs,
@@ -708,6 +727,13 @@ impl Stage {
     #[must_use]
     pub fn is_input_over(&self) -> bool {
         !self.inputs.is_empty() && self.inputs.iter().all(|input| input.ended)
+    }
+
+    /// Whether the agent asks this stage to read nothing for a while (sources). Like every decision of the agent, a change is seen
+    /// by the next commit or wait.
+    #[must_use]
+    pub fn is_pause_requested(&self) -> bool {
+        self.pause_requested
     }
 
     /// Whether the agent asks this stage to stop reading (sources).
@@ -1117,11 +1143,10 @@ impl Stage {
         if emit.finishes
             && self.pending_outputs.is_empty()
             && self.counted.is_empty()
-            && self.in_place.is_none()
             && let Some(direct) = self.router.direct.get(output).and_then(Option::as_ref)
             && let Some(ring) = direct.ring(fields.key.map(|_| fields.key_hash), &mut self.router.spread)
             && let Some(to) = self.outputs.get_mut(ring)
-            && to.producer.emit_done(&fields, payload).is_ok()
+            && to.emit_done(&fields, payload, self.in_place.as_ref()).is_ok()
         {
             // The one output of a record that is finished with it: it is never pending.
             self.blocked_on = None;
@@ -2072,6 +2097,7 @@ impl Stage {
         }
         self.session_seen = epoch;
         self.stop_requested = attention & session::ATTENTION_STOP != 0;
+        self.pause_requested = attention & session::ATTENTION_PAUSE != 0;
         let messages = attention >> session::ATTENTION_COUNT_SHIFT;
         while self.messages_seen < messages {
             match self.control.try_receive()? {

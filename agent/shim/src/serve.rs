@@ -378,10 +378,37 @@ impl Shim {
         if self.program.is_none() || self.stopping.is_some() {
             return;
         }
-        if let Some(program) = &mut self.program {
+        self.cut_feed();
+        if self.feed_begin == self.feed.len()
+            && let Some(program) = &mut self.program
+        {
             program.close_stdin();
         }
         self.stopping = Some(Stopping { deadline_ns: monotonic_ns() + nanoseconds(grace), terminated: false });
+    }
+
+    /// Takes lines back that the program has nothing of. One that it has a part of goes whole: a program that saw the end of its
+    /// input there would take the part for a line, and answer it.
+    fn cut_feed(&mut self) {
+        let written = self.fed_bytes - (self.feed.len() - self.feed_begin) as u64;
+        // What was fed before this block were whole lines.
+        let mut cut = (self.feed_begin == 0).then_some(written);
+        let mut kept = self.fed;
+        for (index, entry) in self.in_flight.iter_mut().take(self.fed).enumerate() {
+            let InFlight::Line { end: Some(end) } = *entry else { continue };
+            match cut {
+                Some(cut) if end > cut => {
+                    *entry = InFlight::Line { end: None };
+                    kept = kept.min(index);
+                }
+                None if end >= written => cut = Some(end),
+                _ => {}
+            }
+        }
+        let cut = cut.unwrap_or(self.fed_bytes);
+        self.feed.truncate(self.feed_begin + usize::try_from(cut - written).unwrap_or(0));
+        self.fed = kept;
+        self.fed_bytes = cut;
     }
 
     /// One round of work; whether anything moved.
@@ -425,7 +452,7 @@ impl Shim {
         } else if stage.is_stop_requested() {
             // Nothing to do: stops reach a ParDo in its rings.
         }
-        if self.program.as_ref().and_then(Program::stdin).is_none() {
+        if self.stopping.is_some() || self.program.as_ref().and_then(Program::stdin).is_none() {
             return Ok(moved);
         }
         // A record that killed its process before goes alone, until as many have passed as were unanswered then. A program that
@@ -474,6 +501,9 @@ impl Shim {
                 if self.feed_begin == self.feed.len() {
                     self.feed.clear();
                     self.feed_begin = 0;
+                    if self.stopping.is_some() {
+                        program.close_stdin();
+                    }
                 }
                 Ok(count > 0)
             }

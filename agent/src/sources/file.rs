@@ -37,6 +37,7 @@ pub async fn run(context: Context, source: FileSource) -> Result<(), InternalErr
     let mut position = if decoder.is_some() { 0 } else { done_before };
     let (mut unpacked, mut pass_over) = (position, done_before - position);
     loop {
+        internal.pause().await?;
         if internal.stage.is_stop_requested() {
             return Ok(internal.finish(true).await?);
         }

@@ -14,7 +14,7 @@ use crate::internal::{Context, Internal, InternalError, from_source};
 pub async fn run(context: Context, generate: Generate) -> Result<(), InternalError> {
     let mut records = generator::records(&generate);
     let mut internal = Internal::open(context.control)?;
-    let begin_ns = monotonic_ns();
+    let mut begin_ns = monotonic_ns();
     let mut count = 0_u64;
     let mut record = Record::default();
     // What an earlier agent had handed on is made again and passed over: the generator is the same for the same seed.
@@ -25,6 +25,8 @@ pub async fn run(context: Context, generate: Generate) -> Result<(), InternalErr
         }
     }
     while records.next_into(&mut record) {
+        // What was not made during a pause is not made up for.
+        begin_ns += internal.pause().await?;
         if let Some(rate) = generate.records_per_second() {
             // Each record has its time from the beginning on, so that a late one does not make all later ones late.
             #[expect(
@@ -36,13 +38,17 @@ pub async fn run(context: Context, generate: Generate) -> Result<(), InternalErr
             let due_ns = begin_ns + (count as f64 * 1e9 / rate) as u64;
             if monotonic_ns() < due_ns {
                 internal.stage.done(0)?;
-                while monotonic_ns() < due_ns && !internal.stage.is_stop_requested() {
+                while monotonic_ns() < due_ns
+                    && !internal.stage.is_stop_requested()
+                    && !internal.stage.is_pause_requested()
+                {
                     // Blocks this thread, which is the stage's own: the kernel's timer is finer than a runtime's millisecond.
                     internal.stage.wait(due_ns.saturating_sub(monotonic_ns()))?;
                     internal.stage.commit()?;
                 }
             }
         }
+        begin_ns += internal.pause().await?;
         if internal.stage.is_stop_requested() {
             return Ok(internal.finish(true).await?);
         }

@@ -67,6 +67,11 @@ pub async fn run(context: Context, mut options: SourceOptions, hooks: Hooks) -> 
             ends_told = true;
         }
         commit_offsets(&source, &hooks);
+        if internal.stage.is_pause_requested() {
+            // Its client goes on being a member of the group, and reads ahead until its queue is full.
+            internal.wait().await?;
+            continue;
+        }
         match source.try_next() {
             Some(SourceEvent::Records(records)) => {
                 for record in records {

@@ -20,7 +20,11 @@ pub async fn run(context: Context) -> Result<(), InternalError> {
     let mut splitter = LineSplitter::default();
     let mut taken = 0;
     loop {
+        internal.pause().await?;
         internal.wait_or(stream.readable()).await?;
+        if internal.stage.is_pause_requested() {
+            continue;
+        }
         if internal.stage.is_stop_requested() {
             // What was read is emitted; a started line is not a record yet, and stays uncounted with its sender.
             return Ok(internal.finish(true).await?);

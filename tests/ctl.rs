@@ -1,0 +1,274 @@
+//! `argo-streams ctl` on real runs: whatever is asked, each record is there once and in the order of its key.
+#![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests: a failure is a failed test")]
+
+use std::collections::HashMap;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use argo_streams_tests::{Running, Scratch, binary, repository, target_directory, wait_for};
+use serde_json::Value;
+
+/// Answers each line at once, in Python.
+const PYTHON: [&str; 3] = ["python3", "-c", "import sys\nfor line in sys.stdin: print(line, end='')"];
+
+fn ctl(pipeline: &Path, words: &[&str]) -> Output {
+    Command::new(binary()).arg("ctl").arg(pipeline).args(words).output().unwrap()
+}
+
+/// What was done; fails where it was not.
+fn done(pipeline: &Path, words: &[&str]) -> String {
+    let output = ctl(pipeline, words);
+    assert!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Why it was not done; fails where it was.
+fn refused(pipeline: &Path, words: &[&str], code: i32) -> String {
+    let output = ctl(pipeline, words);
+    assert_eq!(output.status.code(), Some(code), "{words:?}: {}", String::from_utf8_lossy(&output.stdout));
+    String::from_utf8(output.stderr).unwrap()
+}
+
+fn status(pipeline: &Path) -> Value {
+    serde_json::from_str(&done(pipeline, &["status", "--output", "json"])).unwrap()
+}
+
+/// Records that the last step has finished.
+fn records_at_the_end(pipeline: &Path) -> u64 {
+    status(pipeline)["steps"].as_array().unwrap().last().unwrap()["in"].as_u64().unwrap()
+}
+
+/// Until another thousand records went through.
+fn wait_for_progress(pipeline: &Path) {
+    let before = records_at_the_end(pipeline);
+    wait_for("progress", || (records_at_the_end(pipeline) >= before + 1000).then_some(()));
+}
+
+/// Begins a run that can be asked.
+fn start(scratch: &Scratch, steps: &str) -> (PathBuf, Running) {
+    let pipeline = scratch.pipeline(steps);
+    let run = scratch.start(&pipeline, &["--output", "json"]);
+    wait_for("the run", || ctl(&pipeline, &["status"]).status.success().then_some(()));
+    (pipeline, run)
+}
+
+/// Fails unless the ids of each key are 0, 1, 2 and so on, and there are `count` of all.
+fn assert_whole_and_in_order(text: &str, count: u64) {
+    let mut next: HashMap<String, u64> = HashMap::new();
+    for line in text.lines() {
+        let record: Value = serde_json::from_str(line).unwrap_or_else(|error| panic!("{line:?}: {error}"));
+        let (key, id) = (record["key"].as_str().unwrap().to_owned(), record["n"].as_u64().unwrap());
+        let wanted = next.entry(key.clone()).or_default();
+        assert_eq!(id, *wanted, "of key {key}");
+        *wanted += 1;
+    }
+    assert_eq!(next.values().sum::<u64>(), count);
+}
+
+/// Records whose ids count on for each of seven keys.
+fn keyed_lines(ids: std::ops::Range<u64>) -> String {
+    ids.map(|id| format!("{{\"key\":\"k{}\",\"n\":{}}}\n", id % 7, id / 7)).collect()
+}
+
+/// Replaces the program of step `p` by each of the commands in turn, under load; nothing is lost, doubled or out of order.
+fn replace_under_load(beside: &str, first: &[&str], commands: &[&[&str]]) {
+    let scratch = Scratch::new();
+    let first: Vec<String> = first.iter().map(|word| serde_json::to_string(word).unwrap()).collect();
+    let (pipeline, mut run) = start(
+        &scratch,
+        &format!(
+            "  - stdin: {{}}\n  - groupByKey: {{key: .key}}\n  - parDo: p\n    name: p\n    command: [{}]\n{beside}  - file: {{path: out}}\n",
+            first.join(", ")
+        ),
+    );
+    let mut input = run.child.stdin.take().unwrap();
+    let is_over = Arc::new(AtomicBool::new(false));
+    // As fast as it is taken, for as long as programs are replaced.
+    let writer = std::thread::spawn({
+        let is_over = Arc::clone(&is_over);
+        move || {
+            let mut count = 0;
+            while !is_over.load(Ordering::Relaxed) {
+                input.write_all(keyed_lines(count..count + 700).as_bytes()).unwrap();
+                count += 700;
+            }
+            count
+        }
+    });
+    for command in commands {
+        wait_for_progress(&pipeline);
+        let said = done(&pipeline, &[&["replace", "p", "--"], *command].concat());
+        assert!(said.contains("began again"), "{said}");
+    }
+    wait_for_progress(&pipeline);
+    is_over.store(true, Ordering::Relaxed);
+    let count = writer.join().unwrap();
+    let run = run.finish().expect_code(0);
+    assert_eq!(run.summary()["steps"][2]["restarts"], 0, "{}", run.words());
+    assert_whole_and_in_order(&scratch.text("out"), count);
+}
+
+#[test]
+fn programs_on_lines_are_replaced_under_load() {
+    let commands: [&[&str]; 6] = [&PYTHON, &["cat"], &["perl", "-pe", "1"], &["sed", "-n", "p"], &PYTHON, &["cat"]];
+    replace_under_load("    ack: line\n", &["cat"], &commands);
+    replace_under_load("    ack: line\n    containers: 3\n", &["cat"], &commands);
+}
+
+#[test]
+fn programs_over_http_and_sockets_are_replaced_under_load() {
+    for transport in ["http", "socket"] {
+        let program = repository().join(format!("examples/transports/identity_{transport}.py"));
+        let command = ["python3", program.to_str().unwrap()];
+        replace_under_load(&format!("    transport: {transport}\n"), &command, &[&command, &command]);
+    }
+}
+
+#[test]
+fn programs_with_the_library_are_replaced_under_load() {
+    let scratch = Scratch::new();
+    let (one, other) = (scratch.path("one"), scratch.path("other"));
+    for program in [&one, &other] {
+        let compiled = Command::new("cc")
+            .args(["-O2", "-o"])
+            .arg(program)
+            .arg("-I")
+            .arg(repository().join("sdk-c/include"))
+            .args([repository().join("tests/identity.c"), target_directory().join("libargo_streams.a")])
+            .args(["-lpthread", "-ldl", "-lm", "-lgcc_s"])
+            .status()
+            .unwrap();
+        assert!(compiled.success());
+    }
+    let (one, other) = ([one.to_str().unwrap()], [other.to_str().unwrap()]);
+    replace_under_load("    transport: shm\n", &one, &[&other, &one, &other]);
+    // From the library to lines and back.
+    replace_under_load("    ack: line\n", &["cat"], &[&one, &PYTHON, &other]);
+}
+
+#[test]
+fn a_paused_run_reads_nothing_until_it_is_resumed_or_drained() {
+    let scratch = Scratch::new();
+    let (pipeline, run) = start(
+        &scratch,
+        "  - generate: {generator: counter}\n  - parDo: p\n    command: [cat]\n    ack: line\n  - discard: {}\n",
+    );
+    for _ in 0..3 {
+        wait_for_progress(&pipeline);
+        done(&pipeline, &["pause"]);
+        assert!(done(&pipeline, &["status"]).starts_with("paused\n"));
+        // What was read before comes to its end, and then there is nothing more: the source is without a limit.
+        let numbers = wait_for("everything in flight", || {
+            let status = status(&pipeline);
+            let numbers =
+                [&status["steps"][0]["out"], &status["steps"][2]["in"]].map(|number| number.as_u64().unwrap());
+            (numbers[0] == numbers[1]).then_some(numbers)
+        });
+        for _ in 0..3 {
+            assert_eq!(records_at_the_end(&pipeline), numbers[1]);
+        }
+        done(&pipeline, &["resume"]);
+        assert!(done(&pipeline, &["status"]).starts_with("running\n"));
+    }
+    wait_for_progress(&pipeline);
+    done(&pipeline, &["pause"]);
+    done(&pipeline, &["drain"]);
+    let run = run.finish().expect_code(0);
+    let summary = run.summary();
+    assert_eq!(summary["steps"][0]["out"], summary["steps"][2]["in"]);
+}
+
+#[test]
+fn every_source_can_be_paused() {
+    let scratch = Scratch::new();
+    scratch.write("in", keyed_lines(0..200_000));
+    let (pipeline, mut run) = start(
+        &scratch,
+        "  - stdin: {}\n  - file: {path: out}\n  - file: {path: in}\n    name: in\n    from: []\n  - file: {path: copy}\n    from: [in]\n",
+    );
+    run.write(b"before\n");
+    wait_for("the first line", || (std::fs::read(scratch.path("out")).ok()? == b"before\n").then_some(()));
+    done(&pipeline, &["pause"]);
+    run.write(b"meanwhile\n");
+    drop(run.child.stdin.take());
+    for _ in 0..3 {
+        assert_eq!(status(&pipeline)["steps"][0]["out"], 1);
+    }
+    done(&pipeline, &["resume"]);
+    let _good = run.finish().expect_code(0);
+    assert_eq!(scratch.text("out"), "before\nmeanwhile\n");
+    assert!(scratch.text("copy") == keyed_lines(0..200_000));
+}
+
+#[test]
+fn what_cannot_be_done_is_refused_with_what_can() {
+    let scratch = Scratch::new();
+    let (pipeline, mut run) = start(
+        &scratch,
+        "  - stdin: {}\n  - parDo: p\n    name: p\n    command: [cat]\n    ack: line\n  - file: {path: out}\n",
+    );
+    for (words, code, said) in [
+        (&["restart", "q"][..], 1, "no step \"q\"; steps with a program are p"),
+        (&["replace", "stdin-0", "--", "cat"], 1, "stdin-0 has no program of its own; steps that do are p"),
+        (
+            &["replace", "p", "--", "no-such-program"],
+            1,
+            "\"no-such-program\" is not there or not executable; p goes on",
+        ),
+        (&["replace", "p", "--", "./no/such"], 1, "no/such\" is not there or not executable"),
+        (&["replace", "p"], 2, "COMMAND"),
+        (&["stop"], 2, "stop"),
+    ] {
+        let text = refused(&pipeline, words, code);
+        assert!(text.contains(said), "{words:?}: {text}");
+    }
+    let other = scratch.write("other.yaml", std::fs::read(&pipeline).unwrap());
+    assert!(refused(&other, &["status"], 1).contains("is not running here"));
+    run.write(b"still here\n");
+    drop(run.child.stdin.take());
+    let run = run.finish().expect_code(0);
+    assert_eq!(run.summary()["steps"][1]["restarts"], 0);
+    assert_eq!(scratch.text("out"), "still here\n");
+    assert!(refused(&pipeline, &["status"], 1).contains("argo-streams run"));
+}
+
+#[test]
+fn nonsense_on_its_socket_harms_nobody() {
+    use std::io::Read;
+    let scratch = Scratch::new();
+    let directory = scratch.path("run");
+    std::fs::create_dir(&directory).unwrap();
+    let pipeline = scratch.pipeline("  - stdin: {}\n  - file: {path: out}\n");
+    let mut command = Command::new(binary());
+    command.arg("run").arg(&pipeline).env("XDG_RUNTIME_DIR", &directory);
+    let mut run = Running::start(command);
+    let socket = wait_for("the socket", || {
+        let runs = std::fs::read_dir(directory.join("argo-streams")).ok()?;
+        runs.flatten()
+            .map(|entry| entry.path().join("ctl.sock"))
+            .find(|path| std::os::unix::net::UnixStream::connect(path).is_ok())
+    });
+    let answer = |bytes: &[u8]| {
+        let mut stream = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+        // It may stop to listen before all is said.
+        let _broken = stream.write_all(bytes);
+        let _broken = stream.shutdown(std::net::Shutdown::Write);
+        let mut text = String::new();
+        let _reset = stream.read_to_string(&mut text);
+        text
+    };
+    for bytes in [&b""[..], b"\n", b"{}\n", b"{\"request\":\"melt\"}\n", b"\xff\xfe\n", &vec![b'['; 300 << 10]] {
+        let text = answer(bytes);
+        assert!(text.is_empty() || text.contains("not understood"), "{text}");
+    }
+    assert!(answer(b"{\"request\":\"status\"}\n").contains("\"ok\":true"));
+    run.write(b"whole\n");
+    drop(run.child.stdin.take());
+    let run = run.finish().expect_code(0);
+    assert!(!run.words().contains("panicked"), "{}", run.words());
+    assert_eq!(scratch.text("out"), "whole\n");
+}
