@@ -201,8 +201,14 @@ impl Shim {
     /// them for deaths and restarts: it hears of those that fail.
     fn start(&mut self) -> Result<(), ShimError> {
         (self.stopping, self.over, self.may_start) = (None, false, true);
-        if self.batches == Batches::Files && !self.start_program()? {
-            return Ok(());
+        if self.batches == Batches::Files {
+            if !self.start_program()? {
+                return Ok(());
+            }
+        } else {
+            // What the agent may kill is this shim: its program dies with it, and the number of a process that has ended with
+            // its batch could be another one's.
+            self.send(Event::Program(ProgramEvent::Started { pid: std::process::id() }))?;
         }
         if self.stage.is_none() {
             let control = Control::connect(&self.options.socket).map_err(|source| self.control_error(source))?;
