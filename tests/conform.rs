@@ -196,6 +196,35 @@ fn a_program_on_shared_memory_passes_and_one_that_never_opens_it_fails() {
 }
 
 #[test]
+fn a_small_program_on_files_passes_and_one_that_drops_a_line_in_a_thousand_fails() {
+    let path = repository().join("examples/transports/identity_file.sh");
+    let run = conform(&["--transport", "file"], &[], &["sh", path.to_str().unwrap()]).expect_code(0);
+    assert!(cases(&run).len() >= 40);
+    let text = std::fs::read_to_string(&path).unwrap();
+    let lying = text.replace("cp \"$batch\" \"$out.tmp\"", "sed 1000~1000d \"$batch\" > \"$out.tmp\"");
+    assert_ne!(lying, text);
+    let scratch = Scratch::new();
+    let lying = scratch.write("lying.sh", lying);
+    let those = ["ten-thousand-records", "hundred-thousand-records"];
+    let run = conform(&["--transport", "file"], &those, &["sh", lying.to_str().unwrap()]).expect_code(1);
+    assert!(cases(&run).iter().any(|case| case["passed"] == false));
+}
+
+#[test]
+fn cat_passes_every_case_in_each_framing_and_a_program_of_lines_does_not() {
+    for framing in ["json", "length"] {
+        let run = conform(&["--framing", framing], &[], &["cat"]).expect_code(0);
+        assert!(cases(&run).len() >= 40, "{framing}");
+        // What is said of a line is no frame.
+        let those = ["three-records"];
+        let run = conform(&["--framing", framing], &those, &["sed", "-u", "s/a/ab/"]).expect_code(1);
+        assert!(cases(&run).iter().all(|case| case["passed"] == false), "{framing}");
+    }
+    let refused = conform(&["--framing", "json", "--transport", "http"], &[], &["cat"]).expect_code(2);
+    assert!(refused.words().contains("frames of their own"), "{}", refused.words());
+}
+
+#[test]
 fn small_programs_on_named_pipes_a_socket_and_http_pass() {
     let path = |name: &str| repository().join("examples/transports").join(name).to_str().unwrap().to_owned();
     for (transport, name) in [("fifo", "identity_fifo.py"), ("socket", "identity_socket.py")] {

@@ -129,6 +129,14 @@ fn programs_over_http_and_sockets_are_replaced_under_load() {
 }
 
 #[test]
+fn programs_of_batches_are_replaced_under_load() {
+    replace_under_load("    ack: exit\n", &["cat"], &[&["sed", "-n", "p"], &["cat"]]);
+    let program = repository().join("examples/transports/identity_file.sh");
+    let command = ["sh", program.to_str().unwrap()];
+    replace_under_load("    transport: file\n", &command, &[&command, &command]);
+}
+
+#[test]
 fn programs_with_the_library_are_replaced_under_load() {
     let scratch = Scratch::new();
     let (one, other) = (scratch.path("one"), scratch.path("other"));

@@ -174,6 +174,9 @@ pub struct ConformArguments {
     /// How the program is joined to the pipeline.
     #[arg(long, value_name = "NAME", default_value = "stdio")]
     pub transport: ConformTransport,
+    /// How records lie in what the program reads and writes.
+    #[arg(long, value_name = "NAME", default_value = "lines")]
+    pub framing: FramingKind,
     /// What the program does with a record.
     #[arg(long, value_name = "WHAT", default_value = "identity")]
     pub expect: ConformExpect,
@@ -212,6 +215,8 @@ pub enum ConformTransport {
     Http,
     /// By a unix socket.
     Socket,
+    /// By files in a directory.
+    File,
 }
 
 /// What `conform` expects.
@@ -364,6 +369,18 @@ pub struct ShimArguments {
     /// What carries the program's output.
     #[arg(long, default_value = "line")]
     pub buffering: BufferingKind,
+    /// How records lie in its input and output.
+    #[arg(long, default_value = "lines")]
+    pub framing: FramingKind,
+    /// With `--ack exit`: exit codes that are success.
+    #[arg(long, value_delimiter = ',', default_value = "0")]
+    pub success: Vec<u8>,
+    /// Records of a batch at most.
+    #[arg(long, default_value_t = 16_384)]
+    pub batch_records: usize,
+    /// Bytes of a batch at most.
+    #[arg(long, default_value_t = 256 << 10)]
+    pub batch_bytes: u64,
     /// How long a program may take to end.
     #[arg(long, default_value_t = 10_000)]
     pub grace_ms: u64,
@@ -379,13 +396,28 @@ impl ShimArguments {
         argo_streams_shim::Options {
             socket: self.socket,
             exchange: match self.transport {
-                ShimTransport::Stdio | ShimTransport::Fifo => None,
+                ShimTransport::Stdio | ShimTransport::Fifo | ShimTransport::File => None,
                 ShimTransport::Http => Some(argo_streams_shim::Exchange::Http),
                 ShimTransport::Socket => Some(argo_streams_shim::Exchange::Socket),
             },
+            batches: match (self.transport, self.ack) {
+                (ShimTransport::File, _) => Some(argo_streams_shim::Batches::Files),
+                (_, Ack::Exit) => Some(argo_streams_shim::Batches::Exit { success: self.success }),
+                _ => None,
+            },
+            batch: argo_streams_shim::BatchLimits {
+                records: self.batch_records.max(1),
+                bytes: self.batch_bytes.max(1),
+            },
+            framing: match self.framing {
+                FramingKind::Lines => argo_streams_shim::Framing::Lines,
+                FramingKind::Json => argo_streams_shim::Framing::Json,
+                FramingKind::Length => argo_streams_shim::Framing::Length,
+            },
             has_fifos: self.transport == ShimTransport::Fifo,
             acknowledgement: match self.ack {
-                Ack::Auto => argo_streams_shim::Acknowledgement::Auto,
+                // Batches have an acknowledgement of their own.
+                Ack::Auto | Ack::Exit => argo_streams_shim::Acknowledgement::Auto,
                 Ack::Line => argo_streams_shim::Acknowledgement::Line,
                 Ack::Read => argo_streams_shim::Acknowledgement::Read,
             },
@@ -407,6 +439,19 @@ pub enum ShimTransport {
     Http,
     /// Frames over a unix socket.
     Socket,
+    /// Files in a directory.
+    File,
+}
+
+/// How records lie in a program's input and output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum FramingKind {
+    /// One a line.
+    Lines,
+    /// A JSON object a line.
+    Json,
+    /// A length before each.
+    Length,
 }
 
 /// When a record counts as done.
@@ -418,6 +463,8 @@ pub enum Ack {
     Line,
     /// When the program has read it.
     Read,
+    /// A batch, when the process that was started for it has ended.
+    Exit,
 }
 
 /// What carries a program's output.

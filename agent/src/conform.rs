@@ -2,9 +2,9 @@
 
 use std::io::{IsTerminal, Write};
 
-use argo_streams_conform::{ConformError, Expect, Request, Transport, conform, contract_table};
+use argo_streams_conform::{ConformError, Expect, Framing, Request, Transport, conform, contract_table};
 
-use crate::cli::{ConformArguments, ConformExpect, ConformTransport, OutputFormat};
+use crate::cli::{ConformArguments, ConformExpect, ConformTransport, FramingKind, OutputFormat};
 
 /// Exit code and text when nothing could be tried.
 type Failure = (u8, String);
@@ -20,6 +20,12 @@ pub fn conform_command(arguments: &ConformArguments) -> Result<bool, Failure> {
     if arguments.list {
         return print(&contract_table()).map(|()| true);
     }
+    let has_frames =
+        |transport| !matches!(transport, ConformTransport::Shm | ConformTransport::Http | ConformTransport::Socket);
+    if arguments.framing != FramingKind::Lines && !has_frames(arguments.transport) {
+        let text = "`--framing` is for the transports auto, stdio, fifo and file: others have frames of their own";
+        return Err((BAD_USAGE, text.to_owned()));
+    }
     let request = Request {
         binary: std::env::current_exe().map_err(|error| (FAILED, format!("where this program is: {error}")))?,
         command: arguments.command.clone(),
@@ -30,6 +36,12 @@ pub fn conform_command(arguments: &ConformArguments) -> Result<bool, Failure> {
             ConformTransport::Fifo => Transport::Fifo,
             ConformTransport::Http => Transport::Http,
             ConformTransport::Socket => Transport::Socket,
+            ConformTransport::File => Transport::File,
+        },
+        framing: match arguments.framing {
+            FramingKind::Lines => Framing::Lines,
+            FramingKind::Json => Framing::Json,
+            FramingKind::Length => Framing::Length,
         },
         expect: match arguments.expect {
             ConformExpect::Identity => Expect::Identity,

@@ -14,7 +14,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use argo_streams_pipeline::{
-    Acknowledgement, Buffering, KeyExpression, ParDo, Plan, Sink, Source, StepKind, Transport as Declared,
+    Acknowledgement, Buffering, Framing, KeyExpression, ParDo, Plan, Sink, Source, StepKind, Transport as Declared,
 };
 use argo_streams_shm_protocol::{Histogram, hash_key, monotonic_ns};
 use argo_streams_stage::{Backend, block_on, choose_backend};
@@ -335,8 +335,12 @@ impl Run {
         for (index, stage) in physical.stages.iter().enumerate() {
             let transport = match plan.step(stage.step).map(argo_streams_pipeline::Step::kind) {
                 Some(StepKind::ParDo(pardo)) => match pardo.transport() {
+                    // A process for each batch is no stage of its own.
+                    Declared::Auto if pardo.acknowledgement() == Acknowledgement::Exit => Transport::Stdio,
                     Declared::Auto => Transport::Auto,
-                    Declared::Stdio | Declared::Fifo | Declared::Http | Declared::Socket => Transport::Stdio,
+                    Declared::Stdio | Declared::Fifo | Declared::Http | Declared::Socket | Declared::File => {
+                        Transport::Stdio
+                    }
                     Declared::Shm => Transport::Shm,
                 },
                 _ => Transport::Internal,
@@ -904,12 +908,23 @@ impl Run {
             Declared::Fifo => "fifo",
             Declared::Http => "http",
             Declared::Socket => "socket",
+            Declared::File => "file",
         });
         shim.arg("--ack").arg(match pardo.acknowledgement() {
             Acknowledgement::Auto => "auto",
             Acknowledgement::Line => "line",
             Acknowledgement::Read => "read",
+            Acknowledgement::Exit => "exit",
         });
+        shim.arg("--framing").arg(match pardo.framing() {
+            Framing::Lines => "lines",
+            Framing::Json => "json",
+            Framing::Length => "length",
+        });
+        let success: Vec<String> = pardo.success().iter().map(u8::to_string).collect();
+        shim.arg("--success").arg(success.join(","));
+        shim.arg("--batch-records").arg(pardo.batch_records().to_string());
+        shim.arg("--batch-bytes").arg(pardo.batch_bytes().to_string());
         shim.arg("--buffering").arg(match pardo.buffering() {
             Buffering::Line => "line",
             Buffering::Block => "block",

@@ -38,6 +38,7 @@ pub(crate) struct Setup {
     pub(crate) transport: &'static str,
     /// None: as it is without `ack`, which a stage on shared memory does not need.
     pub(crate) ack: Option<&'static str>,
+    pub(crate) framing: &'static str,
     pub(crate) is_block_buffered: bool,
     pub(crate) containers: u16,
 }
@@ -573,6 +574,9 @@ fn pipeline_text(place: &Place, setup: &Setup) -> String {
     if let Some(fields) = step.as_object_mut() {
         if let Some(ack) = setup.ack {
             fields.insert("ack".to_owned(), ack.into());
+        }
+        if setup.framing != "lines" {
+            fields.insert("framing".to_owned(), setup.framing.into());
         }
         if setup.is_block_buffered {
             fields.insert("buffering".to_owned(), "block".into());

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 
 use crate::attempt::{Attempt, Place, Setup};
-use crate::contract::{Clause, Expect, Transport, Trial};
+use crate::contract::{Clause, Expect, Framing, Transport, Trial};
 use crate::judge::{Demand, Finding, Judge, Verdicts};
 use crate::record::{Sequence, Shape};
 
@@ -31,6 +31,7 @@ pub(crate) struct Trier {
     pub(crate) place: Place,
     pub(crate) expect: Expect,
     pub(crate) transport: Transport,
+    pub(crate) framing: Framing,
     pub(crate) strict_bytes: bool,
     /// With `Filter`: what was done with each record so far.
     pub(crate) verdicts: Verdicts,
@@ -166,11 +167,17 @@ impl Trier {
 
     fn setup(&self) -> Setup {
         let ack = match (self.transport, self.expect) {
-            (Transport::Shm | Transport::Http | Transport::Socket, _) => None,
+            (Transport::Shm | Transport::Http | Transport::Socket | Transport::File, _) => None,
             (_, Expect::Identity) => Some("line"),
             (_, Expect::Filter | Expect::Flatmap) => Some("read"),
         };
-        Setup { transport: self.transport.name(), ack, is_block_buffered: false, containers: 1 }
+        Setup {
+            transport: self.transport.name(),
+            ack,
+            framing: self.framing.name(),
+            is_block_buffered: false,
+            containers: 1,
+        }
     }
 
     /// Starts an attempt, does something with it, and keeps what was learnt.

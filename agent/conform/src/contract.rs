@@ -41,6 +41,32 @@ pub enum Transport {
     Http,
     /// By a unix socket.
     Socket,
+    /// By files in a directory.
+    File,
+}
+
+/// How records lie in what it reads and writes, where that is a stream of bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Framing {
+    /// One a line.
+    #[default]
+    Lines,
+    /// A JSON object a line.
+    Json,
+    /// A length before each.
+    Length,
+}
+
+impl Framing {
+    /// As in a pipeline and on the command line.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Lines => "lines",
+            Self::Json => "json",
+            Self::Length => "length",
+        }
+    }
 }
 
 impl Transport {
@@ -54,6 +80,7 @@ impl Transport {
             Self::Fifo => "fifo",
             Self::Http => "http",
             Self::Socket => "socket",
+            Self::File => "file",
         }
     }
 }
@@ -114,13 +141,13 @@ pub(crate) struct Clause {
 }
 
 use Expect::{Filter, Flatmap, Identity};
-use Transport::{Auto, Fifo, Http, Shm, Socket, Stdio};
+use Transport::{Auto, Fifo, File, Http, Shm, Socket, Stdio};
 
 const EVERY: &[Expect] = &[Identity, Filter, Flatmap];
 const IDENTITY: &[Expect] = &[Identity];
 const FILTER: &[Expect] = &[Filter];
 const UNCHANGED: &[Expect] = &[Identity, Filter];
-const ANY: &[Transport] = &[Auto, Stdio, Shm, Fifo, Http, Socket];
+const ANY: &[Transport] = &[Auto, Stdio, Shm, Fifo, Http, Socket, File];
 const TERMINAL: &[Transport] = &[Auto, Stdio];
 const LINES: &[Transport] = &[Auto, Stdio, Fifo];
 

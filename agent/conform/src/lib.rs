@@ -19,7 +19,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-pub use contract::{Expect, Transport, contract_table};
+pub use contract::{Expect, Framing, Transport, contract_table};
 pub use report::{CaseReport, Report};
 
 use cases::Trier;
@@ -40,6 +40,8 @@ pub struct Request {
     pub command: Vec<String>,
     /// How it is joined.
     pub transport: Transport,
+    /// How records lie in what it reads and writes; other than lines only where `validate` takes it.
+    pub framing: Framing,
     /// What is expected of it.
     pub expect: Expect,
     /// Whether every byte is demanded, also of a program that works on text.
@@ -90,6 +92,7 @@ pub fn conform(request: &Request, mut progress: impl FnMut(usize, usize, &str)) 
         },
         expect: request.expect,
         transport: request.transport,
+        framing: request.framing,
         strict_bytes: request.strict_bytes,
         verdicts: judge::Verdicts::new(),
     };

@@ -42,6 +42,6 @@ pub use error::SpecError;
 pub use key_expression::{KeyExpression, KeyExpressionError, KeyProgram};
 pub use parse::parse;
 pub use plan::{
-    Acknowledgement, Buffering, FileSink, FileSource, Generate, Generator, GroupByKey, Input, KafkaSink, KafkaSource,
-    Output, Overflow, ParDo, Plan, Sink, Source, StartAt, Step, StepKind, Transport,
+    Acknowledgement, Buffering, FileSink, FileSource, Framing, Generate, Generator, GroupByKey, Input, KafkaSink,
+    KafkaSource, Output, Overflow, ParDo, Plan, Sink, Source, StartAt, Step, StepKind, Transport,
 };

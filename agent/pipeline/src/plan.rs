@@ -176,6 +176,10 @@ pub struct ParDo {
     pub(crate) environment: Vec<(String, String)>,
     pub(crate) transport: Transport,
     pub(crate) acknowledgement: Acknowledgement,
+    pub(crate) success: Vec<u8>,
+    pub(crate) batch_records: u64,
+    pub(crate) batch_bytes: u64,
+    pub(crate) framing: Framing,
     pub(crate) buffering: Buffering,
     pub(crate) containers: u16,
     pub(crate) state_limit_bytes: u64,
@@ -206,6 +210,26 @@ impl ParDo {
     /// When a record counts as done.
     pub fn acknowledgement(&self) -> Acknowledgement {
         self.acknowledgement
+    }
+
+    /// With [`Acknowledgement::Exit`]: the exit codes that are success, at least one.
+    pub fn success(&self) -> &[u8] {
+        &self.success
+    }
+
+    /// At most so many records a batch, 1 to [`BATCH_RECORDS_MAX`](crate::limits::BATCH_RECORDS_MAX).
+    pub fn batch_records(&self) -> u64 {
+        self.batch_records
+    }
+
+    /// No further record in a batch whose payloads have so many bytes, 1 to [`BATCH_BYTES_MAX`](crate::limits::BATCH_BYTES_MAX).
+    pub fn batch_bytes(&self) -> u64 {
+        self.batch_bytes
+    }
+
+    /// How records lie in the program's input and output.
+    pub fn framing(&self) -> Framing {
+        self.framing
     }
 
     /// How the program's standard output is made to flush.
@@ -241,6 +265,20 @@ pub enum Transport {
     Http,
     /// Frames over a unix socket that the program connects to.
     Socket,
+    /// Batches as files in a directory.
+    File,
+}
+
+/// How records lie in a stream of bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Framing {
+    /// One payload a line.
+    #[default]
+    Lines,
+    /// One JSON object a line, with the payload and what belongs to the record.
+    Json,
+    /// A u32 (little-endian) length, then the payload.
+    Length,
 }
 
 /// When a record counts as done (`ack`).
@@ -253,6 +291,8 @@ pub enum Acknowledgement {
     Line,
     /// When it was read.
     Read,
+    /// A batch of records, when the process that was started for it has ended well.
+    Exit,
 }
 
 /// How a program's standard output is made to flush.

@@ -10,12 +10,13 @@ use crate::fields::{
 };
 use crate::forms::{self, Form};
 use crate::limits::{
-    COMMAND_WORDS_MAX, CONTAINERS_MAX, ENVIRONMENT_MAX, FROM_MAX, GENERATED_BYTES_MAX, GENERATED_KEYS_MAX,
-    KEY_BYTES_MAX, PROPERTIES_MAX, RECORDS_MAX, RECORDS_PER_SECOND_MAX, STATE_BYTES_DEFAULT, STATE_BYTES_MAX,
-    STATE_BYTES_MIN, TEXT_BYTES_MAX, WORD_BYTES_MAX,
+    BATCH_BYTES_DEFAULT, BATCH_BYTES_MAX, BATCH_RECORDS_DEFAULT, BATCH_RECORDS_MAX, COMMAND_WORDS_MAX, CONTAINERS_MAX,
+    ENVIRONMENT_MAX, FROM_MAX, GENERATED_BYTES_MAX, GENERATED_KEYS_MAX, KEY_BYTES_MAX, PROPERTIES_MAX, RECORDS_MAX,
+    RECORDS_PER_SECOND_MAX, STATE_BYTES_DEFAULT, STATE_BYTES_MAX, STATE_BYTES_MIN, SUCCESS_MAX, TEXT_BYTES_MAX,
+    WORD_BYTES_MAX,
 };
 use crate::plan::{
-    Acknowledgement, Buffering, FileSink, FileSource, Generate, Generator, GroupByKey, KafkaSink, KafkaSource,
+    Acknowledgement, Buffering, FileSink, FileSource, Framing, Generate, Generator, GroupByKey, KafkaSink, KafkaSource,
     Overflow, ParDo, Sink, Source, StartAt, StepKind, Transport,
 };
 use crate::yaml::{Node, Value};
@@ -27,18 +28,22 @@ const SOURCES: [&str; 4] = ["kafka", "file", "generate", "stdin"];
 /// What may stand beside every kind.
 const SIBLINGS: [&str; 3] = ["name", "from", "overflow"];
 /// What may stand beside parDo, and what it is.
-const PARDO_SIBLINGS: [(&str, &str); 7] = [
+const PARDO_SIBLINGS: [(&str, &str); 11] = [
     ("command", "what to start instead of the image's own command"),
     ("env", "variables of the program's environment"),
     ("transport", "how records reach the program"),
     ("ack", "when a record counts as done by the program"),
+    ("success", "which exit codes of the program are success"),
+    ("batch", "how many records the program gets at a time"),
+    ("framing", "how records lie in the program's input and output"),
+    ("contract", "what the program is given at a time"),
     ("buffering", "how the program's output is flushed"),
     ("containers", "how many of the program run in parallel"),
     ("state", "how much keyed state one container may have"),
 ];
 /// Parts of the language that come with later versions.
-const LATER: [&str; 12] =
-    ["window", "combine", "filter", "map", "mqtt", "udp", "tcp", "http", "scale", "resources", "onError", "framing"];
+const LATER: [&str; 11] =
+    ["window", "combine", "filter", "map", "mqtt", "udp", "tcp", "http", "scale", "resources", "onError"];
 
 const KAFKA: [&str; 6] = ["topic", "bootstrapServers", "startAt", "group", "transactions", "properties"];
 const FILE: [&str; 2] = ["path", "truncate"];
@@ -604,14 +609,36 @@ impl<'a> Reader<'a, '_> {
                 ("fifo", Transport::Fifo),
                 ("http", Transport::Http),
                 ("socket", Transport::Socket),
+                ("file", Transport::File),
             ],
-            &["file"],
+            &[],
         );
         let acknowledgement = self.choice(
             "ack",
-            &[("auto", Acknowledgement::Auto), ("line", Acknowledgement::Line), ("read", Acknowledgement::Read)],
-            &["exit"],
+            &[
+                ("auto", Acknowledgement::Auto),
+                ("line", Acknowledgement::Line),
+                ("read", Acknowledgement::Read),
+                ("exit", Acknowledgement::Exit),
+            ],
+            &[],
         );
+        let framing = self.without_windows("framing", &["window"]).and_then(|()| {
+            let framings = [("lines", Framing::Lines), ("json", Framing::Json), ("length", Framing::Length)];
+            self.choice("framing", &framings, &[])
+        });
+        let contract = self.without_windows("contract", &["pane", "step"]).and_then(|()| {
+            // There is one level until there are windows; what it is called is checked all the same.
+            self.choice("contract", &[("element", ())], &[])
+        });
+        let success = match self.fields.value("success") {
+            Some(node) => self.success(node),
+            None => Some(vec![0]),
+        };
+        let batch = match self.fields.value("batch") {
+            Some(node) => self.batch(node),
+            None => Some((BATCH_RECORDS_DEFAULT, BATCH_BYTES_DEFAULT)),
+        };
         let buffering = self.choice("buffering", &[("line", Buffering::Line), ("block", Buffering::Block)], &[]);
         let containers = match self.fields.value("containers") {
             Some(node) => whole(node, &join(self.place, "containers"), 1..=u64::from(CONTAINERS_MAX), self.report),
@@ -621,15 +648,20 @@ impl<'a> Reader<'a, '_> {
             Some(node) => self.state_limit(node),
             None => Some(STATE_BYTES_DEFAULT),
         };
-        if let Some(transport) = transport {
-            self.refuse_what_has_no_effect(transport);
+        if let (Some(transport), Some(acknowledgement)) = (transport, acknowledgement) {
+            self.refuse_what_has_no_effect(transport, acknowledgement);
         }
+        let ((), (batch_records, batch_bytes)) = (contract?, batch?);
         Some(ParDo {
             image: image?,
             command: command?,
             environment: environment?,
             transport: transport?,
             acknowledgement: acknowledgement?,
+            success: success?,
+            batch_records,
+            batch_bytes,
+            framing: framing?,
             buffering: buffering?,
             containers: u16::try_from(containers?).ok()?,
             state_limit_bytes: state_limit_bytes?,
@@ -637,16 +669,22 @@ impl<'a> Reader<'a, '_> {
     }
 
     /// What is written and would be ignored is a mistake of whoever wrote it.
-    fn refuse_what_has_no_effect(&mut self, transport: Transport) {
+    fn refuse_what_has_no_effect(&mut self, transport: Transport, acknowledgement: Acknowledgement) {
         // `shm` was always let pass with these two, and files were written with them.
         const LINES: &[Transport] = &[Transport::Auto, Transport::Stdio, Transport::Fifo, Transport::Shm];
         const TERMINAL: &[Transport] = &[Transport::Auto, Transport::Stdio, Transport::Shm];
         const LIBRARY: &[Transport] = &[Transport::Auto, Transport::Shm];
+        const STREAMS: &[Transport] = &[Transport::Auto, Transport::Stdio, Transport::Fifo, Transport::File];
         for (name, transports, expected) in [
             (
                 "ack",
                 LINES,
                 "it with `transport: auto`, `stdio` or `fifo` only: with others every record has an answer of its own",
+            ),
+            (
+                "framing",
+                STREAMS,
+                "it with `transport: auto`, `stdio`, `fifo` or `file` only: others have frames of their own",
             ),
             ("buffering", TERMINAL, "it with `transport: auto` or `stdio` only"),
             ("state", LIBRARY, "it with `transport: auto` or `shm` only: keyed state is reached through the library"),
@@ -658,6 +696,85 @@ impl<'a> Reader<'a, '_> {
                 self.report.at(node.line, node.column, &join(self.place, name), &found, expected, None);
             }
         }
+        let is_exit = acknowledgement == Acknowledgement::Exit;
+        let has_batches = is_exit || transport == Transport::File;
+        for (name, has_effect, expected) in [
+            ("success", is_exit, "it with `ack: exit` only: other programs are to run until their input ends"),
+            ("batch", has_batches, "it with `ack: exit` or `transport: file` only: others get records as they come"),
+            ("buffering", !is_exit, "it without `ack: exit` only: what the program wrote counts when it has ended"),
+        ] {
+            if let Some(node) = self.fields.value(name)
+                && !has_effect
+            {
+                let found = format!("{} where it has no effect", quote(name));
+                self.report.at(node.line, node.column, &join(self.place, name), &found, expected, None);
+            }
+        }
+        if is_exit
+            && transport == Transport::Shm
+            && let Some(node) = self.fields.value("ack")
+        {
+            let found = "\"exit\" with `transport: shm`";
+            let expected = "`transport: stdio` or `fifo` with it: a program on shared memory says itself what is done";
+            self.report.at(node.line, node.column, &join(self.place, "ack"), found, expected, None);
+        }
+    }
+
+    /// Words that mean something once there are windows.
+    fn without_windows(&mut self, name: &str, words: &[&str]) -> Option<()> {
+        let Some(node) = self.fields.value(name) else { return Some(()) };
+        let Some(word) = node.as_text().filter(|text| words.contains(text)) else { return Some(()) };
+        let expected = match name {
+            "framing" => "one of lines, json, length: the window engine is not in this version",
+            _ => "element: the window engine is not in this version",
+        };
+        let found = format!("{}, which needs the window engine", quote(word));
+        self.report.node(node, &join(self.place, name), &found, expected);
+        None
+    }
+
+    /// `success: [0, 1]`
+    fn success(&mut self, node: &'a Node) -> Option<Vec<u8>> {
+        let path = join(self.place, "success");
+        let what = "a list of exit codes, as success: [0, 1]";
+        let items = list(node, &path, what, SUCCESS_MAX, self.report)?;
+        if items.is_empty() {
+            self.report.node(node, &path, "an empty list", what);
+            return None;
+        }
+        let mut codes = Vec::new();
+        for (index, item) in items.iter().enumerate() {
+            let code = whole(item, &format!("{path}[{index}]"), 0..=255, self.report)?;
+            codes.push(u8::try_from(code).ok()?);
+        }
+        Some(codes)
+    }
+
+    /// `batch: {records: 1000, bytes: 64Ki}`
+    fn batch(&mut self, node: &'a Node) -> Option<(u64, u64)> {
+        let path = join(self.place, "batch");
+        let what = "a map, as batch: {records: 1000, bytes: 64Ki}";
+        let misplaced = |name: &str| match name {
+            "wait" | "timeout" | "interval" => Some((
+                format!("{}, which batches do not have", quote(name)),
+                "it left out: a batch is what has come when the program is free, and nothing waits for a clock"
+                    .to_owned(),
+            )),
+            "size" | "count" | "max" => Some((quote(name), "records: NUMBER or bytes: SIZE".to_owned())),
+            _ => None,
+        };
+        let fields = fields(node, &path, what, &["records", "bytes"], &misplaced, self.report)?;
+        let records = match fields.value("records") {
+            Some(node) => whole(node, &join(&path, "records"), 1..=BATCH_RECORDS_MAX, self.report),
+            None => Some(BATCH_RECORDS_DEFAULT),
+        };
+        let bytes = match fields.value("bytes") {
+            Some(node) => {
+                size(node, &join(&path, "bytes"), 1..=BATCH_BYTES_MAX, "from 1 to 64Mi, as 64Ki", self.report)
+            }
+            None => Some(BATCH_BYTES_DEFAULT),
+        };
+        Some((records?, bytes?))
     }
 
     /// `state: {limit: 2Gi}`

@@ -3,15 +3,20 @@
 //! The agent starts one shim for each worker of a `parDo`; the shim starts and ends the program, and is its stage unless
 //! the program opens the C library itself. Reading order: `program` starts and ends a process group; `lines` cuts its
 //! output; `serve` is the loop that joins them to the stage and to the agent;
-//! `exchange` is that loop for transports in which each record has an answer of its own.
+//! `exchange` is that loop for transports in which each record has an answer of its own, `batch` for batches that are
+//! answered as a whole; `framing` is how records lie in a stream of bytes.
 #![deny(unsafe_code)]
 
+mod batch;
 mod exchange;
+mod framing;
 mod lines;
 mod program;
 mod serve;
 mod spawn;
 
+pub use batch::{BatchLimits, Batches};
 pub use exchange::Exchange;
+pub use framing::Framing;
 pub use lines::{LINE_BYTES_MAX, Line, LineSplitter};
 pub use serve::{Acknowledgement, Options, ShimError, run};

@@ -17,20 +17,48 @@ pub enum Line {
 }
 
 /// Collects bytes and gives lines. Only `\n` ends a line; a `\r` before it belongs to the line.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct LineSplitter {
     buffer: Vec<u8>,
     begin: usize,
     searched: usize,
     dropped: u64,
+    line_bytes_max: usize,
+}
+
+impl Default for LineSplitter {
+    fn default() -> Self {
+        Self::with_limit(LINE_BYTES_MAX)
+    }
 }
 
 impl LineSplitter {
+    /// For lines of at most so many bytes.
+    pub(crate) fn with_limit(line_bytes_max: usize) -> Self {
+        Self { buffer: Vec::new(), begin: 0, searched: 0, dropped: 0, line_bytes_max }
+    }
+
+    /// The next bytes, if so many are there.
+    pub(crate) fn peek(&self, len: usize) -> Option<&[u8]> {
+        self.buffer.get(self.begin..self.begin + len)
+    }
+
+    /// Goes on behind bytes that were peeked at.
+    pub(crate) fn skip(&mut self, len: usize) {
+        self.begin = (self.begin + len).min(self.buffer.len());
+        self.searched = self.begin;
+    }
+
+    /// Forgets everything.
+    pub(crate) fn clear(&mut self) {
+        *self = Self::with_limit(self.line_bytes_max);
+    }
+
     /// The buffer to read into: bytes are added to its end.
     pub fn take_buffer(&mut self) -> Vec<u8> {
         if self.begin > 0 {
             self.buffer.drain(..self.begin);
-            self.searched -= self.begin;
+            self.searched = self.searched.saturating_sub(self.begin);
             self.begin = 0;
         }
         std::mem::take(&mut self.buffer)
@@ -61,7 +89,7 @@ impl LineSplitter {
             }
             None => {
                 self.searched = self.buffer.len();
-                if self.buffer.len() - self.begin > LINE_BYTES_MAX {
+                if self.buffer.len() - self.begin > self.line_bytes_max {
                     self.dropped += (self.buffer.len() - self.begin) as u64;
                     self.buffer.clear();
                     self.begin = 0;
@@ -77,13 +105,13 @@ impl LineSplitter {
         let rest = self.buffer.get(self.begin..).unwrap_or_default().to_vec();
         let is_empty = rest.is_empty() && self.dropped == 0;
         let line = self.finish_line(rest);
-        *self = Self::default();
+        self.clear();
         (!is_empty).then_some(line)
     }
 
     fn finish_line(&mut self, line: Vec<u8>) -> Line {
         let len_bytes = line.len() as u64 + std::mem::take(&mut self.dropped);
-        if len_bytes > LINE_BYTES_MAX as u64 { Line::TooLong { len_bytes } } else { Line::Whole(line) }
+        if len_bytes > self.line_bytes_max as u64 { Line::TooLong { len_bytes } } else { Line::Whole(line) }
     }
 }
 

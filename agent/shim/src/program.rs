@@ -20,6 +20,9 @@ use tokio::io::unix::AsyncFd;
 
 use crate::spawn::spawn_with_death_signal;
 
+/// So many processes of a program are looked at.
+const DESCENDANTS_MAX: usize = 64;
+
 /// What carries a program's output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum OutputKind {
@@ -208,6 +211,26 @@ impl Program {
             .and_then(|stdin| rustix::io::ioctl_fionread(stdin).ok())
             .unwrap_or(0);
         self.written_bytes.saturating_sub(in_pipe)
+    }
+
+    /// Whether it, or a process that it started, sleeps in a read of a pipe. `false` also where the kernel does not tell.
+    pub(crate) fn waits_for_input(&self) -> bool {
+        let mut processes = vec![self.pid.as_raw_nonzero().get()];
+        let mut looked = 0;
+        while let Some(process) = processes.pop() {
+            if std::fs::read_to_string(format!("/proc/{process}/wchan")).is_ok_and(|place| place.contains("pipe_read"))
+            {
+                return true;
+            }
+            looked += 1;
+            if looked >= DESCENDANTS_MAX {
+                return false;
+            }
+            let children = std::fs::read_to_string(format!("/proc/{process}/task/{process}/children"));
+            let children = children.unwrap_or_default();
+            processes.extend(children.split_whitespace().filter_map(|child| child.parse::<i32>().ok()));
+        }
+        false
     }
 
     /// Asks the process group to end.

@@ -1,6 +1,6 @@
 //! The loop that joins a program to its stage and to the agent.
 //!
-//! Records go to the program in blocks, one line each; lines come back. What a line means for acknowledgement is declared
+//! Records go to the program in blocks, one line (or frame) each; lines come back. What a line means for acknowledgement is declared
 //! (DESIGN.md, 5): with `line` the oldest unanswered record is answered by the next line, so a killed program is started
 //! again and gets the unanswered records once more; with `read` a record is done when the program has taken its bytes.
 
@@ -19,8 +19,9 @@ use argo_streams_shm_protocol::{
 use argo_streams_stage::{Backend, StageBell, block_on, choose_backend, path_keys, ready_descriptor};
 use tokio::io::Interest;
 
+use crate::batch::{self, BatchLimits, Batches};
 use crate::exchange::{self, Exchange};
-use crate::lines::{Line, LineSplitter};
+use crate::framing::{Answer, AnswerKey, Frame, FrameSplitter, Framing, append_record, id_of};
 use crate::program::{Fifos, OutputKind, Program, describe};
 
 pub(crate) const LIBRARY: &str = concat!("argo-streams-shim ", env!("CARGO_PKG_VERSION"));
@@ -61,6 +62,12 @@ pub struct Options {
     pub socket: PathBuf,
     /// How each record is answered on its own; `None` = lines on standard input and output.
     pub exchange: Option<Exchange>,
+    /// How batches are answered as a whole; `None` = records are answered one by one.
+    pub batches: Option<Batches>,
+    /// How long a batch may be.
+    pub batch: BatchLimits,
+    /// How records lie in the program's input and output.
+    pub framing: Framing,
     /// Whether lines go over named pipes in place of standard input and output.
     pub has_fifos: bool,
     /// When a record counts as done.
@@ -105,9 +112,10 @@ pub fn run(options: Options) -> Result<(), ShimError> {
     let (backend, reason) = choose_backend();
     tracing::debug!(backend = backend.name(), reason, "shim I/O");
     block_on(backend, async move {
-        let served = match options.exchange {
-            Some(exchange) => exchange::serve(exchange, options, backend).await,
-            None => Shim::connect(options, backend)?.serve().await,
+        let served = match (options.exchange, options.batches.clone()) {
+            (Some(exchange), _) => exchange::serve(exchange, options, backend).await,
+            (None, Some(batches)) => batch::serve(batches, options, backend).await,
+            (None, None) => Shim::connect(options, backend)?.serve().await,
         };
         match served {
             // The agent ended the run, by force or because it is gone itself: nothing that a shim could add to what it says.
@@ -143,9 +151,11 @@ struct Shim {
     feed: Vec<u8>,
     feed_begin: usize,
     fed_bytes: u64,
-    splitter: LineSplitter,
-    /// A line that found no room in an output.
-    held: Option<Line>,
+    splitter: FrameSplitter,
+    /// A frame that found no room in an output.
+    held: Option<Frame>,
+    /// What the program wrote that nobody can understand, completing "was ended because it".
+    nonsense: Option<String>,
     /// With `read`: where the records end that the program took last: what a death may lose.
     taken_last: VecDeque<u64>,
     /// Records that this process answered or took.
@@ -154,12 +164,16 @@ struct Shim {
     /// As many records go one by one, to find the one that kills the program.
     one_by_one: usize,
     fed_alone_since_ns: u64,
+    /// As declared; `Auto` becomes `Read` when the program shows that it is not `Line`, and stays so.
+    acknowledgement: Acknowledgement,
     hinted: bool,
     surplus: u64,
     oldest_since_ns: u64,
     stopping: Option<Stopping>,
     /// The input is over and its end is told when the program has begun to read.
     is_closing: bool,
+    /// The program was told that its input is over, and has all of it.
+    is_told: bool,
     over: bool,
 }
 
@@ -182,7 +196,9 @@ impl Shim {
             library: LIBRARY.to_owned(),
         };
         control.send(&Message::Hello(hello), &[]).map_err(failed)?;
+        let splitter = FrameSplitter::new(options.framing);
         Ok(Self {
+            acknowledgement: options.acknowledgement,
             options,
             backend,
             control,
@@ -193,8 +209,9 @@ impl Shim {
             feed: Vec::with_capacity(BLOCK_BYTES),
             feed_begin: 0,
             fed_bytes: 0,
-            splitter: LineSplitter::default(),
+            splitter,
             held: None,
+            nonsense: None,
             taken_last: VecDeque::new(),
             progress: 0,
             deaths_in_a_row: 0,
@@ -205,6 +222,7 @@ impl Shim {
             oldest_since_ns: 0,
             stopping: None,
             is_closing: false,
+            is_told: false,
             over: false,
         })
     }
@@ -294,11 +312,12 @@ impl Shim {
 
     fn start(&mut self, shim_is_stage: bool) -> Result<(), ShimError> {
         self.forget_input();
-        self.splitter = LineSplitter::default();
+        self.splitter = FrameSplitter::new(self.options.framing);
         self.progress = 0;
         self.taken_last.clear();
         self.stopping = None;
         self.is_closing = false;
+        self.is_told = false;
         self.over = false;
         let output = match (shim_is_stage, self.options.is_block_buffered) {
             (false, _) => OutputKind::Log,
@@ -403,7 +422,7 @@ impl Shim {
         }
         moved |= self.read_output().await?;
         if let Some(program) = &mut self.program
-            && program.try_status()?.is_some()
+            && (program.try_status()?.is_some() || self.nonsense.is_some())
         {
             self.end_program(true).await?;
             return Ok(true);
@@ -452,14 +471,12 @@ impl Shim {
             let Some(record) = stage.undone_record(self.fed) else { break };
             let begin = self.feed.len();
             if let Some(entry @ InFlight::Line { .. }) = self.in_flight.get_mut(self.fed) {
-                stage.append_payload(&record, &mut self.feed);
-                if self.feed.get(begin..).unwrap_or_default().contains(&b'\n') {
-                    self.feed.truncate(begin);
-                    *entry = InFlight::Refused("the payload has a newline in it, which `framing: lines` cannot carry");
-                } else {
-                    self.feed.push(b'\n');
-                    self.fed_bytes += (self.feed.len() - begin) as u64;
-                    *entry = InFlight::Line { end: Some(self.fed_bytes) };
+                match append_record(self.options.framing, stage, &record, &mut self.feed) {
+                    Ok(()) => {
+                        self.fed_bytes += (self.feed.len() - begin) as u64;
+                        *entry = InFlight::Line { end: Some(self.fed_bytes) };
+                    }
+                    Err(reason) => *entry = InFlight::Refused(reason),
                 }
             }
             self.fed += 1;
@@ -543,14 +560,18 @@ impl Shim {
             if !self.settle_front()? {
                 break;
             }
-            let Some(line) = self.held.take().or_else(|| self.splitter.next_line()) else { break };
-            if !self.emit_line(line)? {
+            let Some(frame) = self.held.take().or_else(|| self.splitter.next_frame()) else { break };
+            if let Frame::Nonsense(text) = frame {
+                self.nonsense.get_or_insert(text);
+                break;
+            }
+            if !self.emit_frame(frame)? {
                 break;
             }
             moved = true;
         }
         if moved
-            && self.options.acknowledgement == Acknowledgement::Read
+            && self.acknowledgement == Acknowledgement::Read
             && let Some((stage, _)) = &mut self.stage
         {
             // Lines of a `read` program belong to no record.
@@ -579,35 +600,63 @@ impl Shim {
         }
     }
 
-    /// Emits one line; `false` when there was no room for it, and it is held.
-    fn emit_line(&mut self, line: Line) -> Result<bool, ShimError> {
+    /// With `auto`: the program has shown that it does not answer line for line. From now on a record is done when it is read.
+    fn turn_to_read(&mut self, shown: &str) -> Result<(), ShimError> {
+        self.acknowledgement = Acknowledgement::Read;
+        self.hinted = true;
+        let Some((stage, _)) = &self.stage else { return Ok(()) };
+        let text = format!(
+            "{shown}: `ack` is not declared, and it does not write one line for each line. From now on a record counts as done when it is read, and what the program has taken when it is killed is lost. Declare `ack: read`, or `ack: exit` if it ends at the end of its input and nothing may be lost; if it does answer line for line and is only slow, `ack: line`"
+        );
+        Ok(stage.note(&text)?)
+    }
+
+    /// Emits one frame; `false` when there was no room for it, and it is held.
+    fn emit_frame(&mut self, frame: Frame) -> Result<bool, ShimError> {
+        // More lines out than in. What it says before it has read anything is no answer, and no sign either.
+        if self.acknowledgement == Acknowledgement::Auto
+            && self.fed == 0
+            && self.progress > 0
+            && self.stage.is_some()
+            && matches!(frame, Frame::Whole(_))
+        {
+            self.turn_to_read("it wrote more lines than it was given")?;
+        }
         let Some((stage, _)) = &mut self.stage else {
             // The program is a stage by itself: what it writes is log. Nobody can do anything about a broken standard error.
-            if let Line::Whole(mut text) = line {
+            if let Frame::Whole(Answer { payload: mut text, .. }) = frame {
                 text.push(b'\n');
                 let _unheard = std::io::stderr().write_all(&text);
             }
             return Ok(true);
         };
-        let is_read = self.options.acknowledgement == Acknowledgement::Read;
+        let is_read = self.acknowledgement == Acknowledgement::Read;
         let answers =
             !is_read && self.fed > 0 && matches!(self.in_flight.front(), Some(InFlight::Line { end: Some(_) }));
-        let emitted = match (&line, answers) {
-            (Line::Whole(payload), true) => stage.emit(OUTPUT_MAIN, &Emit::default(), payload),
-            (Line::Whole(payload), false) if is_read => stage.emit(
-                OUTPUT_MAIN,
-                &Emit { belongs_to: BelongsTo::Nothing, key: KeyChoice::None, ..Emit::default() },
-                payload,
-            ),
-            (Line::Whole(payload), false) => {
-                self.surplus += 1;
-                emit_surplus(stage, payload)
+        let emitted = match (&frame, answers) {
+            (Frame::Whole(answer), true) => match misplaced(stage, answer) {
+                Some(reason) => stage.reject(0, &reason),
+                None => stage.emit(OUTPUT_MAIN, &emit_of(answer, BelongsTo::Oldest), &answer.payload),
+            },
+            (Frame::Whole(answer), false) if is_read => {
+                stage.emit(OUTPUT_MAIN, &emit_of(answer, BelongsTo::Nothing), &answer.payload)
             }
-            (Line::TooLong { len_bytes }, true) => stage.reject(
+            (Frame::Whole(answer), false) => {
+                self.surplus += 1;
+                emit_surplus(stage, "a line that answers no record", &answer.payload)
+            }
+            (Frame::Unreadable { reason, .. }, true) => stage.reject(0, reason),
+            (Frame::Unreadable { bytes, reason }, false) => {
+                if !is_read {
+                    self.surplus += 1;
+                }
+                emit_surplus(stage, reason, bytes)
+            }
+            (Frame::TooLong { len_bytes }, true) => stage.reject(
                 0,
-                &format!("its answer has {len_bytes} bytes, the longest line is {} bytes", crate::LINE_BYTES_MAX),
+                &format!("its answer has {len_bytes} bytes; the longest line has {} bytes, with `framing: json` twice as many, and the payload in it as many", crate::LINE_BYTES_MAX),
             ),
-            (Line::TooLong { .. }, false) => Ok(()),
+            (Frame::TooLong { .. } | Frame::Nonsense(_), _) => Ok(()),
         };
         match emitted {
             Ok(()) => {}
@@ -615,18 +664,23 @@ impl Shim {
                 if !answers && !is_read {
                     self.surplus -= 1;
                 }
-                self.held = Some(line);
+                self.held = Some(frame);
                 return Ok(false);
             }
             // The undone outputs of `read` fill a ring: publish them and go on.
             Err(StageError::BatchFull) => {
                 stage.done(0)?;
-                self.held = Some(line);
+                self.held = Some(frame);
                 return Ok(false);
             }
             Err(StageError::TooLarge(error)) if answers => {
                 let reason = format!("its answer cannot be carried: {error}");
                 stage.reject(0, &reason)?;
+            }
+            Err(StageError::TooLarge(error)) => {
+                if let Frame::Whole(answer) = &frame {
+                    emit_surplus(stage, &format!("what it wrote cannot be carried: {error}"), &answer.payload)?;
+                }
             }
             Err(error) => return Err(error.into()),
         }
@@ -649,7 +703,7 @@ impl Shim {
 
     /// With `read`: finishes the records that the program has taken.
     fn take_read(&mut self) -> Result<bool, ShimError> {
-        if self.options.acknowledgement != Acknowledgement::Read {
+        if self.acknowledgement != Acknowledgement::Read {
             return Ok(false);
         }
         let Some(program) = &self.program else { return Ok(false) };
@@ -708,21 +762,30 @@ impl Shim {
         }
         self.drain_answers().await?;
         let succeeded = status.is_some_and(|status| status.success());
+        // Told that nothing more comes, it read all and ended well: what it did not answer has no answer.
+        let was_told = self.stopping.is_none_or(|stopping| !stopping.terminated) && self.is_told;
+        if self.acknowledgement == Acknowledgement::Auto && succeeded && by_itself && was_told && self.fed > 0 {
+            self.turn_to_read("it ended well at the end of its input with fewer lines out than in")?;
+            while self.take_read()? {}
+        }
         // An unterminated last line counts only when the program ended well; else it is torn.
         if succeeded
             && by_itself
-            && let Some(line) = self.splitter.take_unterminated()
+            && let Some(frame) = self.splitter.take_unterminated()
         {
-            self.held = Some(line);
+            self.held = Some(frame);
             self.drain_answers().await?;
         }
-        self.splitter = LineSplitter::default();
+        self.splitter = FrameSplitter::new(self.options.framing);
         self.held = None;
         self.program = None;
-        let (code, mut text) = status.map_or((1, "ended in an unknown way".to_owned()), describe);
+        let (mut code, mut text) = status.map_or((1, "ended in an unknown way".to_owned()), describe);
+        if let Some(nonsense) = self.nonsense.take() {
+            (code, text) = (1, format!("was ended because it {nonsense}"));
+        }
         let unanswered =
             self.in_flight.iter().take(self.fed).filter(|entry| matches!(entry, InFlight::Line { .. })).count();
-        let is_read = self.options.acknowledgement == Acknowledgement::Read;
+        let is_read = self.acknowledgement == Acknowledgement::Read;
         let all_answered =
             self.in_flight.is_empty() && self.stage.as_ref().is_some_and(|(stage, _)| stage.is_input_over());
         // With `read` nobody knows what became of what it took last, unless it ended well at the end of its input.
@@ -733,7 +796,7 @@ impl Shim {
             if self.deaths_in_a_row > 1 {
                 self.one_by_one = self.in_flight.len();
             }
-            uncertain_records = match self.options.acknowledgement {
+            uncertain_records = match self.acknowledgement {
                 Acknowledgement::Line => 0,
                 Acknowledgement::Auto => unanswered as u64,
                 Acknowledgement::Read => uncertain_records,
@@ -805,13 +868,14 @@ impl Shim {
                     return Ok(false);
                 }
                 self.is_closing = false;
+                self.is_told = true;
                 program.close_stdin();
                 return Ok(true);
             }
             // All is answered and it was told that nothing comes: it has the grace time to end.
             if self.in_flight.is_empty()
                 && program.stdin().is_none()
-                && self.options.acknowledgement != Acknowledgement::Read
+                && self.acknowledgement != Acknowledgement::Read
                 && self.stopping.is_none()
             {
                 let grace = self.options.grace;
@@ -837,7 +901,7 @@ impl Shim {
                 return Ok(());
             }
         }
-        let is_taking = self.is_closing || (self.options.acknowledgement == Acknowledgement::Read && self.fed > 0);
+        let is_taking = self.is_closing || (self.acknowledgement == Acknowledgement::Read && self.fed > 0);
         let now = monotonic_ns();
         let timer = match (&self.stopping, is_taking) {
             (_, true) => TAKEN_INTERVAL,
@@ -864,17 +928,26 @@ impl Shim {
         Ok(())
     }
 
-    /// With `auto`: says once what to declare when lines stay unanswered.
+    /// With `auto`: lines stay unanswered. A program that waits for more input has no answer to them; one that does anything
+    /// else, or may hold its answers back in a buffer, is only hinted at, once.
     fn hint(&mut self) -> Result<(), ShimError> {
-        if self.hinted
-            || self.options.acknowledgement != Acknowledgement::Auto
-            || self.fed == 0
-            || self.program.is_none()
-        {
+        if self.acknowledgement != Acknowledgement::Auto || self.fed == 0 || self.oldest_since_ns == 0 {
             return Ok(());
         }
+        let Some(program) = &self.program else { return Ok(()) };
         let waited_ns = monotonic_ns().saturating_sub(self.oldest_since_ns);
-        if waited_ns < HINT_AFTER_NS || self.oldest_since_ns == 0 {
+        if waited_ns < HINT_AFTER_NS {
+            return Ok(());
+        }
+        let writes_lines = !self.options.is_block_buffered && !self.options.has_fifos;
+        let has_taken_all =
+            self.feed.is_empty() && program.stdin().is_some() && program.taken_bytes() == self.fed_bytes;
+        if writes_lines && has_taken_all && program.waits_for_input() {
+            let shown =
+                format!("{} lines unanswered for {} s, and it waits for more", self.fed, waited_ns / 1_000_000_000);
+            return self.turn_to_read(&shown);
+        }
+        if self.hinted {
             return Ok(());
         }
         let Some((stage, _)) = &self.stage else { return Ok(()) };
@@ -903,10 +976,30 @@ pub(crate) fn finish_stage(stage: &mut Stage, over: &mut bool) -> Result<bool, S
     Ok(!stage.is_blocked())
 }
 
-fn emit_surplus(stage: &mut Stage, payload: &[u8]) -> Result<(), StageError> {
+/// With `json` an answer may say for which record it is; that it is this one's is what `ack: line` promises.
+fn misplaced(stage: &Stage, answer: &Answer) -> Option<String> {
+    let said = answer.id.as_ref()?;
+    let due = id_of(&stage.undone_record(0)?);
+    (*said != due).then(|| {
+        let said: String = said.chars().take(64).collect();
+        format!("its answer says that it is for the record {said:?}; expected the one for {due:?}: with `ack: line` answers come in the order of the records")
+    })
+}
+
+/// What a program said of its answer; what it did not say comes from the record.
+fn emit_of(answer: &Answer, belongs_to: BelongsTo) -> Emit<'_> {
+    let key = match &answer.key {
+        AnswerKey::Some(key) => KeyChoice::Set(key),
+        AnswerKey::Unsaid if belongs_to == BelongsTo::Oldest => KeyChoice::Inherit,
+        AnswerKey::Unsaid | AnswerKey::None => KeyChoice::None,
+    };
+    Emit { belongs_to, key, event_time_ns: answer.event_time_ns, attributes: &answer.attributes, finishes: false }
+}
+
+fn emit_surplus(stage: &mut Stage, reason: &str, payload: &[u8]) -> Result<(), StageError> {
     let mut attributes = Vec::new();
     let name = stage.grant().name.clone();
-    encode_error(&name, "a line that answers no record", &mut attributes);
+    encode_error(&name, reason, &mut attributes);
     stage.emit(
         OUTPUT_ERRORS,
         &Emit { belongs_to: BelongsTo::Nothing, key: KeyChoice::None, attributes: &attributes, ..Emit::default() },
