@@ -4,7 +4,11 @@ DEMO_SECONDS ?= 20
 PREFIX ?= /usr/local
 BINARY := target/release/argo-streams
 
-.PHONY: demo test test-rust test-loom check build examples install crash kills hostile-rate test-aarch64 single-step fuzz bench bench-peers setup-build setup-test setup-peers setup-aarch64 clean
+# The shared library of the C SDK, with versions on its symbols.
+SDK_SHARED := target/release/sdk/libargo_streams.so.0
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
+
+.PHONY: sdk sdk-install sdk-memory demo test test-rust test-loom check build examples install crash kills hostile-rate test-aarch64 single-step fuzz bench bench-peers setup-build setup-test setup-peers setup-aarch64 clean
 
 build: setup-build
 	cargo build --release --workspace
@@ -95,12 +99,31 @@ bench-peers: setup-peers
 		cargo build --release -p argo-streams-agent --features peers
 	@echo "make bench-peers: target-peers/release/argo-streams bench ring --goals"
 
-install: build
+install: build sdk-install
 	install -D -m 755 $(BINARY) $(DESTDIR)$(PREFIX)/bin/argo-streams
+
+# The C SDK alone: both libraries, the headers for C and C++, and what pkg-config wants to know.
+sdk: setup-build
+	cargo build --release -p argo-streams-sdk-c
+	mkdir -p $(dir $(SDK_SHARED))
+	sdk-c/link-shared.sh target/release/libargo_streams.a $(SDK_SHARED)
+
+sdk-install: sdk
 	install -D -m 644 sdk-c/include/argo_streams.h $(DESTDIR)$(PREFIX)/include/argo_streams.h
+	install -D -m 644 sdk-c/cpp/argo_streams.hpp $(DESTDIR)$(PREFIX)/include/argo_streams.hpp
 	install -D -m 644 target/release/libargo_streams.a $(DESTDIR)$(PREFIX)/lib/libargo_streams.a
-	install -D -m 755 target/release/libargo_streams.so $(DESTDIR)$(PREFIX)/lib/libargo_streams.so.0
+	install -D -m 755 $(SDK_SHARED) $(DESTDIR)$(PREFIX)/lib/libargo_streams.so.0
 	ln -sf libargo_streams.so.0 $(DESTDIR)$(PREFIX)/lib/libargo_streams.so
+	mkdir -p $(DESTDIR)$(PREFIX)/lib/pkgconfig
+	sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@VERSION@|$(VERSION)|' sdk-c/argo-streams.pc.in \
+		> $(DESTDIR)$(PREFIX)/lib/pkgconfig/argo-streams.pc
+
+# The library's own tests, whose C programs are built with ASan and UBSan, and then programs under Valgrind: every call without an
+# agent, and records of all sizes with one.
+sdk-memory: setup-test sdk
+	cargo build --release -p argo-streams-agent
+	cargo test --release -p argo-streams-sdk-c
+	scripts/sdk-valgrind.sh
 
 clean:
 	cargo clean

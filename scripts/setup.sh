@@ -86,7 +86,8 @@ esac
 packages build-essential pkg-config zlib1g-dev libssl-dev python3
 toolchain
 if [[ ${1:-build} == test ]]; then
-    packages valgrind clang
+    # pip builds the Python binding in an environment of its own, perl is a program that `ctl` replaces another one by.
+    packages valgrind clang perl python3-dev python3-venv pkg-config
     java_is_new_enough || packages default-jre-headless
     java_is_new_enough || die "Kafka needs Java 17 or later, and this one is older"
     command -v mvn >/dev/null || packages maven

@@ -44,7 +44,7 @@ fn the_abi_is_fixed_in_both_languages() {
     }
 }
 
-/// Nothing of ours or of what we are built from leaks into programs: only the functions of the header. They are unversioned:
+/// Nothing of ours or of what we are built from leaks into programs: only the functions of the header. These are unversioned:
 /// rustc passes a version script of its own, and the linker takes one.
 #[test]
 fn the_shared_library_exports_the_functions_of_the_header() {
@@ -57,6 +57,41 @@ fn the_shared_library_exports_the_functions_of_the_header() {
         text.lines().filter_map(|line| line.split(' ').next()).map(str::to_owned).collect();
     assert!(exported.len() > 25, "{exported:?}");
     assert_eq!(exported, declared());
+}
+
+/// The library that is installed: its name, the functions of the header with their versions, and a program that runs with it.
+#[test]
+fn the_installed_library_has_its_name_and_versions_on_its_symbols() {
+    let folder = tempfile::tempdir().unwrap();
+    let shared = folder.path().join("libargo_streams.so.0");
+    let script = crate_directory().join("link-shared.sh");
+    let linked = Command::new(script).arg(library("libargo_streams.a")).arg(&shared).output().unwrap();
+    assert!(linked.status.success(), "{}", String::from_utf8_lossy(&linked.stderr));
+    let text = |mut command: Command| {
+        let output = command.output().expect("binutils are there");
+        assert!(output.status.success(), "{command:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let mut readelf = Command::new("readelf");
+    readelf.arg("-d").arg(&shared);
+    let dynamic = text(readelf);
+    assert!(dynamic.contains("Library soname: [libargo_streams.so.0]"), "{dynamic}");
+    let mut nm = Command::new("nm");
+    nm.args(["-D", "--defined-only", "--with-symbol-versions", "--format=posix"]).arg(&shared);
+    let symbols = text(nm);
+    let exported: BTreeSet<String> = symbols
+        .lines()
+        .filter_map(|line| line.split(' ').next())
+        .filter(|name| !name.starts_with("ARGO_STREAMS_"))
+        .map(str::to_owned)
+        .collect();
+    let expected: BTreeSet<String> = declared().iter().map(|name| format!("{name}@@ARGO_STREAMS_0.1")).collect();
+    assert_eq!(exported, expected, "argo_streams.map and the header must name the same functions");
+    let program = folder.path().join("abi");
+    let include = format!("-I{}", crate_directory().join("include").display());
+    let source = crate_directory().join("tests/abi.c");
+    compile("cc", &[&include, source.to_str().unwrap(), shared.to_str().unwrap(), "-o", program.to_str().unwrap()]);
+    assert!(Command::new(&program).env("LD_LIBRARY_PATH", folder.path()).status().unwrap().success());
 }
 
 #[test]
