@@ -2,7 +2,7 @@
 //! in place of making everything before them wait.
 //!
 //! Which records: `dropNewest` what finds the ring to the step full; `dropOldest` keeps what finds it full, up to
-//! [`HELD_BYTES_MAX`], and then drops what it has kept longest; `sample` passes every n-th record on, where n doubles with each one that finds
+//! half a ring, and then drops what it has kept longest; `sample` passes every n-th record on, where n doubles with each one that finds
 //! the ring full, and halves when the step has read all that was given to it. A dropped record is acknowledged, and
 //! counted by the same commit, so that the number is exact through every death. Nothing here grows: what is kept stays
 //! in the ring that it came in.
