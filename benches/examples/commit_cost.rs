@@ -4,7 +4,7 @@
 //! 1. Records of 64 B through `Producer` and `Consumer` whose positions are two plain words, against the same two with a commit
 //!    page each (slot, epoch, mirrors), by batches of 256 and one by one; and through two whole stages. Goal: at most 1.1.
 //! 2. Records of 1 MiB in room for large records, emitted in place, against records of 256 B in the ring; the reader touches none
-//!    of the payloads. Goal: at most 2. Beside it the same with the payload written by its producer, which is memory's price.
+//!    of the payloads: as fast as a source and a sink can on two cores, and as the work of a hop on one. Goal: at most 2. Beside it the same with the payload written by its producer, which is memory's price.
 //!
 //! `AGS_RUNS` (7) runs of each, `AGS_RECORDS` (2000000) records of 64 B a run. Medians, and the least and the most.
 #![forbid(unsafe_code)]
@@ -62,6 +62,12 @@ fn main() {
         runs,
         || two_stages(records, 256, Payload::Copied),
         || two_stages(few, 1 << 20, Payload::InPlace),
+    );
+    compare(
+        "1 MiB in place and untouched to 256 B, three stages on one core: received, emitted on, done (goal <= 2)",
+        runs,
+        || three_stages_on_one_core(records / 4, 256, Payload::Copied),
+        || three_stages_on_one_core(records / 4, 1 << 20, Payload::InPlace),
     );
     compare(
         "1 MiB copied by its producer to 256 B, two stages (no goal)",
@@ -213,8 +219,8 @@ enum Payload {
     InPlace,
 }
 
-fn stages() -> (TestAgent, Stage, Stage) {
-    let mut agent = TestAgent::chain(2, (CAPACITY, LARGE_CAPACITY), |_, _| {});
+fn stages(count: usize) -> (TestAgent, Vec<Stage>) {
+    let mut agent = TestAgent::chain(count, (CAPACITY, LARGE_CAPACITY), |_, _| {});
     let mut open = |stage: usize| {
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
@@ -224,12 +230,61 @@ fn stages() -> (TestAgent, Stage, Stage) {
         agent.opened(stage);
         opened
     };
-    let (source, sink) = (open(0), open(1));
-    (agent, source, sink)
+    let stages = (0..count).map(&mut open).collect();
+    (agent, stages)
+}
+
+fn emit_one(stage: &mut Stage, emit: &Emit<'_>, bytes: &[u8], payload: Payload) -> Result<(), StageError> {
+    match payload {
+        Payload::Copied => stage.emit(OUTPUT_MAIN, emit, bytes),
+        Payload::InPlace => {
+            let place = stage.reserve(OUTPUT_MAIN, bytes.len())?.expect("a large one, to one reader");
+            stage.emit_reserved(OUTPUT_MAIN, emit, &place, bytes.len())
+        }
+    }
+}
+
+/// A source, a stage that gives each record on, and a sink take turns on one core, 64 records at a time: no line goes from one
+/// core to another, what is left is the work of two hops. Half of it is returned: ns a record and hop.
+fn three_stages_on_one_core(records: u64, len: usize, payload: Payload) -> f64 {
+    let (_agent, mut stages) = stages(3);
+    let [source, middle, sink] = stages.as_mut_slice() else { unreachable!("three were asked for") };
+    let bytes = vec![7; len];
+    let own = Emit { belongs_to: BelongsTo::Nothing, key: KeyChoice::None, finishes: true, ..Emit::default() };
+    let on = Emit { finishes: true, ..Emit::default() };
+    let mut received = Vec::new();
+    let mut copy = Vec::new();
+    pin(0);
+    let begin = Instant::now();
+    for _ in 0..records / 64 {
+        for _ in 0..64 {
+            emit_one(source, &own, &bytes, payload).unwrap();
+        }
+        source.commit().unwrap();
+        received.clear();
+        middle.recv(&mut received, 64).unwrap();
+        assert_eq!(received.len(), 64);
+        for record in &received {
+            match payload {
+                Payload::Copied => {
+                    copy.clear();
+                    middle.append_payload(record, &mut copy);
+                    emit_one(middle, &on, &copy, payload).unwrap();
+                }
+                Payload::InPlace => emit_one(middle, &on, &bytes, payload).unwrap(),
+            }
+        }
+        middle.commit().unwrap();
+        assert_eq!(sink.recv_with(64, |_, _| {}).unwrap(), 64);
+        sink.done(64).unwrap();
+        sink.commit().unwrap();
+    }
+    begin.elapsed().as_nanos() as f64 / (records / 64 * 64) as f64 / 2.0
 }
 
 fn two_stages(records: u64, len: usize, payload: Payload) -> f64 {
-    let (_agent, mut source, mut sink) = stages();
+    let (_agent, mut stages) = stages(2);
+    let (mut sink, mut source) = (stages.pop().unwrap(), stages.pop().unwrap());
     let begin = Instant::now();
     std::thread::scope(|scope| {
         scope.spawn(move || {
@@ -238,13 +293,7 @@ fn two_stages(records: u64, len: usize, payload: Payload) -> f64 {
             let emit = Emit { belongs_to: BelongsTo::Nothing, key: KeyChoice::None, finishes: true, ..Emit::default() };
             for _ in 0..records {
                 loop {
-                    let emitted = match payload {
-                        Payload::Copied => source.emit(OUTPUT_MAIN, &emit, &bytes),
-                        Payload::InPlace => source.reserve(OUTPUT_MAIN, len).and_then(|place| {
-                            source.emit_reserved(OUTPUT_MAIN, &emit, &place.expect("a large one, to one reader"), len)
-                        }),
-                    };
-                    match emitted {
+                    match emit_one(&mut source, &emit, &bytes, payload) {
                         Ok(()) => break,
                         Err(StageError::Full | StageError::BatchFull) => source.done(0).unwrap(),
                         Err(error) => panic!("{error}"),
