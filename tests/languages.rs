@@ -22,6 +22,24 @@ fn conforms(program: &[&str]) {
     assert!(cases >= 40, "{cases} cases");
 }
 
+/// The example of keyed state: a sum for each key, over records that come apart, and what has no number on the error output.
+fn sums(program: &[&str]) {
+    let scratch = Scratch::new();
+    let lines = (0..3000).map(|id| format!("{{\"key\":\"k{}\",\"n\":{id}}}\n", id % 3));
+    scratch.write("in", lines.chain(["{\"key\":\"k0\",\"m\":1}\n".to_owned()]).collect::<String>());
+    let words: Vec<String> = program.iter().map(|word| serde_json::to_string(word).unwrap()).collect();
+    let pipeline = scratch.pipeline(&format!(
+        "  - file: {{path: in}}\n  - groupByKey: {{key: .key}}\n  - parDo: sum\n    name: sum\n    command: [{}]\n    transport: shm\n  - file: {{path: out}}\n  - file: {{path: errors}}\n    from: [sum.errors]\n",
+        words.join(", ")
+    ));
+    let _good = scratch.run(&pipeline, &[]).expect_code(0);
+    let mut found: Vec<String> = scratch.text("out").lines().map(|line| line.replace('"', "")).collect();
+    found.sort_unstable();
+    let sum = |key: u64| (0..3000).filter(|id| id % 3 == key).sum::<u64>();
+    assert_eq!(found, [0, 1, 2].map(|key| format!("k{key} {}", sum(key))));
+    assert!(scratch.text("errors").contains("no whole number n"), "{}", scratch.text("errors"));
+}
+
 #[test]
 fn python_by_pip() {
     let scratch = Scratch::new();
@@ -40,6 +58,8 @@ fn python_by_pip() {
     let python = environment.join("bin/python");
     let program = repository().join("examples/languages/python/identity.py");
     conforms(&[python.to_str().unwrap(), program.to_str().unwrap()]);
+    let sum = repository().join("examples/languages/python/sum.py");
+    sums(&[python.to_str().unwrap(), sum.to_str().unwrap()]);
 }
 
 #[test]
@@ -59,4 +79,5 @@ fn cpp_by_the_header() {
         );
     }
     conforms(&[scratch.path("identity").to_str().unwrap()]);
+    sums(&[scratch.path("sum").to_str().unwrap()]);
 }
