@@ -9,7 +9,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use argo_streams_shm_protocol::Bell;
 use crossbeam::channel::{Receiver, Sender, bounded};
@@ -25,6 +25,8 @@ const REQUEST_BYTES_MAX: u64 = 256 << 10;
 const REQUEST_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a client waits for an answer: a replaced program may take its grace time, and then start.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(600);
+/// How long the end of a run waits for answers to be written.
+const END_PATIENCE: Duration = Duration::from_secs(1);
 const SOCKET: &str = "ctl.sock";
 
 /// What may be asked.
@@ -111,6 +113,8 @@ impl Asked {
 pub struct Ctl {
     bell: Arc<Bell>,
     requests: Receiver<Asked>,
+    /// Connections whose answer is not written yet.
+    busy: Arc<AtomicUsize>,
 }
 
 impl Ctl {
@@ -128,9 +132,10 @@ impl Ctl {
         let listener = UnixListener::bind(&path)?;
         let bell = Arc::new(Bell::new()?);
         let (ask, requests) = bounded(REQUESTS_MAX);
-        let rung = Arc::clone(&bell);
-        std::thread::Builder::new().name("ctl".to_owned()).spawn(move || serve(&listener, &ask, &rung))?;
-        Ok(Self { bell, requests })
+        let (rung, busy) = (Arc::clone(&bell), Arc::default());
+        let of_thread = Arc::clone(&busy);
+        std::thread::Builder::new().name("ctl".to_owned()).spawn(move || serve(&listener, &ask, &rung, &of_thread))?;
+        Ok(Self { bell, requests, busy })
     }
 
     /// Readable when something is asked.
@@ -145,10 +150,18 @@ impl Ctl {
         self.bell.silence();
         self.requests.try_iter().collect()
     }
+
+    /// Before the process ends: whoever still waits is told so, and answers that were given are written. Blocks for a second at most.
+    pub fn end(&self) {
+        let end = Instant::now() + END_PATIENCE;
+        while self.busy.load(Ordering::Acquire) > 0 && Instant::now() < end {
+            drop(self.take());
+            std::thread::park_timeout(Duration::from_millis(1));
+        }
+    }
 }
 
-fn serve(listener: &UnixListener, ask: &Sender<Asked>, bell: &Arc<Bell>) {
-    let busy = Arc::new(AtomicUsize::new(0));
+fn serve(listener: &UnixListener, ask: &Sender<Asked>, bell: &Arc<Bell>, busy: &Arc<AtomicUsize>) {
     for stream in listener.incoming() {
         let Ok(stream) = stream else {
             // No descriptor is free: the next round may have one.
@@ -160,7 +173,7 @@ fn serve(listener: &UnixListener, ask: &Sender<Asked>, bell: &Arc<Bell>) {
             let _gone = write_line(&stream, &Answer::refused("too many requests at a time: ask again"));
             continue;
         }
-        let (ask, bell, of_thread) = (ask.clone(), Arc::clone(bell), Arc::clone(&busy));
+        let (ask, bell, of_thread) = (ask.clone(), Arc::clone(bell), Arc::clone(busy));
         let started = std::thread::Builder::new().name("ctl-request".to_owned()).spawn(move || {
             let answer = hear(&stream).map_or_else(
                 |text| Answer::refused(format!("not understood: {text}")),
@@ -175,7 +188,7 @@ fn serve(listener: &UnixListener, ask: &Sender<Asked>, bell: &Arc<Bell>) {
             );
             // Whoever has gone away meanwhile has seen no answer, and can ask for the status.
             let _gone = write_line(&stream, &answer);
-            of_thread.fetch_sub(1, Ordering::Relaxed);
+            of_thread.fetch_sub(1, Ordering::Release);
         });
         if started.is_err() {
             busy.fetch_sub(1, Ordering::Relaxed);

@@ -70,7 +70,7 @@ impl Passage {
         let mut moved = false;
         while let Some(record) = stage.undone_record(0) {
             if record.view.kind != RecordKind::Data {
-                stage.done(1)?;
+                self.finish(stage, &record)?;
                 moved = true;
                 continue;
             }
@@ -86,10 +86,7 @@ impl Passage {
                 }
             }
             match self.pass_on(stage, &record) {
-                Ok(()) => {
-                    stage.done(1)?;
-                    self.held_bytes = self.held_bytes.saturating_sub(bytes_of(&record));
-                }
+                Ok(()) => self.finish(stage, &record)?,
                 Err(StageError::Full) if self.policy == Overflow::DropOldest => {
                     if !self.holds_too_much(stage, (1, 1)) {
                         return Ok(moved);
@@ -126,9 +123,12 @@ impl Passage {
 
     fn drop_oldest(&mut self, stage: &mut Stage, record: &Received) -> Result<(), StageError> {
         stage.add_counter(COUNTER_DROPPED, 1);
-        stage.done(1)?;
+        self.finish(stage, record)
+    }
+
+    fn finish(&mut self, stage: &mut Stage, record: &Received) -> Result<(), StageError> {
         self.held_bytes = self.held_bytes.saturating_sub(bytes_of(record));
-        Ok(())
+        stage.done(1)
     }
 }
 

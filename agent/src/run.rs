@@ -1076,6 +1076,8 @@ impl Run {
                 let _reported_before = thread.join();
             }
         }
+        self.replacing.clear();
+        self.ctl.end();
     }
 }
 
