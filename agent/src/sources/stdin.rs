@@ -22,7 +22,9 @@ pub async fn run(context: Context) -> Result<(), InternalError> {
     loop {
         internal.pause().await?;
         internal.wait_or(stream.readable()).await?;
-        if internal.stage.is_pause_requested() {
+        // Whichever of the two came first: what came behind a pause is not read.
+        internal.stage.commit()?;
+        if internal.stage.is_pause_requested() && !internal.stage.is_stop_requested() {
             continue;
         }
         if internal.stage.is_stop_requested() {
