@@ -291,8 +291,8 @@ fn what_was_received_can_be_given_back() {
 #[test]
 fn a_full_room_holds_the_inputs_and_loses_nothing() {
     const RECORD: usize = 1 << 20;
-    const RECORDS: usize = 120;
-    let mut agent = agent(AT_ONCE, ROOMY);
+    const RECORDS: usize = 160;
+    let mut agent = agent(AT_ONCE, (1 << 20, 64 << 20));
     let [mut source, mut worker, mut sink] = open_all(&mut agent, Role::ShimStage);
     let big = |number: usize| {
         let mut payload = vec![b'.'; RECORD];
@@ -320,7 +320,7 @@ fn a_full_room_holds_the_inputs_and_loses_nothing() {
         assert_eq!(received(&mut worker).len(), 0);
         worker.commit().unwrap();
     }
-    assert!(sent > 48, "{sent} MiB were sent before nothing more was read");
+    assert!((48..RECORDS).contains(&sent), "{sent} MiB were sent before nothing more was read");
     assert!(!worker.wait(1).is_ok_and(|waited| waited == Waited::Ready), "a full room is no reason to wake up");
     // Each is tried once more in vain; and all come through, in order.
     let mut failed = BTreeSet::new();
