@@ -255,11 +255,7 @@ impl Physical {
 
 /// As a stage is granted it.
 fn retry_policy(retry: &Retry) -> RetryPolicy {
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "the plan holds 1 to 100 and 0 to 1"
-    )]
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the plan holds 1 to 100 and 0 to 1")]
     let thousandths = |share: f64| (share * 1000.0).round() as u32;
     RetryPolicy {
         is_declared: retry.is_declared(),

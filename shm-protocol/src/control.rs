@@ -602,8 +602,11 @@ fn encode(message: &Message) -> Vec<u8> {
             }
             if grant.features & FEATURE_PARKING != 0 {
                 let retry = grant.retry.unwrap_or_default();
-                body.u32(u32::from(grant.retry.is_some())).u32(u32::from(retry.is_declared)).u32(retry.attempts);
-                body.u64(retry.initial_ns).u64(retry.max_ns).u32(retry.factor_thousandths).u32(retry.jitter_thousandths);
+                body.u32(u32::from(retry.is_declared)).u32(retry.attempts);
+                body.u64(retry.initial_ns)
+                    .u64(retry.max_ns)
+                    .u32(retry.factor_thousandths)
+                    .u32(retry.jitter_thousandths);
             }
             TYPE_GRANT
         }
@@ -786,12 +789,11 @@ fn decode_grant(reader: &mut Reader<'_>) -> Result<Grant, ControlError> {
         grant.state_extents = reader.u32()?;
     }
     if features & FEATURE_PARKING != 0 {
-        let (is_there, is_declared, attempts) = (reader.flag()?, reader.flag()?, reader.u32()?);
+        let (is_declared, attempts) = (reader.flag()?, reader.u32()?);
         let (initial_ns, max_ns) = (reader.u64()?, reader.u64()?);
         let (factor_thousandths, jitter_thousandths) = (reader.u32()?, reader.u32()?);
-        let policy =
-            RetryPolicy { is_declared, attempts, initial_ns, max_ns, factor_thousandths, jitter_thousandths };
-        grant.retry = is_there.then_some(policy);
+        let policy = RetryPolicy { is_declared, attempts, initial_ns, max_ns, factor_thousandths, jitter_thousandths };
+        grant.retry = Some(policy);
     }
     check_grant(&grant)?;
     Ok(grant)

@@ -9,12 +9,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use crate::bell::Bell;
 use crate::commit::{CommitError, CommitPage, CommitPageReader, PageShape, Slot, StageState};
 use crate::control::{Grant, GrantInput, GrantOutput, Peer, Routes};
+use crate::limits::PARKING_BYTES;
 use crate::memory::{Access, Mapping, RingMapping};
+use crate::parking::RetryPolicy;
 use crate::ring::{RingViolation, copy_unread};
 use crate::segment::{Kind, Segment, SegmentError};
 use crate::session::{SessionPage, session_len_bytes};
-use crate::limits::PARKING_BYTES;
-use crate::parking::RetryPolicy;
 use crate::state::StateShape;
 use crate::version::{FEATURE_PARKING, FEATURE_STATE_EXTENTS, FEATURES_INCOMPATIBLE};
 
@@ -327,6 +327,7 @@ impl Incarnation {
         let mut descriptors = vec![self.commit.descriptor(), self.session_descriptor.as_fd(), self.bell.descriptor()];
         descriptors.extend(self.state.iter().map(Segment::descriptor));
         let retry = spec.retry.filter(|_| features & FEATURE_PARKING != 0 && self.parking.is_some());
+        let features = if retry.is_some() { features } else { features & !FEATURE_PARKING };
         descriptors.extend(self.parking.iter().filter(|_| retry.is_some()).map(Segment::descriptor));
         descriptors.extend(self.outputs.iter().map(Segment::descriptor));
         let outputs =

@@ -96,7 +96,8 @@ impl ParkedRecord {
     fn encode(&self) -> Vec<u8> {
         let key = self.key.as_deref().unwrap_or_default();
         let len = |bytes: &[u8]| u32::try_from(bytes.len()).unwrap_or(u32::MAX);
-        let mut bytes = Vec::with_capacity(RECORD_HEADER_BYTES + key.len() + self.attributes.len() + self.payload.len());
+        let mut bytes =
+            Vec::with_capacity(RECORD_HEADER_BYTES + key.len() + self.attributes.len() + self.payload.len());
         bytes.extend(self.input.to_le_bytes());
         bytes.extend(u32::from(self.key.is_some()).to_le_bytes());
         bytes.extend(self.position.to_le_bytes());
@@ -515,8 +516,11 @@ impl<M: ExtentBytes> Parking<M> {
         let mut bytes = Vec::new();
         let is_there = self.store.get_into(&record_key(number), &mut bytes)?;
         let record = ParkedRecord::decode(&bytes).filter(|_| is_there);
-        let record =
-            record.ok_or(StateError::Damaged { extent: 0, offset: 0, what: "a parked record is not there any more" })?;
+        let record = record.ok_or(StateError::Damaged {
+            extent: 0,
+            offset: 0,
+            what: "a parked record is not there any more",
+        })?;
         self.due.remove(&(due_ns, number));
         if let Some(entry) = self.entries.get_mut(&number) {
             entry.phase = Phase::Out;

@@ -23,9 +23,10 @@ use crate::histogram::HistogramView;
 use crate::key::{hash_key, key_group};
 use crate::layout::{commit, session, slot};
 use crate::limits::{
-    ALONE_AFTER_DEATH_RECORDS, ALONE_PATIENCE_NS, ATTRIBUTES_BYTES_MAX, COMMIT_RECORDS_MAX, ERROR_REASON_BYTES_MAX, KEY_BYTES_MAX,
-    LARGE_RECORD_RING_SHARE, MEASUREMENT_GAP_NS, PARKING_BYTES, PUBLICATION_GAP_NS, RING_CAPACITY_BYTES_MIN, SLEEP_NS_MAX, SPIN_NS_MAX, STATE_ASK_AGAIN_NS, STATE_BATCH_BYTES, STATE_BATCH_ENTRIES_MAX, STREAM_BYTES_MIN, STREAM_RECORDS_MIN,
-    UNDONE_RECORDS_MAX,
+    ALONE_AFTER_DEATH_RECORDS, ALONE_PATIENCE_NS, ATTRIBUTES_BYTES_MAX, COMMIT_RECORDS_MAX, ERROR_REASON_BYTES_MAX,
+    KEY_BYTES_MAX, LARGE_RECORD_RING_SHARE, MEASUREMENT_GAP_NS, PARKING_BYTES, PUBLICATION_GAP_NS,
+    RING_CAPACITY_BYTES_MIN, SLEEP_NS_MAX, SPIN_NS_MAX, STATE_ASK_AGAIN_NS, STATE_BATCH_BYTES, STATE_BATCH_ENTRIES_MAX,
+    STREAM_BYTES_MIN, STREAM_RECORDS_MIN, UNDONE_RECORDS_MAX,
 };
 use crate::memory::{Access, Bytes, Mapping, RingMapping, Words};
 use crate::parking::{Alone, Attempts, ParkedRecord, Parking};
@@ -1117,7 +1118,9 @@ impl Stage {
             None => None,
         };
         if !self.parked.is_empty() && nth.is_some_and(|nth| self.is_parked(nth)) {
-            return Err(StageError::Misuse("the record failed, or waits behind one of its key that did: only done is left"));
+            return Err(StageError::Misuse(
+                "the record failed, or waits behind one of its key that did: only done is left",
+            ));
         }
         // The scratch is moved out only for who needs it.
         let inherits_key = emit.key == KeyChoice::Inherit
@@ -1621,10 +1624,7 @@ impl Stage {
     }
 
     /// Looks after what is parked before anything is read.
-    fn receive_parked(
-        &mut self,
-        show: &mut impl FnMut(&Arc<RingMapping>, &Received),
-    ) -> Result<Turn, StageError> {
+    fn receive_parked(&mut self, show: &mut impl FnMut(&Arc<RingMapping>, &Received)) -> Result<Turn, StageError> {
         if self.is_unshown && !self.fail_unshown()? {
             return Ok(Turn::Nothing);
         }
@@ -1718,9 +1718,8 @@ impl Stage {
 
     /// Lays a parked record out so that it can be received like every other.
     fn push_retried(&mut self, number: u64, record: &ParkedRecord) -> Result<(), StageError> {
-        let (mapping, view) = lay_out(record).map_err(|reason| {
-            StageError::State(StateError::Refused { needed_bytes: record.payload.len(), reason })
-        })?;
+        let (mapping, view) = lay_out(record)
+            .map_err(|reason| StageError::State(StateError::Refused { needed_bytes: record.payload.len(), reason }))?;
         let generation = RETRIED | number;
         self.retried.push((generation, Arc::new(mapping)));
         let Some(place) = self.undone.next_place() else { return Ok(()) };
@@ -1785,10 +1784,7 @@ impl Stage {
     fn is_retry_due(&self) -> bool {
         let Some(parking) = &self.parking else { return false };
         let has_turn = !self.counts_deaths || self.undone_user_records == 0;
-        has_turn
-            && parking
-                .next_due_ns()
-                .is_some_and(|due_ns| due_ns <= monotonic_ns() || self.is_being_stopped())
+        has_turn && parking.next_due_ns().is_some_and(|due_ns| due_ns <= monotonic_ns() || self.is_being_stopped())
     }
 
     /// Whether the pipeline is being stopped: then nothing waits for a time, and what fails once more is rejected.
@@ -2766,7 +2762,10 @@ impl Stage {
             let undone = &self.undone;
             let held = input.held.map(|held| held.received.generation);
             input.retired.retain(|(generation, _)| {
-                held == Some(*generation) || undone.iter().any(|entry| entry.received.input == index && entry.received.generation == *generation)
+                held == Some(*generation)
+                    || undone
+                        .iter()
+                        .any(|entry| entry.received.input == index && entry.received.generation == *generation)
             });
             self.has_retired |= !input.retired.is_empty();
         }
@@ -2956,11 +2955,8 @@ pub fn encode_error(step: &str, reason: &str, attributes: &mut Vec<u8>) {
 fn encode_failure(step: &str, reason: &str, attempts: Attempts, now_ns: u64, attributes: &mut Vec<u8>) {
     encode_error(step, reason, attributes);
     let (count, first, last) = (attempts.count.to_string(), attempts.first_failed_ns.to_string(), now_ns.to_string());
-    let more = [
-        ("attempts", count.as_bytes()),
-        ("first_failed_ns", first.as_bytes()),
-        ("last_failed_ns", last.as_bytes()),
-    ];
+    let more =
+        [("attempts", count.as_bytes()), ("first_failed_ns", first.as_bytes()), ("last_failed_ns", last.as_bytes())];
     attributes_encode(more, attributes);
 }
 

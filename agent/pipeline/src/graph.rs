@@ -278,7 +278,8 @@ fn report_cycle(raw: &[RawStep<'_>], mut members: Vec<usize>, report: &mut Repor
     }
     chain.push(step.name());
     let node = step.from.as_ref().map_or(step.node, |from| from.node);
-    let expected = "a from or deadLetter that does not lead back to the step itself; records go one way, from sources to sinks";
+    let expected =
+        "a from or deadLetter that does not lead back to the step itself; records go one way, from sources to sinks";
     report.node(node, &join(&step.place, "from"), &format!("a cycle: {}", chain.join(" -> ")), expected);
 }
 
