@@ -119,6 +119,8 @@ struct Shim {
     /// The stage is to be finished.
     over: bool,
     has_said_too_much: bool,
+    /// The program has failed on a record alone: those that are tried again go alone, so that others do not fail with them.
+    has_failed_alone: bool,
 }
 
 /// Serves a worker until the agent ends it.
@@ -152,6 +154,7 @@ pub(crate) async fn serve(batches: Batches, options: Options, backend: Backend) 
         stopping: None,
         over: false,
         has_said_too_much: false,
+        has_failed_alone: false,
     };
     shim.run().await
 }
@@ -373,6 +376,10 @@ impl Shim {
             && let Some(record) = stage.undone_record(batch.records)
             && !stage.is_parked(batch.records)
         {
+            let goes_alone = self.has_failed_alone && stage.failed_attempts_of(&record) > 0;
+            if goes_alone && batch.records > 0 {
+                break;
+            }
             if record.view.kind == RecordKind::Data {
                 match append_record(framing, stage, &record, &mut batch.feed) {
                     Ok(()) => {
@@ -385,6 +392,9 @@ impl Shim {
                 bytes += record.view.payload_len as u64;
             }
             batch.records += 1;
+            if goes_alone {
+                break;
+            }
         }
         let has_input = batch.has_input;
         let feed = if self.batches == Batches::Files { std::mem::take(&mut batch.feed) } else { Vec::new() };
@@ -563,7 +573,9 @@ impl Shim {
             return self.report(status, Some((0, nonsense)));
         }
         self.failures_in_a_row += 1;
-        if self.failures_in_a_row > 1 {
+        let is_declared = self.stage.as_ref().is_some_and(|(stage, _)| stage.has_declared_retries());
+        // Where failures of records are declared, the one that did it is looked for at once.
+        if self.failures_in_a_row > 1 || is_declared {
             self.suspects = self.suspects.max(records);
             self.suspects_max = (records / SUSPECTS_SHARE).max(1);
         }
@@ -597,6 +609,9 @@ impl Shim {
         stage.commit()?;
         self.failures_in_a_row = 0;
         self.suspects = self.suspects.saturating_sub(1);
+        // It was the one.
+        self.suspects_max = SUSPECTS_SHARE;
+        self.has_failed_alone = true;
         Ok(true)
     }
 
@@ -666,6 +681,10 @@ impl Shim {
         }
         self.failures_in_a_row = 0;
         self.suspects = self.suspects.saturating_sub(batch.records);
+        if stage.has_declared_retries() {
+            // The next one may be far.
+            self.suspects_max = self.suspects_max.saturating_mul(2);
+        }
         self.good_in_a_row += 1;
         if self.good_in_a_row >= GROWS_AFTER && self.records_max < self.options.batch.records {
             self.good_in_a_row = 0;

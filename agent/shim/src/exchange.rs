@@ -534,7 +534,8 @@ impl Shim {
             code = 0;
         } else if !all_answered && self.stage.is_some() {
             self.deaths_in_a_row += 1;
-            if self.deaths_in_a_row > 1 {
+            // Where failures of records are declared, the one that did it is looked for at once.
+            if self.deaths_in_a_row > 1 || self.stage.as_ref().is_some_and(|(stage, _)| stage.has_declared_retries()) {
                 self.one_by_one = self.in_flight.len();
             }
             if unanswered > 0 {

@@ -164,6 +164,8 @@ struct Shim {
     /// As many records go one by one, to find the one that kills the program.
     one_by_one: usize,
     fed_alone_since_ns: u64,
+    /// A record has ended its program: those that are tried again go alone, so that others do not die with them.
+    has_failed_alone: bool,
     /// As declared; `Auto` becomes `Read` when the program shows that it is not `Line`, and stays so.
     acknowledgement: Acknowledgement,
     hinted: bool,
@@ -217,6 +219,7 @@ impl Shim {
             deaths_in_a_row: 0,
             one_by_one: 0,
             fed_alone_since_ns: 0,
+            has_failed_alone: false,
             hinted: false,
             surplus: 0,
             oldest_since_ns: 0,
@@ -463,7 +466,7 @@ impl Shim {
         {
             self.one_by_one = 0;
         }
-        let limit = if self.one_by_one > 0 { 1 } else { UNANSWERED_MAX };
+        let mut limit = if self.one_by_one > 0 { 1 } else { UNANSWERED_MAX };
         if self.fed == 0 {
             self.fed_alone_since_ns = monotonic_ns();
         }
@@ -475,6 +478,12 @@ impl Shim {
                 *entry = InFlight::Control;
             }
             let Some(record) = stage.undone_record(self.fed) else { break };
+            if self.has_failed_alone && stage.failed_attempts_of(&record) > 0 {
+                if self.fed > 0 {
+                    break;
+                }
+                limit = 1;
+            }
             let begin = self.feed.len();
             if let Some(entry @ InFlight::Line { .. }) = self.in_flight.get_mut(self.fed) {
                 match append_record(self.options.framing, stage, &record, &mut self.feed) {
@@ -815,7 +824,8 @@ impl Shim {
             if is_read && !(succeeded && all_answered) { self.taken_last.len() as u64 } else { 0 };
         if !all_answered && self.stage.is_some() {
             self.deaths_in_a_row += 1;
-            if self.deaths_in_a_row > 1 {
+            // Where failures of records are declared, the one that did it is looked for at once.
+            if self.deaths_in_a_row > 1 || self.stage.as_ref().is_some_and(|(stage, _)| stage.has_declared_retries()) {
                 self.one_by_one = self.in_flight.len();
             }
             uncertain_records = match self.acknowledgement {
@@ -857,6 +867,7 @@ impl Shim {
         stage.done(1)?;
         self.in_flight.pop_front();
         self.fed -= 1;
+        self.has_failed_alone = true;
         Ok(true)
     }
 
