@@ -5,8 +5,10 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::path::Path;
+use std::process::Command;
 
-use argo_streams_tests::{Scratch, kill_while_running, processes_with};
+use argo_streams_tests::{Scratch, kill_while_running, processes_of, processes_with, repository, target_directory};
 use serde_json::Value;
 
 const KEYS: usize = 40;
@@ -84,18 +86,44 @@ while True:
     s.sendall(b"".join(reversed(answers)))
 "#;
 
-/// Runs the records through a program with three attempts and checks that each came out once; the results in their order.
+/// The C program of tests/fails.c.
+fn compiled(scratch: &Scratch) -> String {
+    let program = scratch.path("fails");
+    let compiled = Command::new("cc")
+        .args(["-O2", "-o"])
+        .arg(&program)
+        .arg("-I")
+        .arg(repository().join("sdk-c/include"))
+        .args([repository().join("tests/fails.c"), target_directory().join("libargo_streams.a")])
+        .args(["-lpthread", "-ldl", "-lm", "-lgcc_s"])
+        .status()
+        .unwrap();
+    assert!(compiled.success());
+    program.display().to_string()
+}
+
+/// Runs the records through a program with three attempts and checks that each came out once. No program: the C one.
 fn through(program: &str, settings: &str, count: usize, containers: usize, kills: usize) {
     let scratch = Scratch::new();
+    let (settings, more) =
+        settings.strip_prefix("DIE").map_or((settings, ""), |rest| (rest, ", {name: DIE, value: yes}"));
     scratch.write("in", records(count));
     std::fs::create_dir(scratch.path("counts")).unwrap();
-    let script = scratch.write("program.py", format!("{COUNT}{program}")).display().to_string();
+    let (command, victim) = if program.is_empty() {
+        let program = compiled(&scratch);
+        (format!("[{program}]"), program)
+    } else {
+        let script = scratch.write("program.py", format!("{COUNT}{program}")).display().to_string();
+        (format!("[python3, {script}]"), script)
+    };
     let pipeline = scratch.pipeline(&format!(
-        "  - file: {{path: in}}\n  - groupByKey: {{key: .k}}\n  - parDo: image\n    name: program\n    command: [python3, {script}]\n    env: [{{name: COUNTS, value: {}}}]\n    containers: {containers}\n{settings}    onError:\n      attempts: 3\n      backoff: {{initial: 2ms, factor: 2, max: 10ms}}\n      deadLetter: dead\n  - file: {{path: out}}\n  - file: {{path: dead}}\n    name: dead\n",
+        "  - file: {{path: in}}\n  - groupByKey: {{key: .k}}\n  - parDo: image\n    name: program\n    command: {command}\n    env: [{{name: COUNTS, value: {}}}{more}]\n    containers: {containers}\n{settings}    onError:\n      attempts: 3\n      backoff: {{initial: 2ms, factor: 2, max: 10ms}}\n      deadLetter: dead\n  - file: {{path: out}}\n  - file: {{path: dead}}\n    name: dead\n",
         scratch.path("counts").display()
     ));
     let mut run = scratch.start(&pipeline, &["--output", "json"]);
-    let killed = kill_while_running(&scratch, &mut run, kills, || processes_with(&script));
+    let killed = kill_while_running(&scratch, &mut run, kills, || {
+        if program.is_empty() { processes_of(Path::new(&victim)) } else { processes_with(&victim) }
+    });
     let run = run.finish().expect_code(0);
     assert!(kills == 0 || killed > 0, "nothing was killed");
     let values = |name: &str| -> Vec<Value> {
@@ -173,4 +201,16 @@ fn what_a_program_on_lines_dies_of() {
 fn what_a_process_for_a_batch_fails_on() {
     through(BATCH, "    ack: exit\n", 250, 1, 0);
     through(BATCH, "    ack: exit\n    framing: lines\n    batch: {records: 20}\n", 250, 2, 3);
+}
+
+#[test]
+fn what_a_program_with_the_library_fails() {
+    through("", "    transport: shm\n", 3000, 1, 0);
+    through("", "    transport: shm\n", 3000, 2, 4);
+}
+
+#[test]
+fn what_a_program_with_the_library_dies_of() {
+    through("", "DIE    transport: shm\n", 1000, 1, 0);
+    through("", "DIE    ack: line\n", 1000, 2, 4);
 }

@@ -209,6 +209,15 @@ pub struct Received {
     pub view: RecordView,
 }
 
+impl Received {
+    /// How often an attempt on it failed before it was handed out this time.
+    #[must_use]
+    pub fn failed_attempts(&self) -> u32 {
+        // A data record has no argument of its own.
+        if self.generation & RETRIED == 0 { 0 } else { u32::try_from(self.view.argument).unwrap_or(u32::MAX) }
+    }
+}
+
 /// Room for a large payload that is written in place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct InPlace {
@@ -1718,8 +1727,9 @@ impl Stage {
 
     /// Lays a parked record out so that it can be received like every other.
     fn push_retried(&mut self, number: u64, record: &ParkedRecord) -> Result<(), StageError> {
-        let (mapping, view) = lay_out(record)
+        let (mapping, mut view) = lay_out(record)
             .map_err(|reason| StageError::State(StateError::Refused { needed_bytes: record.payload.len(), reason }))?;
+        view.argument = self.parking.as_ref().map_or(0, |parking| u64::from(parking.attempts(number).count));
         let generation = RETRIED | number;
         self.retried.push((generation, Arc::new(mapping)));
         let Some(place) = self.undone.next_place() else { return Ok(()) };
@@ -1758,14 +1768,6 @@ impl Stage {
         self.undone_user_records += 1;
         show(&mapping, &received);
         1
-    }
-
-    /// How often a record failed before it was handed out this time.
-    #[must_use]
-    pub fn failed_attempts_of(&self, record: &Received) -> u32 {
-        let number = Some(record.generation).filter(|generation| generation & RETRIED != 0);
-        let parking = self.parking.as_ref().zip(number);
-        parking.map_or(0, |(parking, generation)| parking.attempts(generation & !RETRIED).count)
     }
 
     /// Whether the pipeline says what becomes of records that fail; else there are defaults, and a death of a program is no failure of a record.

@@ -376,7 +376,7 @@ impl Shim {
             && let Some(record) = stage.undone_record(batch.records)
             && !stage.is_parked(batch.records)
         {
-            let goes_alone = self.has_failed_alone && stage.failed_attempts_of(&record) > 0;
+            let goes_alone = self.has_failed_alone && record.failed_attempts() > 0;
             if goes_alone && batch.records > 0 {
                 break;
             }

@@ -674,7 +674,7 @@ fn request(stage: &Stage, record: &Received, entry: &InFlight) -> Request {
         event_time_ns: view.event_time_ns,
         attributes: attributes_iter(&attributes).map(|(name, value)| (name.to_vec(), value.to_vec())).collect(),
         payload,
-        attempt: entry.attempt + stage.failed_attempts_of(record),
+        attempt: entry.attempt + record.failed_attempts(),
     }
 }
 

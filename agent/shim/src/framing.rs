@@ -194,7 +194,7 @@ pub(crate) fn append_record(
                 stage.append_key(record, &mut key);
                 key.as_slice()
             });
-            let attempt = stage.failed_attempts_of(record);
+            let attempt = record.failed_attempts();
             write_json((&id_of(record), attempt), key, record.view.event_time_ns, &attributes, &payload, feed)?;
             feed.push(b'\n');
         }

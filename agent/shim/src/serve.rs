@@ -478,7 +478,7 @@ impl Shim {
                 *entry = InFlight::Control;
             }
             let Some(record) = stage.undone_record(self.fed) else { break };
-            if self.has_failed_alone && stage.failed_attempts_of(&record) > 0 {
+            if self.has_failed_alone && record.failed_attempts() > 0 {
                 if self.fed > 0 {
                     break;
                 }
