@@ -8,7 +8,10 @@ use std::fmt::Write;
 use std::path::Path;
 use std::process::Command;
 
-use argo_streams_tests::{Scratch, kill_while_running, processes_of, processes_with, repository, target_directory};
+use argo_streams_tests::{
+    Scratch, kill_while_running, processes_of, processes_with, repository, shims_of, target_directory, wait_for,
+};
+use rustix::process::Signal;
 use serde_json::Value;
 
 const KEYS: usize = 40;
@@ -102,8 +105,20 @@ fn compiled(scratch: &Scratch) -> String {
     program.display().to_string()
 }
 
+/// What kills what.
+#[derive(Clone, Copy, PartialEq)]
+enum Kill {
+    Programs(usize),
+    Shims(usize),
+    Agents(u64),
+}
+
 /// Runs the records through a program with three attempts and checks that each came out once. No program: the C one.
 fn through(program: &str, settings: &str, count: usize, containers: usize, kills: usize) {
+    through_kills(program, settings, count, containers, Kill::Programs(kills));
+}
+
+fn through_kills(program: &str, settings: &str, count: usize, containers: usize, kill: Kill) {
     let scratch = Scratch::new();
     let (settings, more) =
         settings.strip_prefix("DIE").map_or((settings, ""), |rest| (rest, ", {name: DIE, value: yes}"));
@@ -120,10 +135,43 @@ fn through(program: &str, settings: &str, count: usize, containers: usize, kills
         "  - file: {{path: in}}\n  - groupByKey: {{key: .k}}\n  - parDo: image\n    name: program\n    command: {command}\n    env: [{{name: COUNTS, value: {}}}{more}]\n    containers: {containers}\n{settings}    onError:\n      attempts: 3\n      backoff: {{initial: 2ms, factor: 2, max: 10ms}}\n      deadLetter: dead\n  - file: {{path: out}}\n  - file: {{path: dead}}\n    name: dead\n",
         scratch.path("counts").display()
     ));
-    let mut run = scratch.start(&pipeline, &["--output", "json"]);
-    let killed = kill_while_running(&scratch, &mut run, kills, || {
-        if program.is_empty() { processes_of(Path::new(&victim)) } else { processes_with(&victim) }
-    });
+    let state = scratch.path("state");
+    let arguments = match kill {
+        Kill::Agents(_) => vec!["--output", "json", "--state", state.to_str().unwrap()],
+        _ => vec!["--output", "json"],
+    };
+    let mut run = scratch.start(&pipeline, &arguments);
+    let agent = run.child.id();
+    let (kills, killed) = match kill {
+        Kill::Programs(kills) => {
+            let victims = || match program {
+                "" => processes_of(Path::new(&victim)),
+                _ => processes_with(&victim),
+            };
+            (kills, kill_while_running(&scratch, &mut run, kills, victims))
+        }
+        Kill::Shims(kills) => (kills, kill_while_running(&scratch, &mut run, kills, || shims_of(agent))),
+        Kill::Agents(kills) => {
+            let mut killed = 0;
+            while killed < kills {
+                let lines = || scratch.path("out").exists().then(|| scratch.text("out").lines().count() as u64);
+                let before = lines().unwrap_or(0);
+                // Paced by progress.
+                let ended = wait_for("progress or the end", || {
+                    let ended = run.child.try_wait().unwrap().is_some();
+                    (ended || lines().unwrap_or(0) > before + 97).then_some(ended)
+                });
+                if ended {
+                    break;
+                }
+                run.signal(Signal::KILL);
+                let _killed = run.finish();
+                killed += 1;
+                run = scratch.start(&pipeline, &arguments);
+            }
+            (usize::try_from(kills).unwrap(), usize::try_from(killed).unwrap())
+        }
+    };
     let run = run.finish().expect_code(0);
     assert!(kills == 0 || killed > 0, "nothing was killed");
     let values = |name: &str| -> Vec<Value> {
@@ -213,4 +261,11 @@ fn what_a_program_with_the_library_fails() {
 fn what_a_program_with_the_library_dies_of() {
     through("", "DIE    transport: shm\n", 1000, 1, 0);
     through("", "DIE    ack: line\n", 1000, 2, 4);
+}
+
+#[test]
+fn parked_records_outlive_their_shims_and_their_agents() {
+    through_kills(JSON, "    ack: line\n    framing: json\n", 3000, 2, Kill::Shims(6));
+    through_kills(HTTP, "    transport: http\n", 3000, 1, Kill::Shims(4));
+    through_kills(JSON, "    ack: line\n    framing: json\n", 3000, 2, Kill::Agents(6));
 }
