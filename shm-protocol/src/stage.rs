@@ -477,6 +477,8 @@ pub struct Stage {
     outputs: Vec<Output>,
     router: Router,
     state: Option<KeyedState>,
+    /// There is room to park records: without it, one look at this is all that they cost.
+    has_parking: bool,
     parking: Option<Parking>,
     /// Received records that are parked when they are acknowledged, by the number of their entry; or that were parked and failed
     /// again. What is parked with them.
@@ -694,6 +696,7 @@ impl Stage {
             outputs,
             router,
             state,
+            has_parking: parking.is_some(),
             parking,
             parked: BTreeMap::new(),
             retried: Vec::new(),
@@ -852,13 +855,14 @@ impl Stage {
         self.wake_neighbours();
         self.check_session()?;
         let records_max = records_max.min(UNDONE_RECORDS_MAX.saturating_sub(self.undone.len()));
-        let records_max = match self.parking {
-            Some(_) if records_max > 0 => match self.receive_parked(&mut show)? {
+        let records_max = if self.has_parking && records_max > 0 {
+            match self.receive_parked(&mut show)? {
                 Turn::HandedOut => return Ok(1),
                 Turn::Nothing => 0,
                 Turn::Read(most) => most.min(records_max),
-            },
-            _ => records_max,
+            }
+        } else {
+            records_max
         };
         let mut taken = 0;
         let count = self.inputs.len();
@@ -880,10 +884,10 @@ impl Stage {
         self.drop_leading_control();
         if taken == 0 {
             self.commit()?;
-        } else if self.alone_left > 0 {
+        } else if self.has_parking && self.alone_left > 0 {
             self.hand_out_alone()?;
         }
-        if self.is_unshown {
+        if self.has_parking && self.is_unshown {
             self.fail_unshown()?;
         }
         Ok(taken)
@@ -895,19 +899,20 @@ impl Stage {
         records_max: usize,
         show: &mut impl FnMut(&Arc<RingMapping>, &Received),
     ) -> Result<usize, (usize, RingViolation)> {
-        if self.inputs.get(index).is_some_and(|input| input.held.is_some()) {
+        if self.has_parking && self.inputs.get(index).is_some_and(|input| input.held.is_some()) {
             let taken = self.take_held(index, show);
             if taken > 0 || self.inputs.get(index).is_some_and(|input| input.held.is_some()) {
                 return Ok(taken);
             }
         }
-        let looks_closer = self.died_with.is_some() || self.parking.as_ref().is_some_and(Parking::holds_keys);
+        let looks_closer =
+            self.has_parking && (self.died_with.is_some() || self.parking.as_ref().is_some_and(Parking::holds_keys));
         let Some(input) = self.inputs.get_mut(index) else { return Ok(0) };
         let (Some(consumer), Some(neighbour)) = (&mut input.consumer, &input.neighbour) else { return Ok(0) };
         let mut refreshed = false;
         let mut taken = 0;
         while taken < records_max && !input.ended {
-            let nth = self.undone.number(self.undone.len());
+            let nth = if looks_closer { self.undone.number(self.undone.len()) } else { 0 };
             // Read right into the queue: a record that is moved costs more than one that is read.
             let Some(entry) = self.undone.next_place() else { break };
             let read = consumer.next_into(&mut entry.received.view);
@@ -1126,7 +1131,7 @@ impl Stage {
             ),
             None => None,
         };
-        if !self.parked.is_empty() && nth.is_some_and(|nth| self.is_parked(nth)) {
+        if self.has_parking && !self.parked.is_empty() && nth.is_some_and(|nth| self.is_parked(nth)) {
             return Err(StageError::Misuse(
                 "the record failed, or waits behind one of its key that did: only done is left",
             ));
@@ -2046,7 +2051,7 @@ impl Stage {
     }
 
     fn acknowledge_entries(&mut self, entries: usize) {
-        if !self.parked.is_empty() || !self.retried.is_empty() || self.has_one_alone() {
+        if self.has_parking && (!self.parked.is_empty() || !self.retried.is_empty() || self.has_one_alone()) {
             return self.acknowledge_with_parked(entries);
         }
         let mut place = 0;
@@ -2141,7 +2146,7 @@ impl Stage {
     /// Stores what a commit stores. Who sleeps for it is woken by [`Stage::wake_neighbours`], which every call does sooner or later.
     fn publish(&mut self) {
         self.leave_lane();
-        if !self.is_dirty || self.broken.is_some() {
+        if !self.is_dirty || (self.has_parking && self.broken.is_some()) {
             return;
         }
         // The neighbours of the last publication, if nobody has looked after them yet.
@@ -2196,12 +2201,16 @@ impl Stage {
             self.page.set_statistic(commit::STATISTICS_STATE_KEYS, keys as u64);
             self.page.set_statistic(commit::STATISTICS_STATE_BYTES, live_bytes as u64);
         }
-        self.show_parked();
+        if self.has_parking {
+            self.show_parked();
+        }
         for input in &self.changed_inputs {
             self.page.set_free(*input, u64::MAX);
         }
         self.page.commit(now);
-        if let Some(parking) = &mut self.parking {
+        if self.has_parking
+            && let Some(parking) = &mut self.parking
+        {
             parking.committed(self.page.epoch());
         }
         if let Some(state) = &mut self.state {
@@ -2403,11 +2412,11 @@ impl Stage {
                 return has_heard;
             }
         }
-        if self.wants_input && self.is_retry_due() {
+        if self.has_parking && self.wants_input && self.is_retry_due() {
             return true;
         }
         self.wants_input
-            && !self.parking.as_ref().is_some_and(Parking::is_crowded)
+            && !(self.has_parking && self.parking.as_ref().is_some_and(Parking::is_crowded))
             && self.inputs.iter().any(|input| match (&input.consumer, &input.neighbour) {
                 (Some(consumer), Some(neighbour)) if !input.ended && input.held.is_none() => {
                     consumer.depth() > 0 || neighbour.page.tail(neighbour.index).max(input.final_tail) > consumer.tail()
@@ -2628,7 +2637,9 @@ impl Stage {
 
     /// Looks whether the agent decided something.
     fn check_session(&mut self) -> Result<(), StageError> {
-        if let Some(error) = &self.broken {
+        if self.has_parking
+            && let Some(error) = &self.broken
+        {
             return Err(error.clone().into());
         }
         let epoch = self.session.epoch();
