@@ -53,6 +53,8 @@ pub struct Options {
     pub file: PathBuf,
     /// Image names and what starts them.
     pub images: HashMap<String, Vec<String>>,
+    /// The static shim, where it is not beside the agent.
+    pub shim: Option<PathBuf>,
     /// Brokers for Kafka steps that name none.
     pub kafka: Option<String>,
     /// Topics of the embedded Kafka to fill: topic, file or generator.
@@ -218,6 +220,8 @@ fn not_kept(plan: &Plan, options: &Options) -> Vec<String> {
 
 struct Run {
     options: Options,
+    /// The static shim; without it the agent's own program is the shim.
+    shim: Option<PathBuf>,
     plan: Arc<Plan>,
     broker: Broker,
     screen: Arc<Screen>,
@@ -312,6 +316,7 @@ impl Run {
                 command_of(&options, step.name(), &step.place(), pardo, &directory)?;
             }
         }
+        let shim = static_shim(options.shim.as_deref())?;
         let metrics = options.metrics_listen.map(listen_for_scrapes).transpose()?;
         let identity = Identity::take(plan.name(), &options.file)?;
         let (state, mut kept) = match &options.state {
@@ -381,6 +386,7 @@ impl Run {
         }
         let mut run = Self {
             options,
+            shim,
             plan,
             broker,
             screen,
@@ -901,8 +907,15 @@ impl Run {
             None => command_of(&self.options, step.name(), &step.place(), pardo, directory)
                 .map_err(|error| io::Error::other(error.to_string()))?,
         };
-        let mut shim = Command::new(std::env::current_exe()?);
-        shim.arg("shim").arg("--socket").arg(socket);
+        let mut shim = match &self.shim {
+            Some(program) => Command::new(program),
+            None => {
+                let mut own = Command::new(std::env::current_exe()?);
+                own.arg("shim");
+                own
+            }
+        };
+        shim.arg("--socket").arg(socket);
         shim.arg("--transport").arg(match pardo.transport() {
             Declared::Auto | Declared::Stdio | Declared::Shm => "stdio",
             Declared::Fifo => "fifo",
@@ -1159,6 +1172,25 @@ fn resolve(mut command: Vec<String>, base: &Path) -> Result<Vec<String>, String>
         }
     }
     Ok(command)
+}
+
+/// The static shim: the one that is named, else the one beside this program, else none.
+fn static_shim(named: Option<&Path>) -> Result<Option<PathBuf>, RunError> {
+    if let Some(named) = named {
+        return match std::path::absolute(named) {
+            Ok(path) if is_executable(&path) => Ok(Some(path)),
+            _ => Err(RunError::Missing(format!(
+                "--shim {}: expected the program argo-streams-shim, and there is no executable file; `make shim` builds it",
+                named.display()
+            ))),
+        };
+    }
+    let beside = std::env::current_exe().ok().map(|own| own.with_file_name("argo-streams-shim"));
+    Ok(beside.filter(|path| is_executable(path)))
+}
+
+fn is_executable(path: &Path) -> bool {
+    path.is_file() && rustix::fs::access(path, rustix::fs::Access::EXEC_OK).is_ok()
 }
 
 fn is_in_path(program: &str) -> bool {
