@@ -6,20 +6,13 @@
 # Not beside target/release/argo-streams: the agent takes a shim that lies
 # beside it, and this one is not rebuilt when the agent is.
 #
-# musl where its Rust library and its linker are installed, else glibc with
-# crt-static, which comes with the toolchain. AGS_SHIM_TARGET chooses.
+# glibc with crt-static, which comes with the toolchain. Not musl: tokio-uring
+# does not build for it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 machine=$(uname -m)
-target=${AGS_SHIM_TARGET:-}
-if [[ -z $target ]]; then
-    target=$machine-unknown-linux-gnu
-    libraries=$(rustc --print target-libdir --target "$machine-unknown-linux-musl" 2>/dev/null || true)
-    if [[ -d $libraries ]] && command -v musl-gcc >/dev/null; then
-        target=$machine-unknown-linux-musl
-    fi
-fi
+target=$machine-unknown-linux-gnu
 folder=${CARGO_TARGET_DIR:-target}
 file=${1:-$folder/static/argo-streams-shim}
 

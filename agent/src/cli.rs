@@ -237,12 +237,20 @@ pub struct RunArguments {
     /// The pipeline's file. Paths in it are relative to it.
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
-    /// What starts an image on this machine, e.g. `--image combiner="python3 combine.py"`. Repeatable.
+    /// What starts an image on this machine, e.g. `--image combiner="python3 combine.py"`. Repeatable. An image with neither
+    /// this nor a `command` beside it is started by a container engine.
     #[arg(long = "image", value_name = "IMAGE=COMMAND", value_parser = image)]
     pub images: Vec<(String, Vec<String>)>,
     /// The static shim program, if it is not beside this one as `argo-streams-shim`. Without either, this program is the shim.
     #[arg(long, value_name = "FILE")]
     pub shim: Option<PathBuf>,
+    /// The container engine for images that nothing else starts: docker, podman, nerdctl, or the path of a program with the command
+    /// line of Docker. Default: the first of the three that answers.
+    #[arg(long, value_name = "NAME")]
+    pub engine: Option<String>,
+    /// The network of containers, as their engine names it; `none` has the loopback interface only.
+    #[arg(long, value_name = "NAME", default_value = "none")]
+    pub container_network: String,
     /// Brokers for Kafka steps that name none. Without it, they use an embedded Kafka that ends with this run.
     #[arg(long, value_name = "HOST:PORT")]
     pub kafka: Option<String>,
@@ -284,6 +292,8 @@ impl RunArguments {
             file: self.file,
             images: self.images.into_iter().collect::<HashMap<_, _>>(),
             shim: self.shim,
+            engine: self.engine,
+            container_network: self.container_network,
             kafka: self.kafka,
             kafka_fill: self.kafka_fill,
             duration: self.duration,

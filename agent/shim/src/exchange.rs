@@ -24,7 +24,7 @@ use tokio::sync::mpsc::{Receiver, Sender};
 use tokio::task::JoinHandle;
 
 use crate::program::{Fifos, OutputKind, Program, describe};
-use crate::serve::{GROUP_PATIENCE, LIBRARY, OPEN_TIMEOUT_NS, Options, ShimError, finish_stage, nanoseconds};
+use crate::serve::{GROUP_PATIENCE, LIBRARY, OPEN_TIMEOUT_NS, Options, ShimError, finish_stage, library, nanoseconds};
 
 /// A record that the program refuses for now is sent again after this time at first, then after twice as long each time ...
 const RETRY_NS_MIN: u64 = 100_000_000;
@@ -179,7 +179,7 @@ pub(crate) async fn serve(exchange: Exchange, options: Options, backend: Backend
         role: Role::Supervisor,
         features: 0,
         pid: std::process::id(),
-        library: LIBRARY.to_owned(),
+        library: library(backend),
     };
     control.send(&Message::Hello(hello), &[]).map_err(failed)?;
     let mut shim = Shim {
