@@ -305,12 +305,12 @@ fn what_cannot_start_says_what_was_tried_and_what_to_write() {
         Running::start(command).finish().expect_code(2).words()
     };
     let words = run(&[]);
-    assert!(words.contains("spec.steps[1]") && words.contains("there is no static shim"), "{words}");
+    assert!(words.contains("spec[1]") && words.contains("there is no static shim"), "{words}");
     let shim = shim();
     let shim = ["--shim", shim.to_str().unwrap()];
     let words = run(&shim);
     for part in [
-        "spec.steps[1] (step): nothing says what starts image \"localhost/nobody-has-this:1\" on this machine",
+        "spec[1] (step): nothing says what starts image \"localhost/nobody-has-this:1\" on this machine",
         "no container engine answers: docker: not installed; podman: not installed; nerdctl: not installed",
         "pass --image localhost/nobody-has-this:1=COMMAND, or give the step `command: [...]`",
     ] {

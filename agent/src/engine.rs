@@ -168,6 +168,8 @@ impl Engine {
     pub fn run(&self, image: &Image, container: &Container<'_>) -> Result<Command, EngineError> {
         let mut command = Command::new(&self.program);
         command.args(["run", "--rm", "--init=false", "--pull=never", "--name", container.name]);
+        // The shim leaves its time to the program when the agent says so; `podman rm --force` would ask it first, for ten seconds.
+        command.args(["--stop-signal", "KILL"]);
         command.arg("--label").arg(format!("argo-streams.step={}", container.step));
         command.arg("--network").arg(&self.network);
         if self.program != "nerdctl" {
