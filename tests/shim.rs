@@ -1,10 +1,11 @@
-//! The static shim, and containers in which there is nothing but it and a program. The engine is podman, as it is.
+//! The static shim, and containers in which there is nothing but it and a program. The engines are podman and
+//! Docker, as they are.
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests: a failure is a failed test")]
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 use argo_streams_tests::{
     Finished, Running, Scratch, binary, kill_while_running, repository, target_directory, wait_for,
@@ -30,13 +31,41 @@ fn can_contain() -> bool {
     is_root
 }
 
+/// An engine that is tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Engine {
+    Podman,
+    Docker,
+}
+
+impl Engine {
+    fn program(self) -> &'static str {
+        match self {
+            Self::Podman => "podman",
+            Self::Docker => "docker",
+        }
+    }
+}
+
 /// Images of static programs, in a store of their own, and runs of pipelines with them.
 struct Rig {
     scratch: Scratch,
+    engine: Engine,
+    daemon: Option<Child>,
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        if let Some(mut daemon) = self.daemon.take() {
+            // It ends its own containerd as well.
+            let _gone = kill_process(Pid::from_child(&daemon), Signal::TERM);
+            let _reaped = daemon.wait();
+        }
+    }
 }
 
 impl Rig {
-    fn new() -> Self {
+    fn new(engine: Engine) -> Self {
         let scratch = Scratch::new();
         // No control groups and no limits beyond what a machine allows that is a container itself.
         scratch.write(
@@ -51,12 +80,38 @@ impl Rig {
         );
         scratch.write("storage.conf", storage);
         // The engine as it is, but each container's root file system is read-only.
-        let engine = scratch.write(
-            "read-only-podman",
-            "#!/bin/sh\n[ \"$1\" = run ] && { shift; exec podman run --read-only --read-only-tmpfs=false \"$@\"; }\nexec podman \"$@\"\n",
-        );
-        std::fs::set_permissions(engine, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-        Self { scratch }
+        let script = match engine {
+            Engine::Podman => {
+                "#!/bin/sh\n[ \"$1\" = run ] && { shift; exec podman run --read-only --read-only-tmpfs=false \"$@\"; }\nexec podman \"$@\"\n"
+            }
+            Engine::Docker => {
+                "#!/bin/sh\n[ \"$1\" = run ] && { shift; exec docker run --read-only \"$@\"; }\nexec docker \"$@\"\n"
+            }
+        };
+        let script = scratch.write("read-only-engine", script);
+        std::fs::set_permissions(script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let mut this = Self { scratch, engine, daemon: None };
+        if engine == Engine::Docker {
+            this.start_daemon();
+        }
+        this
+    }
+
+    /// A Docker of its own: without networks, which need more rights than a test has.
+    fn start_daemon(&mut self) {
+        let path = |name: &str| self.scratch.path(name).display().to_string();
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "dockerd", "--iptables=false", "--bridge=none", "--storage-driver", "vfs"]);
+        command.args(["--data-root", &path("data"), "--exec-root", &path("exec"), "--pidfile", &path("pid")]);
+        command.args(["--host", &format!("unix://{}", path("docker.sock"))]);
+        let words = std::fs::File::create(self.scratch.path("dockerd.log")).unwrap();
+        let mut daemon = command.stdin(Stdio::null()).stdout(words.try_clone().unwrap()).stderr(words).spawn().unwrap();
+        wait_for("dockerd", || {
+            let ended = daemon.try_wait().unwrap();
+            assert!(ended.is_none(), "dockerd {ended:?}:\n{}", self.scratch.text("dockerd.log"));
+            self.ask(&["version"], b"").status.success().then_some(())
+        });
+        self.daemon = Some(daemon);
     }
 
     /// A command with mounts of its own, because crun refuses a second, half used hierarchy of control groups.
@@ -66,13 +121,14 @@ impl Rig {
         command.arg(program);
         command.env("CONTAINERS_CONF", self.scratch.path("containers.conf"));
         command.env("CONTAINERS_STORAGE_CONF", self.scratch.path("storage.conf"));
+        command.env("DOCKER_HOST", format!("unix://{}", self.scratch.path("docker.sock").display()));
         // Of its own, so that tests do not see each other's runs.
         command.env("XDG_RUNTIME_DIR", self.scratch.path(""));
         command
     }
 
-    fn podman(&self, arguments: &[&str], input: &[u8]) -> Output {
-        let mut command = self.command(Path::new("podman"));
+    fn ask(&self, arguments: &[&str], input: &[u8]) -> Output {
+        let mut command = self.command(Path::new(self.engine.program()));
         command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("unshare");
         let mut stdin = child.stdin.take().unwrap();
@@ -85,14 +141,16 @@ impl Rig {
     fn image(&self, image: &str, program: &Path, changes: &[&str]) {
         let folder = self.scratch.path(&format!("root-{}", image.replace(['/', ':'], "-")));
         std::fs::create_dir(&folder).unwrap();
-        std::fs::copy(program, folder.join("program")).unwrap();
+        // busybox goes by its name.
+        let name = if program.ends_with("busybox") { "busybox" } else { "program" };
+        std::fs::copy(program, folder.join(name)).unwrap();
         let archive = Command::new("tar").arg("-C").arg(&folder).args(["-c", "."]).output().unwrap();
         assert!(archive.status.success());
         let mut arguments = vec!["import"];
         changes.iter().for_each(|change| arguments.extend(["--change", change]));
         arguments.extend(["-", image]);
-        let made = self.podman(&arguments, &archive.stdout);
-        assert!(made.status.success(), "podman import: {}", String::from_utf8_lossy(&made.stderr));
+        let made = self.ask(&arguments, &archive.stdout);
+        assert!(made.status.success(), "import: {}", String::from_utf8_lossy(&made.stderr));
     }
 
     fn compile(&self, name: &str, source: &Path, more: &[&str]) -> PathBuf {
@@ -108,7 +166,7 @@ impl Rig {
     fn start(&self, pipeline: &Path, more: &[&str]) -> Running {
         let mut command = self.command(&binary());
         command.arg("run").arg(pipeline).args(["--output", "json", "--shim"]).arg(shim());
-        command.arg("--engine").arg(self.scratch.path("read-only-podman")).args(more);
+        command.arg("--engine").arg(self.scratch.path("read-only-engine")).args(more);
         Running::start(command)
     }
 
@@ -120,8 +178,8 @@ impl Rig {
 
     /// Containers that are there, running or not.
     fn containers(&self) -> String {
-        let listed = self.podman(&["ps", "--all", "--quiet"], b"");
-        assert!(listed.status.success(), "podman ps: {}", String::from_utf8_lossy(&listed.stderr));
+        let listed = self.ask(&["ps", "--all", "--quiet"], b"");
+        assert!(listed.status.success(), "ps: {}", String::from_utf8_lossy(&listed.stderr));
         String::from_utf8(listed.stdout).unwrap()
     }
 }
@@ -191,11 +249,23 @@ fn the_static_shim_does_what_the_agents_own_does() {
 /// io_uring. Programs, shims and the engine's own command are killed, each in turn.
 #[test]
 fn records_go_through_a_container_of_nothing_else_through_kills() {
-    if !can_contain() {
-        return;
+    if can_contain() {
+        go_through_kills(Engine::Podman);
     }
-    let rig = Rig::new();
-    let mark = mark("lines");
+}
+
+/// Docker's profile of this version allows io_uring.
+#[test]
+fn records_go_through_a_container_of_docker_through_kills() {
+    if can_contain() {
+        go_through_kills(Engine::Docker);
+    }
+}
+
+fn go_through_kills(engine: Engine) {
+    let rig = Rig::new(engine);
+    let mark = mark(engine.program());
+    let client = String::from_utf8(Command::new("which").arg(engine.program()).output().unwrap().stdout).unwrap();
     let source = rig.scratch.write("lines.c", LINES);
     let program = rig.compile("lines", &source, &[]);
     let entry = format!("ENTRYPOINT [\"/program\", \"{mark}\"]");
@@ -209,7 +279,7 @@ fn records_go_through_a_container_of_nothing_else_through_kills() {
         let victims = || match victim {
             "program" => processes("/program", &mark),
             "shim" => processes(SHIM_IN_CONTAINERS, &mark),
-            _ => processes("/usr/bin/podman", &mark),
+            _ => processes(client.trim(), &mark),
         };
         let kills = kill_while_running(&rig.scratch, &mut run, 4, victims);
         let run = run.finish().expect_code(0);
@@ -217,7 +287,7 @@ fn records_go_through_a_container_of_nothing_else_through_kills() {
         assert!(rig.scratch.text("out") == lines(count), "{victim}, {kills} kills\n{}", run.words());
         assert!(run.words().contains("user 4321; /written: Read-only file system"), "{}", run.words());
         let degradations = run.summary()["placement"]["degradations"].to_string();
-        assert!(degradations.contains("io_uring"), "{degradations}");
+        assert!(degradations.contains("io_uring") || engine == Engine::Docker, "{degradations}");
         assert_eq!(rig.containers(), "", "{victim}");
         assert!(processes("/program", &mark).is_empty() && processes(SHIM_IN_CONTAINERS, &mark).is_empty());
     }
@@ -249,7 +319,7 @@ fn a_program_in_a_container_uses_shared_memory() {
     if !can_contain() {
         return;
     }
-    let rig = Rig::new();
+    let rig = Rig::new(Engine::Podman);
     let library = target_directory().join("libargo_streams.a");
     let program = rig.compile(
         "identity",
@@ -265,13 +335,43 @@ fn a_program_in_a_container_uses_shared_memory() {
     assert_eq!(rig.containers(), "");
 }
 
+/// Named pipes and files lie in a file system in memory, so they need no place in the image; the image's environment is kept,
+/// and the step's is added.
+#[test]
+fn a_shell_in_a_container_reads_pipes_files_and_batches() {
+    if !can_contain() {
+        return;
+    }
+    let rig = Rig::new(Engine::Podman);
+    let files = std::fs::read_to_string(repository().join("examples/transports/identity_file.sh")).unwrap();
+    let count = 5000;
+    rig.scratch.write("in", lines(count));
+    for (name, script, how) in [
+        ("fifo", "echo $GREETING $PLACE >&2; exec /busybox cat <$AGS_INPUT >$AGS_OUTPUT", "transport: fifo"),
+        ("file", files.as_str(), "transport: file"),
+        ("exit", "exec /busybox cat", "ack: exit"),
+    ] {
+        let image = format!("localhost/{name}:1");
+        // The programs that the script calls are in busybox itself.
+        let entry = format!("ENTRYPOINT {}", serde_json::json!(["/busybox", "sh", "-c", script]));
+        rig.image(&image, Path::new("/bin/busybox"), &[&entry, "USER 4321:4321", "ENV PLACE=world"]);
+        let steps = format!(
+            "  - file: {{path: in}}\n  - parDo: {image}\n    name: step\n    {how}\n    env: [{{name: GREETING, value: \"hello, = there\"}}]\n  - file: {{path: out-{name}}}\n"
+        );
+        let run = rig.run(&rig.scratch.pipeline(&steps), &[]).expect_code(0);
+        assert!(rig.scratch.text(&format!("out-{name}")) == lines(count), "{name}:\n{}", run.words());
+        assert!(name != "fifo" || run.words().contains("step: hello, = there world"), "{}", run.words());
+        assert_eq!(rig.containers(), "", "{name}");
+    }
+}
+
 /// Its containers end with an agent that is killed, and the next run of the pipeline starts as any other does.
 #[test]
 fn a_killed_agent_leaves_no_container() {
     if !can_contain() {
         return;
     }
-    let rig = Rig::new();
+    let rig = Rig::new(Engine::Podman);
     let mark = mark("left");
     let source = rig.scratch.write("lines.c", LINES);
     let program = rig.compile("lines", &source, &[]);
@@ -321,7 +421,7 @@ fn what_cannot_start_says_what_was_tried_and_what_to_write() {
     let words = run(&[shim[0], shim[1], "--engine", "/bin/true"]);
     assert!(words.contains("what /bin/true says of image \"localhost/nobody-has-this:1\" cannot be read"), "{words}");
     if can_contain() {
-        let rig = Rig::new();
+        let rig = Rig::new(Engine::Podman);
         rig.scratch.write("in", "a\n");
         rig.image("localhost/empty:1", &self::shim(), &[]);
         let pipeline = rig.scratch.pipeline(&steps("localhost/empty:1", ""));
