@@ -3,7 +3,7 @@
 //! It is one thread without waiting: [`Broker::handle`] is fed readiness and time by `run`. It never touches the data path;
 //! it reads the commit pages and writes the session pages.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -35,6 +35,9 @@ const MESSAGES_PER_TURN_MAX: usize = 64;
 /// Accusations that the agent cannot judge, from one incarnation, before both sides begin again.
 const DOUBTS_MAX: u32 = 8;
 
+/// Behind the library's name, a shim says why it does not use io_uring.
+const SHIM_IO: &str = "; epoll: ";
+
 /// How a worker's stage comes to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transport {
@@ -58,7 +61,9 @@ pub enum Action {
     },
     /// Kill the process group of this stage's program: its shim is gone.
     KillProgram {
-        /// Its process group.
+        /// The stage.
+        stage: usize,
+        /// Its process group, as its shim names it: in a container that is no number of ours.
         pid: u32,
     },
     /// Kill the shim of this stage, and with it its program: both are to begin afresh.
@@ -73,6 +78,13 @@ pub enum Action {
         /// How bad.
         level: Level,
         /// The text.
+        text: String,
+    },
+    /// A stage works, but not as well as it could.
+    Degraded {
+        /// The stage.
+        stage: usize,
+        /// In which way.
         text: String,
     },
     /// A step's worker ended for good. What does not depend on it goes on.
@@ -284,6 +296,8 @@ pub struct Broker {
     is_paused: bool,
     /// What makes the run outlive its agent, if that is wanted.
     state: Option<StateDirectory>,
+    /// Stages in containers, where programs have users of their own.
+    is_open_to_all: BTreeSet<usize>,
 }
 
 impl Broker {
@@ -318,6 +332,7 @@ impl Broker {
             is_stopping: false,
             is_paused: false,
             state,
+            is_open_to_all: BTreeSet::new(),
         };
         for stage in 0..this.workers.len() {
             this.keep_incarnation(stage);
@@ -353,6 +368,7 @@ impl Broker {
             is_stopping: false,
             is_paused: false,
             state: Some(state),
+            is_open_to_all: BTreeSet::new(),
         };
         this.adopt_clients(kept);
         this.rejoin();
@@ -593,12 +609,17 @@ impl Broker {
         Ok(Control::adopt(theirs))
     }
 
-    /// Takes a connection to a stage's socket. Only our own user may connect.
+    /// Whoever reaches this stage's socket may connect: it is seen only in its container, where programs have users of their own.
+    pub fn open_to_all(&mut self, stage: usize) {
+        self.is_open_to_all.insert(stage);
+    }
+
+    /// Takes a connection to a stage's socket. Only our own user may connect, but to stages in containers.
     pub fn add_client(&mut self, stage: usize, socket: OwnedFd) {
         let control = Control::adopt(socket);
         let own = rustix::process::geteuid().as_raw();
         match control.credentials() {
-            Ok((user, _)) if user == own || user == 0 => {
+            Ok((user, _)) if user == own || user == 0 || self.is_open_to_all.contains(&stage) => {
                 let client = Client { control, role: None, features: 0, library: String::new() };
                 self.clients.insert(self.next_client, (stage, client));
                 self.keep_client(self.next_client);
@@ -662,7 +683,7 @@ impl Broker {
         worker.incarnation.session().set_attention(session::ATTENTION_REVOKED);
         worker.incarnation.publish_session();
         if let Some(pid) = worker.program {
-            self.actions.push(Action::KillProgram { pid });
+            self.actions.push(Action::KillProgram { stage, pid });
         }
     }
 
@@ -879,7 +900,7 @@ impl Broker {
         worker.shim_must_start = true;
         let is_replaced = worker.replaced_by_ns.take().is_some();
         if let Some(pid) = program {
-            self.actions.push(Action::KillProgram { pid });
+            self.actions.push(Action::KillProgram { stage, pid });
         }
         if let Some(client) = self.workers.get_mut(stage).and_then(|worker| worker.supervisor.take()) {
             self.remove_client(client);
@@ -998,6 +1019,10 @@ impl Broker {
             }
             (Role::Supervisor, _) => {
                 worker.supervisor = Some(client);
+                if let Some((_, io)) = hello.library.split_once(SHIM_IO) {
+                    self.actions
+                        .push(Action::Degraded { stage, text: format!("its shim works without io_uring: {io}") });
+                }
                 self.keep_worker(stage);
                 self.start_program(stage);
             }
@@ -1916,10 +1941,10 @@ mod tests {
         nonsense(&stranger);
         broker.handle(client);
         assert_eq!(ended(&broker)[READER], (false, 1));
-        assert!(!broker.take_actions().contains(&Action::KillProgram { pid: 4321 }));
+        assert!(!broker.take_actions().contains(&Action::KillProgram { stage: READER, pid: 4321 }));
         nonsense(&reader.control);
         broker.handle(reader.client);
         assert_eq!(ended(&broker)[READER], (true, 2));
-        assert!(broker.take_actions().contains(&Action::KillProgram { pid: 4321 }));
+        assert!(broker.take_actions().contains(&Action::KillProgram { stage: READER, pid: 4321 }));
     }
 }

@@ -24,7 +24,7 @@ use crate::batch::files::{Files, Taken};
 use crate::framing::{Answer, AnswerKey, Frame, FrameSplitter, append_record};
 use crate::program::{Fifos, OutputKind, Program, describe};
 use crate::serve::{
-    GROUP_PATIENCE, LIBRARY, OPEN_TIMEOUT_NS, Options, ShimError, finish_stage, nanoseconds, until_retry,
+    GROUP_PATIENCE, LIBRARY, OPEN_TIMEOUT_NS, Options, ShimError, finish_stage, library, nanoseconds, until_retry,
 };
 
 /// Output is read in blocks of this size.
@@ -133,7 +133,7 @@ pub(crate) async fn serve(batches: Batches, options: Options, backend: Backend) 
         role: Role::Supervisor,
         features: 0,
         pid: std::process::id(),
-        library: LIBRARY.to_owned(),
+        library: library(backend),
     };
     control.send(&Message::Hello(hello), &[]).map_err(failed)?;
     let mut shim = Shim {

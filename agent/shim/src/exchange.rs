@@ -26,7 +26,7 @@ use tokio::task::JoinHandle;
 use crate::framing::REASON_BYTES_MAX;
 use crate::program::{Fifos, OutputKind, Program, describe};
 use crate::serve::{
-    GROUP_PATIENCE, LIBRARY, OPEN_TIMEOUT_NS, Options, ShimError, finish_stage, nanoseconds, until_retry,
+    GROUP_PATIENCE, LIBRARY, OPEN_TIMEOUT_NS, Options, ShimError, finish_stage, library, nanoseconds, until_retry,
 };
 
 /// A record that the program refuses for now is sent again after this time at first, then after twice as long each time ...
@@ -182,7 +182,7 @@ pub(crate) async fn serve(exchange: Exchange, options: Options, backend: Backend
         role: Role::Supervisor,
         features: 0,
         pid: std::process::id(),
-        library: LIBRARY.to_owned(),
+        library: library(backend),
     };
     control.send(&Message::Hello(hello), &[]).map_err(failed)?;
     let mut shim = Shim {

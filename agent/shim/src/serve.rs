@@ -25,6 +25,15 @@ use crate::framing::{Answer, AnswerKey, Frame, FrameSplitter, Framing, append_re
 use crate::program::{Fifos, OutputKind, Program, describe};
 
 pub(crate) const LIBRARY: &str = concat!("argo-streams-shim ", env!("CARGO_PKG_VERSION"));
+
+/// What the agent is told of this shim; behind its name, why it does not use io_uring: containers' profiles forbid that.
+pub(crate) fn library(backend: Backend) -> String {
+    match (backend, choose_backend()) {
+        (Backend::Epoll, (Backend::Epoll, reason)) => format!("{LIBRARY}; epoll: {reason}"),
+        _ => LIBRARY.to_owned(),
+    }
+}
+
 /// How long the agent may take to answer; it does so at once unless the machine is very busy.
 pub(crate) const OPEN_TIMEOUT_NS: u64 = 30_000_000_000;
 /// Input is fed in blocks of this size: the size of a pipe.
@@ -195,7 +204,7 @@ impl Shim {
             role: Role::Supervisor,
             features: 0,
             pid: std::process::id(),
-            library: LIBRARY.to_owned(),
+            library: library(backend),
         };
         control.send(&Message::Hello(hello), &[]).map_err(failed)?;
         let splitter = FrameSplitter::new(options.framing);
