@@ -142,7 +142,6 @@ impl Stage {
         Self::new(Some(c_string(socket_path.as_ref().as_os_str().as_bytes(), "socket_path")?))
     }
 
-    #[expect(clippy::disallowed_methods, reason = "the length of a batch follows from what the last one took")]
     fn new(socket_path: Option<CString>) -> Result<Self, Error> {
         Ok(Self {
             handle: Handle::open(socket_path.as_ref())?,
@@ -198,7 +197,6 @@ impl Stage {
         Ok(())
     }
 
-    #[expect(clippy::disallowed_methods, reason = "the length of a batch follows from what the last one took")]
     fn fill(&mut self) -> Result<bool, Error> {
         if self.count > 0 {
             if self.begin.elapsed() > BATCH_TIME_MAX {

@@ -1,4 +1,4 @@
-// The identity on standard input and output: go build -o identity identity_stdio.go; argo-streams conform --strict-bytes -- ./identity
+// The identity on standard input and output: go build -o identity . ; argo-streams conform --strict-bytes -- ./identity
 package main
 
 import (
