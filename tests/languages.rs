@@ -197,3 +197,26 @@ fn java_on_standard_input_and_output() {
 fn node_over_http() {
     tried(&["--transport", "http"], &[], &["node", &example("node/identity_http.js")]);
 }
+
+#[test]
+fn node_by_npm() {
+    let scratch = Scratch::new();
+    let pkgconfig = sdk_installed(&scratch);
+    let source = scratch.path("source");
+    let program = scratch.path("program");
+    std::fs::create_dir(&source).unwrap();
+    std::fs::create_dir(&program).unwrap();
+    for name in ["package.json", "build.js", "addon.c", "index.js", "index.d.ts"] {
+        std::fs::copy(repository().join("sdk-c/node").join(name), source.join(name)).unwrap();
+    }
+    for name in ["identity.js", "sum.js"] {
+        std::fs::copy(example(&format!("node/{name}")), program.join(name)).unwrap();
+    }
+    let npm = |arguments: &[&str]| {
+        good(Command::new("npm").args(arguments).current_dir(&program).env("PKG_CONFIG_PATH", &pkgconfig));
+    };
+    npm(&["init", "-y"]);
+    npm(&["install", source.to_str().unwrap()]);
+    conforms(&["node", program.join("identity.js").to_str().unwrap()]);
+    sums(&["node", program.join("sum.js").to_str().unwrap()]);
+}
