@@ -187,10 +187,18 @@ fn python_and_shell_on_standard_input_and_output() {
 #[test]
 fn java_on_standard_input_and_output() {
     let scratch = Scratch::new();
+    let (java, script) = java();
     let classes = scratch.path("classes");
-    good(Command::new("javac").arg("-d").arg(&classes).arg(example("java/IdentityStdio.java")));
+    good(Command::new(script).args(["javac", "-d"]).arg(&classes).arg(example("java/IdentityStdio.java")));
     let classes = classes.to_str().unwrap();
-    tried(&["--strict-bytes"], &[], &["java", "-XX:TieredStopAtLevel=1", "-cp", classes, "IdentityStdio"]);
+    tried(&["--strict-bytes"], &[], &[&java, "-XX:TieredStopAtLevel=1", "-cp", classes, "IdentityStdio"]);
+}
+
+#[test]
+fn python_over_http() {
+    // Python's own server takes two minutes for all of them.
+    let path = repository().join("examples/transports/identity_http.py");
+    tried(&["--transport", "http"], &SOME, &["python3", path.to_str().unwrap()]);
 }
 
 #[test]
@@ -219,4 +227,51 @@ fn node_by_npm() {
     npm(&["install", source.to_str().unwrap()]);
     conforms(&["node", program.join("identity.js").to_str().unwrap()]);
     sums(&["node", program.join("sum.js").to_str().unwrap()]);
+}
+
+/// A Java of 22 or later: its program, and what compiles for it. `scripts/setup.sh test` sees to it.
+fn java() -> (String, PathBuf) {
+    let script = repository().join("scripts/java22.sh");
+    let output = Command::new(&script).arg("home").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    (format!("{}/bin/java", String::from_utf8(output.stdout).unwrap().trim()), script)
+}
+
+#[test]
+fn java_by_its_compiler() {
+    let scratch = Scratch::new();
+    let (java, script) = java();
+    let library = scratch.path("libargo_streams.so.0");
+    good(
+        Command::new(repository().join("sdk-c/link-shared.sh"))
+            .arg(target_directory().join("libargo_streams.a"))
+            .arg(&library),
+    );
+    let classes = scratch.path("classes");
+    let sources = repository().join("sdk-c/java/src/main/java/argostreams");
+    good(
+        Command::new(&script)
+            .args(["javac", "-d"])
+            .arg(&classes)
+            .args(["Emit.java", "Native.java", "Stage.java", "StageException.java"].map(|name| sources.join(name))),
+    );
+    good(
+        Command::new(&script)
+            .args(["javac", "-cp"])
+            .arg(&classes)
+            .arg("-d")
+            .arg(&classes)
+            .args([example("java/Identity.java"), example("java/Sum.java")]),
+    );
+    let library = format!("-Dargostreams.library={}", library.display());
+    let program = [
+        java.as_str(),
+        "-XX:TieredStopAtLevel=1",
+        "--enable-native-access=ALL-UNNAMED",
+        &library,
+        "-cp",
+        classes.to_str().unwrap(),
+    ];
+    conforms(&[&program[..], &["Identity"]].concat());
+    sums(&[&program[..], &["Sum"]].concat());
 }
