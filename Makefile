@@ -8,7 +8,7 @@ BINARY := target/release/argo-streams
 SDK_SHARED := target/release/sdk/libargo_streams.so.0
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 
-.PHONY: sdk sdk-install sdk-memory demo test test-rust test-loom check build examples install crash kills hostile-rate test-aarch64 single-step fuzz bench bench-peers setup-build setup-test setup-peers setup-aarch64 clean
+.PHONY: shim sdk sdk-install sdk-memory demo test test-rust test-loom check build examples install crash kills hostile-rate test-aarch64 single-step fuzz bench bench-peers setup-build setup-test setup-peers setup-aarch64 clean
 
 build: setup-build
 	cargo build --release --workspace
@@ -24,6 +24,10 @@ setup-peers:
 
 setup-aarch64:
 	@scripts/setup.sh aarch64
+
+# The shim as a static program, for containers: target/static/argo-streams-shim.
+shim: setup-build
+	@scripts/shim.sh
 
 # The protocol and the C library for aarch64, and the protocol's tests under an emulator; but those that step through a process,
 # which the emulator does not let them, and loom's, which are the same everywhere.
@@ -45,7 +49,7 @@ examples: build
 demo: examples
 	@scripts/demo.sh $(DEMO_SECONDS)
 
-test: setup-test examples test-rust test-loom
+test: setup-test examples shim test-rust test-loom
 	@echo "make test: everything passed"
 
 test-rust:
@@ -99,8 +103,9 @@ bench-peers: setup-peers
 		cargo build --release -p argo-streams-agent --features peers
 	@echo "make bench-peers: target-peers/release/argo-streams bench ring --goals"
 
-install: build sdk-install
+install: build shim sdk-install
 	install -D -m 755 $(BINARY) $(DESTDIR)$(PREFIX)/bin/argo-streams
+	install -D -m 755 target/static/argo-streams-shim $(DESTDIR)$(PREFIX)/bin/argo-streams-shim
 
 # The C SDK alone: both libraries, the headers for C and C++, and what pkg-config wants to know.
 sdk: setup-build

@@ -3,7 +3,7 @@
 //! It is one thread without waiting: [`Broker::handle`] is fed readiness and time by `run`. It never touches the data path;
 //! it reads the commit pages and writes the session pages.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use std::time::Duration;
 use argo_streams_shm_protocol::layout::{BATCH_ALIGN, commit, session};
 use argo_streams_shm_protocol::limits::{RECORD_PAYLOAD_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX_BEFORE};
 use argo_streams_shm_protocol::stage::PROTOCOL_VERSION_MAX;
-use argo_streams_shm_protocol::version::{FEATURE_LARGE_RECORDS, FEATURE_STATE_EXTENTS};
+use argo_streams_shm_protocol::version::{FEATURE_LARGE_RECORDS, FEATURE_PARKING, FEATURE_STATE_EXTENTS};
 use argo_streams_shm_protocol::{
     Control, ControlError, Event, Hello, Histogram, HistogramView, Incarnation, IncarnationError, KeptDescriptors,
     Message, ProgramEvent, ReaderPosition, RefusalCode, Role, Slot, StageState,
@@ -34,6 +34,9 @@ pub const RESTARTS_WITHOUT_PROGRESS_MAX: u32 = 10;
 const MESSAGES_PER_TURN_MAX: usize = 64;
 /// Accusations that the agent cannot judge, from one incarnation, before both sides begin again.
 const DOUBTS_MAX: u32 = 8;
+
+/// Behind the library's name, a shim says why it does not use io_uring.
+const SHIM_IO: &str = "; epoll: ";
 
 /// How a worker's stage comes to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +61,9 @@ pub enum Action {
     },
     /// Kill the process group of this stage's program: its shim is gone.
     KillProgram {
-        /// Its process group.
+        /// The stage.
+        stage: usize,
+        /// Its process group, as its shim names it: in a container that is no number of ours.
         pid: u32,
     },
     /// Kill the shim of this stage, and with it its program: both are to begin afresh.
@@ -73,6 +78,13 @@ pub enum Action {
         /// How bad.
         level: Level,
         /// The text.
+        text: String,
+    },
+    /// A stage works, but not as well as it could.
+    Degraded {
+        /// The stage.
+        stage: usize,
+        /// In which way.
         text: String,
     },
     /// A step's worker ended for good. What does not depend on it goes on.
@@ -284,6 +296,8 @@ pub struct Broker {
     is_paused: bool,
     /// What makes the run outlive its agent, if that is wanted.
     state: Option<StateDirectory>,
+    /// Stages in containers, where programs have users of their own.
+    is_open_to_all: BTreeSet<usize>,
 }
 
 impl Broker {
@@ -318,6 +332,7 @@ impl Broker {
             is_stopping: false,
             is_paused: false,
             state,
+            is_open_to_all: BTreeSet::new(),
         };
         for stage in 0..this.workers.len() {
             this.keep_incarnation(stage);
@@ -353,6 +368,7 @@ impl Broker {
             is_stopping: false,
             is_paused: false,
             state: Some(state),
+            is_open_to_all: BTreeSet::new(),
         };
         this.adopt_clients(kept);
         this.rejoin();
@@ -593,12 +609,17 @@ impl Broker {
         Ok(Control::adopt(theirs))
     }
 
-    /// Takes a connection to a stage's socket. Only our own user may connect.
+    /// Whoever reaches this stage's socket may connect: it is seen only in its container, where programs have users of their own.
+    pub fn open_to_all(&mut self, stage: usize) {
+        self.is_open_to_all.insert(stage);
+    }
+
+    /// Takes a connection to a stage's socket. Only our own user may connect, but to stages in containers.
     pub fn add_client(&mut self, stage: usize, socket: OwnedFd) {
         let control = Control::adopt(socket);
         let own = rustix::process::geteuid().as_raw();
         match control.credentials() {
-            Ok((user, _)) if user == own || user == 0 => {
+            Ok((user, _)) if user == own || user == 0 || self.is_open_to_all.contains(&stage) => {
                 let client = Client { control, role: None, features: 0, library: String::new() };
                 self.clients.insert(self.next_client, (stage, client));
                 self.keep_client(self.next_client);
@@ -662,7 +683,7 @@ impl Broker {
         worker.incarnation.session().set_attention(session::ATTENTION_REVOKED);
         worker.incarnation.publish_session();
         if let Some(pid) = worker.program {
-            self.actions.push(Action::KillProgram { pid });
+            self.actions.push(Action::KillProgram { stage, pid });
         }
     }
 
@@ -879,7 +900,7 @@ impl Broker {
         worker.shim_must_start = true;
         let is_replaced = worker.replaced_by_ns.take().is_some();
         if let Some(pid) = program {
-            self.actions.push(Action::KillProgram { pid });
+            self.actions.push(Action::KillProgram { stage, pid });
         }
         if let Some(client) = self.workers.get_mut(stage).and_then(|worker| worker.supervisor.take()) {
             self.remove_client(client);
@@ -998,6 +1019,10 @@ impl Broker {
             }
             (Role::Supervisor, _) => {
                 worker.supervisor = Some(client);
+                if let Some((_, io)) = hello.library.split_once(SHIM_IO) {
+                    self.actions
+                        .push(Action::Degraded { stage, text: format!("its shim works without io_uring: {io}") });
+                }
                 self.keep_worker(stage);
                 self.start_program(stage);
             }
@@ -1077,6 +1102,14 @@ impl Broker {
             return Err(format!(
                 "the keyed state of this stage has grown to {} extents, which {} does not know: use a library of this agent's version",
                 worker.incarnation.state_extents(),
+                entry.library
+            ));
+        }
+        let policy = plan.spec.retry.filter(|_| entry.features & FEATURE_PARKING == 0);
+        let parked = worker.incarnation.page().read().map_or(0, |slot| slot.parked);
+        if policy.is_some_and(|policy| policy.is_declared || parked > 0) {
+            return Err(format!(
+                "this step has `onError`, or records that wait to be tried again, which {} does not know: use a library of this agent's version",
                 entry.library
             ));
         }
@@ -1269,10 +1302,11 @@ impl Broker {
         }
     }
 
-    /// Whether a stage has acknowledged the end of all its inputs.
+    /// Whether a stage has acknowledged the end of all its inputs, and has no record parked.
     fn input_is_over(&self, stage: usize) -> bool {
         let inputs = self.physical.stages.get(stage).map_or(0, |plan| plan.producers.len());
         self.slot(stage)
+            .filter(|slot| slot.parked == 0)
             .is_some_and(|slot| slot.inputs.iter().take(inputs).all(argo_streams_shm_protocol::InputSlot::has_ended))
     }
 
@@ -1660,11 +1694,13 @@ fn adopt_incarnation(
     for extent in 0..state_extents {
         state.push(take(format!("state-{extent}"), "keyed state")?);
     }
+    let parking = plan.spec.retry.map(|_| take("parking".to_owned(), "room for parked records")).transpose()?;
     let descriptors = KeptDescriptors {
         commit: take("commit".to_owned(), "commit page")?,
         session: take("session".to_owned(), "session page")?,
         bell: take("bell".to_owned(), "bell")?,
         state,
+        parking,
         outputs,
     };
     Ok(Incarnation::adopt(&plan.spec, generation, descriptors)?)
@@ -1674,7 +1710,8 @@ fn adopt_incarnation(
 fn progress_of(slot: &Slot) -> u64 {
     let read: u64 = slot.inputs.iter().map(|input| input.acknowledged).sum();
     let written: u64 = slot.outputs.iter().map(|output| output.tail).sum();
-    read.wrapping_add(written)
+    // A record that is parked and fails again moves nothing else.
+    read.wrapping_add(written).wrapping_add(slot.failed_attempts)
 }
 
 fn index(value: usize) -> u32 {
@@ -1904,10 +1941,10 @@ mod tests {
         nonsense(&stranger);
         broker.handle(client);
         assert_eq!(ended(&broker)[READER], (false, 1));
-        assert!(!broker.take_actions().contains(&Action::KillProgram { pid: 4321 }));
+        assert!(!broker.take_actions().contains(&Action::KillProgram { stage: READER, pid: 4321 }));
         nonsense(&reader.control);
         broker.handle(reader.client);
         assert_eq!(ended(&broker)[READER], (true, 2));
-        assert!(broker.take_actions().contains(&Action::KillProgram { pid: 4321 }));
+        assert!(broker.take_actions().contains(&Action::KillProgram { stage: READER, pid: 4321 }));
     }
 }

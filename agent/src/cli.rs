@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use argo_streams_bench::{Mode, Survey, Transport, Waiting};
+pub use argo_streams_shim::{FramingKind, ShimArguments};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Stream processing with any program as a step.
@@ -236,9 +237,20 @@ pub struct RunArguments {
     /// The pipeline's file. Paths in it are relative to it.
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
-    /// What starts an image on this machine, e.g. `--image combiner="python3 combine.py"`. Repeatable.
+    /// What starts an image on this machine, e.g. `--image combiner="python3 combine.py"`. Repeatable. An image with neither
+    /// this nor a `command` beside it is started by a container engine.
     #[arg(long = "image", value_name = "IMAGE=COMMAND", value_parser = image)]
     pub images: Vec<(String, Vec<String>)>,
+    /// The static shim program, if it is not beside this one as `argo-streams-shim`. Without either, this program is the shim.
+    #[arg(long, value_name = "FILE")]
+    pub shim: Option<PathBuf>,
+    /// The container engine for images that nothing else starts: docker, podman, nerdctl, or the path of a program with the command
+    /// line of Docker. Default: the first of the three that answers.
+    #[arg(long, value_name = "NAME")]
+    pub engine: Option<String>,
+    /// The network of containers, as their engine names it; `none` has the loopback interface only.
+    #[arg(long, value_name = "NAME", default_value = "none")]
+    pub container_network: String,
     /// Brokers for Kafka steps that name none. Without it, they use an embedded Kafka that ends with this run.
     #[arg(long, value_name = "HOST:PORT")]
     pub kafka: Option<String>,
@@ -279,6 +291,9 @@ impl RunArguments {
         crate::run::Options {
             file: self.file,
             images: self.images.into_iter().collect::<HashMap<_, _>>(),
+            shim: self.shim,
+            engine: self.engine,
+            container_network: self.container_network,
             kafka: self.kafka,
             kafka_fill: self.kafka_fill,
             duration: self.duration,
@@ -352,128 +367,6 @@ pub enum CtlCommand {
         #[arg(last = true, required = true, value_name = "COMMAND")]
         command: Vec<String>,
     },
-}
-
-/// Arguments of `shim`.
-#[derive(Args, Debug)]
-pub struct ShimArguments {
-    /// The agent's socket for this worker.
-    #[arg(long)]
-    pub socket: PathBuf,
-    /// How records reach the program.
-    #[arg(long, default_value = "stdio")]
-    pub transport: ShimTransport,
-    /// When a record counts as done.
-    #[arg(long, default_value = "auto")]
-    pub ack: Ack,
-    /// What carries the program's output.
-    #[arg(long, default_value = "line")]
-    pub buffering: BufferingKind,
-    /// How records lie in its input and output.
-    #[arg(long, default_value = "lines")]
-    pub framing: FramingKind,
-    /// With `--ack exit`: exit codes that are success.
-    #[arg(long, value_delimiter = ',', default_value = "0")]
-    pub success: Vec<u8>,
-    /// Records of a batch at most.
-    #[arg(long, default_value_t = 16_384)]
-    pub batch_records: usize,
-    /// Bytes of a batch at most.
-    #[arg(long, default_value_t = 256 << 10)]
-    pub batch_bytes: u64,
-    /// How long a program may take to end.
-    #[arg(long, default_value_t = 10_000)]
-    pub grace_ms: u64,
-    /// The program and its arguments.
-    #[arg(last = true, required = true)]
-    pub command: Vec<String>,
-}
-
-impl ShimArguments {
-    /// As the shim takes them.
-    #[must_use]
-    pub fn into_options(self) -> argo_streams_shim::Options {
-        argo_streams_shim::Options {
-            socket: self.socket,
-            exchange: match self.transport {
-                ShimTransport::Stdio | ShimTransport::Fifo | ShimTransport::File => None,
-                ShimTransport::Http => Some(argo_streams_shim::Exchange::Http),
-                ShimTransport::Socket => Some(argo_streams_shim::Exchange::Socket),
-            },
-            batches: match (self.transport, self.ack) {
-                (ShimTransport::File, _) => Some(argo_streams_shim::Batches::Files),
-                (_, Ack::Exit) => Some(argo_streams_shim::Batches::Exit { success: self.success }),
-                _ => None,
-            },
-            batch: argo_streams_shim::BatchLimits {
-                records: self.batch_records.max(1),
-                bytes: self.batch_bytes.max(1),
-            },
-            framing: match self.framing {
-                FramingKind::Lines => argo_streams_shim::Framing::Lines,
-                FramingKind::Json => argo_streams_shim::Framing::Json,
-                FramingKind::Length => argo_streams_shim::Framing::Length,
-            },
-            has_fifos: self.transport == ShimTransport::Fifo,
-            acknowledgement: match self.ack {
-                // Batches have an acknowledgement of their own.
-                Ack::Auto | Ack::Exit => argo_streams_shim::Acknowledgement::Auto,
-                Ack::Line => argo_streams_shim::Acknowledgement::Line,
-                Ack::Read => argo_streams_shim::Acknowledgement::Read,
-            },
-            is_block_buffered: self.buffering == BufferingKind::Block,
-            grace: Duration::from_millis(self.grace_ms),
-            command: self.command,
-        }
-    }
-}
-
-/// How records reach a program that has a shim.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum ShimTransport {
-    /// Lines on standard input and output.
-    Stdio,
-    /// Lines on two named pipes.
-    Fifo,
-    /// Requests to the program's own server.
-    Http,
-    /// Frames over a unix socket.
-    Socket,
-    /// Files in a directory.
-    File,
-}
-
-/// How records lie in a program's input and output.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum FramingKind {
-    /// One a line.
-    Lines,
-    /// A JSON object a line.
-    Json,
-    /// A length before each.
-    Length,
-}
-
-/// When a record counts as done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Ack {
-    /// Not declared.
-    Auto,
-    /// One line out for each line in.
-    Line,
-    /// When the program has read it.
-    Read,
-    /// A batch, when the process that was started for it has ended.
-    Exit,
-}
-
-/// What carries a program's output.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum BufferingKind {
-    /// A terminal.
-    Line,
-    /// A pipe.
-    Block,
 }
 
 fn pair(text: &str) -> Result<(String, String), String> {

@@ -3,7 +3,7 @@
 //!
 //! Reading order: `physical` lays a plan out; `broker` hands out, joins and recovers; `accusation`
 //! looks whether a neighbour was accused rightly; `run` owns processes, threads and
-//! time; `keeper` and `state_directory` make a run outlive its agent; `internal` is what sources, sinks and the router share; `status` shows numbers.
+//! time, and `engine` is how it starts containers; `keeper` and `state_directory` make a run outlive its agent; `internal` is what sources, sinks and the router share; `status` shows numbers.
 #![forbid(unsafe_code)]
 
 pub mod bench;
@@ -16,6 +16,8 @@ mod accusation;
 pub mod broker;
 
 pub mod run;
+
+pub mod engine;
 
 pub mod keeper;
 pub mod state_directory;

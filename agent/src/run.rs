@@ -23,6 +23,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open, p
 
 use crate::broker::{Action, AdoptError, Broker, Level, Phase, Transport, listen};
 use crate::ctl::{Answer, Asked, Ctl, Request};
+use crate::engine::{Container, Engine, Image, REMOVE_PATIENCE, Removal};
 use crate::identity::{Identity, IdentityError};
 use crate::internal::{Context, InternalError};
 use crate::kafka_setup::{KafkaError, KafkaSetup};
@@ -53,6 +54,12 @@ pub struct Options {
     pub file: PathBuf,
     /// Image names and what starts them.
     pub images: HashMap<String, Vec<String>>,
+    /// The static shim, where it is not beside the agent.
+    pub shim: Option<PathBuf>,
+    /// The container engine, if one is named.
+    pub engine: Option<String>,
+    /// The network of containers.
+    pub container_network: String,
     /// Brokers for Kafka steps that name none.
     pub kafka: Option<String>,
     /// Topics of the embedded Kafka to fill: topic, file or generator.
@@ -144,7 +151,7 @@ fn system(what: &'static str) -> impl FnOnce(io::Error) -> RunError {
 /// A shim's process and its standard error.
 #[derive(Debug)]
 struct Shim {
-    /// None: a dead agent started it, and somebody else reaps it.
+    /// The shim, or the engine's command that is its container until its end. None: a dead agent started it, and somebody else reaps it.
     child: Option<Child>,
     ended: OwnedFd,
     words: Option<std::process::ChildStderr>,
@@ -218,6 +225,8 @@ fn not_kept(plan: &Plan, options: &Options) -> Vec<String> {
 
 struct Run {
     options: Options,
+    /// The static shim; without it the agent's own program is the shim.
+    shim: Option<PathBuf>,
     plan: Arc<Plan>,
     broker: Broker,
     screen: Arc<Screen>,
@@ -237,11 +246,39 @@ struct Run {
     say_errors_at_ns: u64,
     metrics: Option<Metrics>,
     ctl: Ctl,
+    containers: Containers,
+    /// Containers that are being removed, by stage.
+    removals: HashMap<usize, Removing>,
     /// Commands that were put in the place of a step's own, by step.
     replaced: HashMap<String, Vec<String>>,
     /// Whoever waits for programs to be replaced.
     replacing: Vec<Replacing>,
     io: (&'static str, String),
+}
+
+/// The engine, and the steps that it starts.
+#[derive(Debug, Default)]
+struct Containers {
+    engine: Option<Engine>,
+    /// By step.
+    images: HashMap<usize, Image>,
+    /// What the names of all containers of this pipeline begin with.
+    prefix: String,
+}
+
+impl Containers {
+    fn name(&self, stage: usize) -> String {
+        format!("{}-{stage}", self.prefix)
+    }
+}
+
+/// A container that is being removed.
+#[derive(Debug)]
+struct Removing {
+    removal: Removal,
+    until_ns: u64,
+    /// How its shim ended, if it has: the broker hears of it when nothing of the container is left.
+    ended: Option<String>,
 }
 
 /// A request that is answered when the programs of its step have started.
@@ -307,9 +344,14 @@ impl Run {
             .unwrap_or(Path::new("."))
             .to_path_buf();
         check_files(&plan, &directory)?;
-        for step in plan.steps() {
-            if let StepKind::ParDo(pardo) = step.kind() {
-                command_of(&options, step.name(), &step.place(), pardo, &directory)?;
+        let shim = static_shim(options.shim.as_deref())?;
+        let mut containers = Containers::default();
+        for (index, step) in plan.steps().iter().enumerate() {
+            if let StepKind::ParDo(pardo) = step.kind()
+                && command_of(&options, step.name(), &step.place(), pardo, &directory)?.is_none()
+            {
+                let image = containers.image(&options, shim.as_deref(), step, pardo)?;
+                containers.images.insert(index, image);
             }
         }
         let metrics = options.metrics_listen.map(listen_for_scrapes).transpose()?;
@@ -326,6 +368,8 @@ impl Run {
         if !is_taken_over {
             identity.clear()?;
         }
+        let place = identity.directory().file_name().map(|name| name.to_string_lossy().into_owned());
+        containers.prefix = format!("argo-streams-{}", place.unwrap_or_default());
         let ctl = Ctl::listen(&identity).map_err(system("cannot listen for `argo-streams ctl`"))?;
         let kafka = KafkaSetup::prepare(&plan, &options, &directory)?;
         let plan = Arc::new(plan);
@@ -352,6 +396,15 @@ impl Run {
                     Some(listener) => listener,
                     None => listen(path).map_err(system("cannot listen for ParDos"))?,
                 };
+                if containers.images.contains_key(&stage.step) {
+                    // Behind a directory of mode 0700, and in its container, where programs have users of their own.
+                    std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o666))
+                        .map_err(system("cannot open a socket to a container"))?;
+                    if let (Some(engine), false) = (&containers.engine, is_taken_over) {
+                        // A run that was killed may have left it.
+                        engine.remove(&containers.name(index));
+                    }
+                }
                 listeners.push((index, listener));
             }
             transports.push(transport);
@@ -363,6 +416,13 @@ impl Run {
             state => Broker::new(physical, &transports, &sockets, state)
                 .map_err(|error| RunError::Failed { step: "agent".to_owned(), text: error.to_string() })?,
         };
+        for (index, stage) in
+            broker.physical().stages.iter().enumerate().map(|(index, stage)| (index, stage.step)).collect::<Vec<_>>()
+        {
+            if containers.images.contains_key(&stage) {
+                broker.open_to_all(index);
+            }
+        }
         if let Some(state) = broker.state() {
             for (index, listener) in &listeners {
                 state.keeper.put(&listener_entry(*index), &[], &[listener.as_fd()]);
@@ -381,6 +441,7 @@ impl Run {
         }
         let mut run = Self {
             options,
+            shim,
             plan,
             broker,
             screen,
@@ -399,6 +460,8 @@ impl Run {
             say_errors_at_ns: 0,
             metrics,
             ctl,
+            containers,
+            removals: HashMap::new(),
             replaced: HashMap::new(),
             replacing: Vec::new(),
             io: (backend.name(), String::new()),
@@ -542,6 +605,7 @@ impl Run {
                     Heard::Listener(place) => self.accept(place),
                     Heard::Words(stage) => self.read_words(stage),
                     Heard::ShimEnded(stage) => self.shim_ended(stage),
+                    Heard::Removed(stage) => self.removal_ended(stage),
                     Heard::Ctl => self.do_asked(),
                     Heard::Scrape => self.answer_scrapes(),
                     Heard::Signal => {
@@ -634,6 +698,11 @@ impl Run {
             return Err(format!("{step} is being replaced already: wait for that"));
         }
         if let Some(command) = command {
+            if self.containers.images.keys().any(|index| *index == found.index()) {
+                return Err(format!(
+                    "{step} runs in a container, and a command of this machine is not in it: drain the run, change the image, and run it again"
+                ));
+            }
             if self.options.state.is_some() {
                 return Err(
                     "this run outlives its agent (--state), and the next agent would start what the file says: drain it, change the file, and run it again"
@@ -785,6 +854,9 @@ impl Run {
         if self.is_draining {
             self.drain();
         }
+        for removing in self.removals.values().filter(|removing| now >= removing.until_ns) {
+            removing.removal.kill();
+        }
         self.answer_replaced(now);
         if now >= self.say_errors_at_ns {
             self.say_errors_at_ns = now + ERRORS_INTERVAL_NS;
@@ -840,13 +912,16 @@ impl Run {
                         self.fail(RunError::Failed { step, text: format!("its shim cannot be started: {error}") });
                     }
                 }
+                Action::EndShim { stage } | Action::KillProgram { stage, .. } if self.is_container(stage) => {
+                    self.remove_container(stage, None);
+                }
                 Action::EndShim { stage } => {
                     if let Some(shim) = self.shims.get(&stage) {
                         // Gone already is what was asked for.
                         let _gone = pidfd_send_signal(&shim.ended, Signal::KILL);
                     }
                 }
-                Action::KillProgram { pid } => {
+                Action::KillProgram { pid, .. } => {
                     if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
                         // Gone already is what was asked for.
                         let _gone = kill_process_group(pid, Signal::KILL);
@@ -860,6 +935,14 @@ impl Run {
                     match level {
                         Level::Info => tracing::info!(step, worker, "{text}"),
                         Level::Warn => tracing::warn!(step, worker, "{text}"),
+                    }
+                }
+                Action::Degraded { stage, text } => {
+                    let text = format!("step {}: {text}", step(stage, &self.broker));
+                    // Where the agent has no io_uring either, that is said once.
+                    if self.io.0 != Backend::Epoll.name() && !self.degradations.contains(&text) {
+                        tracing::info!("{text}");
+                        self.degradations.push(text);
                     }
                 }
                 Action::StepFailed { stage, text, is_restart_limit } => {
@@ -897,12 +980,42 @@ impl Run {
         let Some(socket) = self.broker.socket(stage) else { return Ok(()) };
         let directory = self.options.file.parent().unwrap_or(Path::new("."));
         let command = match self.replaced.get(step.name()) {
-            Some(command) => command.clone(),
+            Some(command) => Some(command.clone()),
             None => command_of(&self.options, step.name(), &step.place(), pardo, directory)
                 .map_err(|error| io::Error::other(error.to_string()))?,
         };
-        let mut shim = Command::new(std::env::current_exe()?);
-        shim.arg("shim").arg("--socket").arg(socket);
+        let container = self.containers.engine.as_ref().zip(self.containers.images.get(&plan.step));
+        let (mut shim, command) = match (command, container, &self.shim) {
+            (Some(command), _, program) => {
+                let mut shim = match program {
+                    Some(program) => Command::new(program),
+                    None => {
+                        let mut own = Command::new(std::env::current_exe()?);
+                        own.arg("shim");
+                        own
+                    }
+                };
+                shim.arg("--socket").arg(socket);
+                shim.envs(pardo.environment().iter().map(|(name, value)| (name, value)));
+                (shim, command)
+            }
+            (None, Some((engine, image)), Some(program)) => {
+                let container = Container {
+                    name: &self.containers.name(stage),
+                    step: step.name(),
+                    shim: program,
+                    socket,
+                    environment: pardo
+                        .environment()
+                        .iter()
+                        .map(|(name, value)| (name.as_str(), value.as_str()))
+                        .collect(),
+                };
+                let shim = engine.run(image, &container).map_err(|error| io::Error::other(error.to_string()))?;
+                (shim, image.command().to_vec())
+            }
+            (None, _, _) => return Err(io::Error::other("nothing starts its image")),
+        };
         shim.arg("--transport").arg(match pardo.transport() {
             Declared::Auto | Declared::Stdio | Declared::Shm => "stdio",
             Declared::Fifo => "fifo",
@@ -923,6 +1036,9 @@ impl Run {
         });
         let success: Vec<String> = pardo.success().iter().map(u8::to_string).collect();
         shim.arg("--success").arg(success.join(","));
+        if pardo.has_declared_batch() {
+            shim.arg("--batched");
+        }
         shim.arg("--batch-records").arg(pardo.batch_records().to_string());
         shim.arg("--batch-bytes").arg(pardo.batch_bytes().to_string());
         shim.arg("--buffering").arg(match pardo.buffering() {
@@ -931,7 +1047,6 @@ impl Run {
         });
         shim.arg("--grace-ms").arg((self.options.grace.as_millis() / 4).to_string());
         shim.arg("--").args(command);
-        shim.envs(pardo.environment().iter().map(|(name, value)| (name, value)));
         // A group of its own: the terminal's Ctrl-C is for the agent, which drains.
         shim.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).process_group(0);
         let mut child = shim.spawn()?;
@@ -999,7 +1114,60 @@ impl Run {
             Some(Err(error)) => format!("ended in an unknown way: {error}"),
             None => "ended; it was started by an earlier agent, so how is not known".to_owned(),
         };
+        if self.is_container(stage) {
+            // The engine's command may be gone without its container, and what that one still wrote would be nobody's.
+            return self.remove_container(stage, Some(text));
+        }
         self.broker.shim_ended(stage, &text);
+    }
+
+    fn is_container(&self, stage: usize) -> bool {
+        let step = self.broker.physical().stages.get(stage).map(|stage| stage.step);
+        step.is_some_and(|step| self.containers.images.contains_key(&step))
+    }
+
+    /// Begins to remove a stage's container; `ended` is what the broker is told when it is gone.
+    fn remove_container(&mut self, stage: usize, ended: Option<String>) {
+        if let Some(removing) = self.removals.get_mut(&stage) {
+            removing.ended = removing.ended.take().or(ended);
+            return;
+        }
+        let Some(engine) = &self.containers.engine else { return };
+        match engine.begin_removal(&self.containers.name(stage)) {
+            Ok(removal) => {
+                let until_ns = monotonic_ns() + nanoseconds(REMOVE_PATIENCE);
+                self.removals.insert(stage, Removing { removal, until_ns, ended });
+            }
+            Err(error) => {
+                tracing::warn!("container {} cannot be removed: {error}", self.containers.name(stage));
+                self.container_removed(stage, ended, false);
+            }
+        }
+    }
+
+    fn removal_ended(&mut self, stage: usize) {
+        let Some(removing) = self.removals.remove(&stage) else { return };
+        let is_removed = match removing.removal.finish() {
+            Ok(()) => true,
+            Err(said) => {
+                tracing::warn!("container {} cannot be removed: {said}", self.containers.name(stage));
+                false
+            }
+        };
+        self.container_removed(stage, removing.ended, is_removed);
+    }
+
+    fn container_removed(&mut self, stage: usize, ended: Option<String>, is_removed: bool) {
+        match ended {
+            Some(text) => self.broker.shim_ended(stage, &text),
+            // Something must move: without the engine's command the worker counts as ended, and its session is over.
+            None if !is_removed => {
+                if let Some(shim) = self.shims.get(&stage) {
+                    let _gone = pidfd_send_signal(&shim.ended, Signal::KILL);
+                }
+            }
+            None => {}
+        }
     }
 
     fn poll(&mut self, signals: &Signals, timeout_ns: u64) -> Vec<Heard> {
@@ -1024,6 +1192,10 @@ impl Run {
                 names.push(Heard::Words(*stage));
                 descriptors.push(words.as_fd());
             }
+        }
+        for (stage, removing) in &self.removals {
+            names.push(Heard::Removed(*stage));
+            descriptors.push(removing.removal.descriptor().as_fd());
         }
         let mut waits: Vec<PollFd<'_>> =
             descriptors.iter().map(|descriptor| PollFd::from_borrowed_fd(*descriptor, PollFlags::IN)).collect();
@@ -1055,12 +1227,28 @@ impl Run {
                 let _ended = argo_streams_shm_protocol::wait_readable(shim.ended.as_fd(), 20_000_000);
             }
         }
+        let left: Vec<usize> = self.shims.keys().copied().collect();
+        for stage in left {
+            // The engine's command would leave its container behind.
+            if self.is_container(stage)
+                && let Some(engine) = &self.containers.engine
+            {
+                engine.remove(&self.containers.name(stage));
+            }
+        }
         for (_, shim) in self.shims.drain() {
             // Its program dies with it: it asked the kernel for that.
             let _gone = pidfd_send_signal(&shim.ended, Signal::KILL);
             if let Some(mut child) = shim.child {
                 let _reaped = child.wait();
             }
+        }
+        for (_, removing) in self.removals.drain() {
+            let left_ns = deadline_ns.saturating_sub(monotonic_ns());
+            if !argo_streams_shm_protocol::wait_readable(removing.removal.descriptor().as_fd(), left_ns) {
+                removing.removal.kill();
+            }
+            let _told_at_the_next_run = removing.removal.finish();
         }
         if let Some(state) = self.broker.state() {
             state.keeper.goodbye();
@@ -1093,6 +1281,7 @@ enum Heard {
     Listener(usize),
     Words(usize),
     ShimEnded(usize),
+    Removed(usize),
     Scrape,
     Ctl,
     Signal,
@@ -1119,30 +1308,60 @@ impl Signals {
     }
 }
 
-/// What starts a ParDo: `--image`, else the step's `command`, else an error that says both.
+impl Containers {
+    /// What an engine starts for a step that has nothing else; the engine is looked for at the first.
+    fn image(
+        &mut self,
+        options: &Options,
+        shim: Option<&Path>,
+        step: &argo_streams_pipeline::Step,
+        pardo: &ParDo,
+    ) -> Result<Image, RunError> {
+        let image = pardo.image();
+        let failed = |text: &dyn std::fmt::Display| {
+            RunError::Missing(format!(
+                "{} ({}): nothing says what starts image {image:?} on this machine, and {text}; pass --image {image}=COMMAND, or give the step `command: [...]`",
+                step.place(),
+                step.name()
+            ))
+        };
+        if shim.is_none() {
+            return Err(failed(
+                &"there is no static shim to start in its container (`make shim` builds it; put it beside argo-streams, or pass --shim FILE)",
+            ));
+        }
+        let engine = match &self.engine {
+            Some(engine) => engine,
+            None => {
+                let found = Engine::find(options.engine.as_deref(), &options.container_network);
+                self.engine.insert(found.map_err(|error| failed(&error))?)
+            }
+        };
+        let found = engine.image(image).map_err(|error| failed(&error))?;
+        tracing::info!(step = step.name(), engine = engine.name(), "image {image} starts in a container");
+        Ok(found)
+    }
+}
+
+/// What starts a ParDo: `--image`, else the step's `command`, else nothing but a container engine.
 fn command_of(
     options: &Options,
     name: &str,
     place: &str,
     pardo: &ParDo,
     directory: &Path,
-) -> Result<Vec<String>, RunError> {
+) -> Result<Option<Vec<String>>, RunError> {
     let (command, base, origin) = match (options.images.get(pardo.image()), pardo.command()) {
         (Some(command), _) => (command.clone(), Path::new("."), "--image"),
         (None, Some(command)) => (command.to_vec(), directory, "command"),
-        (None, None) => {
-            return Err(RunError::Missing(format!(
-                "{place} ({name}): nothing says what starts image {image:?} on this machine: pass --image {image}=COMMAND, or give the step `command: [...]`",
-                image = pardo.image()
-            )));
-        }
+        (None, None) => return Ok(None),
     };
     let missing = |found: &str| {
         RunError::Missing(format!(
             "{place} ({name}): the program of {origin}, {found:?}, is not there or not executable"
         ))
     };
-    resolve(command, base).map_err(|found| missing(&found))
+    resolve(command, base).map(Some).map_err(|found| missing(&found))
 }
 
 /// A command with the whole path of its program, if that has one; else the name of what is not there.
@@ -1159,6 +1378,25 @@ fn resolve(mut command: Vec<String>, base: &Path) -> Result<Vec<String>, String>
         }
     }
     Ok(command)
+}
+
+/// The static shim: the one that is named, else the one beside this program, else none.
+fn static_shim(named: Option<&Path>) -> Result<Option<PathBuf>, RunError> {
+    if let Some(named) = named {
+        return match std::path::absolute(named) {
+            Ok(path) if is_executable(&path) => Ok(Some(path)),
+            _ => Err(RunError::Missing(format!(
+                "--shim {}: expected the program argo-streams-shim, and there is no executable file; `make shim` builds it",
+                named.display()
+            ))),
+        };
+    }
+    let beside = std::env::current_exe().ok().map(|own| own.with_file_name("argo-streams-shim"));
+    Ok(beside.filter(|path| is_executable(path)))
+}
+
+fn is_executable(path: &Path) -> bool {
+    path.is_file() && rustix::fs::access(path, rustix::fs::Access::EXEC_OK).is_ok()
 }
 
 fn is_in_path(program: &str) -> bool {

@@ -16,15 +16,19 @@ use argo_streams_shm_protocol::stage::{
     StageError,
 };
 use argo_streams_shm_protocol::{
-    Control, ControlError, Event, Hello, Message, ProgramEvent, RecordKind, Role, attributes_iter, monotonic_ns,
+    Control, ControlError, Event, Hello, Message, ProgramEvent, RecordKind, Role, monotonic_ns,
 };
 use argo_streams_stage::{Backend, StageBell, path_keys, ready_descriptor};
 use tokio::io::Interest;
 use tokio::sync::mpsc::{Receiver, Sender};
 use tokio::task::JoinHandle;
 
+use crate::batch::BatchLimits;
+use crate::framing::{AnswerKey, REASON_BYTES_MAX};
 use crate::program::{Fifos, OutputKind, Program, describe};
-use crate::serve::{GROUP_PATIENCE, LIBRARY, OPEN_TIMEOUT_NS, Options, ShimError, finish_stage, nanoseconds};
+use crate::serve::{
+    GROUP_PATIENCE, LIBRARY, OPEN_TIMEOUT_NS, Options, ShimError, finish_stage, library, nanoseconds, until_retry,
+};
 
 /// A record that the program refuses for now is sent again after this time at first, then after twice as long each time ...
 const RETRY_NS_MIN: u64 = 100_000_000;
@@ -34,8 +38,6 @@ const RETRY_NS_MAX: u64 = 5_000_000_000;
 const ATTEMPTS_MAX: u32 = 8;
 /// A connection that broke because its program ended is seen a little before that end is.
 const DEATH_PATIENCE: Duration = Duration::from_millis(200);
-/// A reason for the error output is at most so much of what the program said.
-const REASON_BYTES_MAX: usize = 512;
 
 /// A record on its way to the program.
 #[derive(Clone, Debug)]
@@ -46,8 +48,8 @@ struct Request {
     id: String,
     key: Option<Vec<u8>>,
     event_time_ns: i64,
-    /// Names and values.
-    attributes: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Encoded.
+    attributes: Vec<u8>,
     payload: Vec<u8>,
     /// 0 for the first attempt.
     attempt: u32,
@@ -56,8 +58,8 @@ struct Request {
 /// One output of a record.
 #[derive(Debug, Default)]
 struct Output {
-    /// `None` = that of its record.
-    key: Option<Vec<u8>>,
+    /// Unsaid = that of its record.
+    key: AnswerKey,
     /// `None` = that of its record.
     event_time_ns: Option<i64>,
     /// Encoded.
@@ -74,6 +76,8 @@ enum Outcome {
     Refused(String),
     /// Not now.
     Later(String),
+    /// Something is wrong with one of those that it was sent with, and nobody knows which: it is sent alone.
+    NotAlone(String),
     /// The connection broke before the answer. If the program ended, nothing is held against the record.
     Unanswered,
 }
@@ -85,6 +89,8 @@ enum Answer {
     Ready,
     /// To the request of this number.
     Record { number: u64, outcome: Outcome },
+    /// To all records that were sent in one request.
+    Batch(Vec<(u64, Outcome)>),
     /// The program cannot be talked to any more; why.
     Broken(String),
 }
@@ -93,10 +99,12 @@ enum Answer {
 #[derive(Debug)]
 struct Carrier {
     /// Closed when nothing more will come.
-    requests: Option<Sender<Request>>,
+    requests: Option<Sender<Vec<Request>>>,
     answers: Receiver<Answer>,
-    /// How many requests may be under way.
+    /// How many records may be under way.
     window: usize,
+    /// How they go in requests of several, if they do.
+    batching: Option<Batching>,
     /// Told to the program when it starts.
     environment: Vec<(String, String)>,
     /// Whether the program ends by itself when nothing more comes; else it is terminated.
@@ -112,11 +120,22 @@ impl Drop for Carrier {
     }
 }
 
+/// Requests of several records.
+#[derive(Clone, Copy, Debug)]
+struct Batching {
+    limits: BatchLimits,
+    /// So many requests under way; what comes meanwhile is the next one.
+    requests_max: usize,
+}
+
 /// Which of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exchange {
     /// The program serves `POST /messages`.
-    Http,
+    Http {
+        /// Several records a request; `None` = one.
+        batch: Option<BatchLimits>,
+    },
     /// The program connects to a unix socket, and frames go both ways.
     Socket,
 }
@@ -131,6 +150,8 @@ enum State {
     Answered { outputs: Vec<Output>, emitted: usize },
     /// For the error output.
     Refused(String),
+    /// It failed for now, and is tried again as the pipeline says.
+    Failed(String),
     /// Not a data record.
     Control,
 }
@@ -141,6 +162,8 @@ struct InFlight {
     attempt: u32,
     /// How often this process broke the connection and lived on.
     unanswered: u32,
+    /// A request of several went wrong that it was in.
+    goes_alone: bool,
     state: State,
 }
 
@@ -158,6 +181,8 @@ struct Shim {
     in_flight: VecDeque<InFlight>,
     next_number: u64,
     sent: usize,
+    /// Requests under way, where they are of several records.
+    requests_sent: usize,
     deaths_in_a_row: u32,
     /// As many records go one by one, to find the one that kills the program.
     one_by_one: usize,
@@ -179,7 +204,7 @@ pub(crate) async fn serve(exchange: Exchange, options: Options, backend: Backend
         role: Role::Supervisor,
         features: 0,
         pid: std::process::id(),
-        library: LIBRARY.to_owned(),
+        library: library(backend),
     };
     control.send(&Message::Hello(hello), &[]).map_err(failed)?;
     let mut shim = Shim {
@@ -194,6 +219,7 @@ pub(crate) async fn serve(exchange: Exchange, options: Options, backend: Backend
         in_flight: VecDeque::new(),
         next_number: 0,
         sent: 0,
+        requests_sent: 0,
         deaths_in_a_row: 0,
         one_by_one: 0,
         stopping: None,
@@ -247,7 +273,7 @@ impl Shim {
     fn start(&mut self) -> Result<(), ShimError> {
         (self.stopping, self.over, self.is_ready) = (None, false, false);
         let carrier = match self.exchange {
-            Exchange::Http => http::connect(),
+            Exchange::Http { batch } => http::connect(batch),
             Exchange::Socket => socket::listen(&self.options.socket),
         };
         let not_started = |error: &std::io::Error| {
@@ -342,37 +368,55 @@ impl Shim {
                 RecordKind::Data => State::Waiting { not_before_ns: 0 },
                 _ => State::Control,
             };
-            self.in_flight.push_back(InFlight { number: self.next_number, attempt: 0, unanswered: 0, state });
+            let number = self.next_number;
+            self.in_flight.push_back(InFlight { number, attempt: 0, unanswered: 0, goes_alone: false, state });
             self.next_number += 1;
         }
         Ok(!received.is_empty())
     }
 
-    /// Hands over what waits, the oldest first.
+    /// Hands over what waits, the oldest first; where requests are of several records, as many as wait and fit in one.
     fn dispatch(&mut self) -> bool {
         let window = self.window();
         let Some((stage, _)) = &self.stage else { return false };
-        let Some(requests) = self.carrier.as_ref().and_then(|carrier| carrier.requests.as_ref()) else { return false };
-        if !self.is_ready {
-            return false;
-        }
+        let Some(carrier) = &self.carrier else { return false };
+        let Some(requests) = carrier.requests.as_ref().filter(|_| self.is_ready) else { return false };
+        let batching = carrier.batching;
+        let (records_max, bytes_max) =
+            batching.map_or((1, u64::MAX), |batching| (batching.limits.records, batching.limits.bytes));
         let now_ns = monotonic_ns();
+        let mut next = 0;
         let mut moved = false;
-        for (place, entry) in self.in_flight.iter_mut().enumerate() {
-            if self.sent >= window {
+        while self.sent < window
+            && requests.capacity() > 0
+            && batching.is_none_or(|batching| self.requests_sent < batching.requests_max)
+        {
+            let (mut together, mut bytes) = (Vec::new(), 0);
+            while let Some(entry) = self.in_flight.get_mut(next) {
+                // What waits behind one of its key that failed comes again.
+                let is_due = matches!(entry.state, State::Waiting { not_before_ns } if not_before_ns <= now_ns);
+                if !is_due || stage.is_parked(next) {
+                    next += 1;
+                    continue;
+                }
+                if entry.goes_alone && !together.is_empty() {
+                    break;
+                }
+                let Some(record) = stage.undone_record(next) else { break };
+                together.push(request(stage, &record, entry));
+                entry.state = State::Sent;
+                self.sent += 1;
+                next += 1;
+                bytes += record.view.payload_len as u64;
+                if entry.goes_alone || together.len() >= records_max || bytes >= bytes_max || self.sent >= window {
+                    break;
+                }
+            }
+            // There is room, as was asked above.
+            if together.is_empty() || requests.try_send(together).is_err() {
                 break;
             }
-            let State::Waiting { not_before_ns } = entry.state else { continue };
-            if not_before_ns > now_ns {
-                continue;
-            }
-            let Some(record) = stage.undone_record(place) else { break };
-            // There is room for a whole window.
-            if requests.try_send(request(stage, &record, entry)).is_err() {
-                break;
-            }
-            entry.state = State::Sent;
-            self.sent += 1;
+            self.requests_sent += usize::from(batching.is_some());
             moved = true;
         }
         moved
@@ -402,23 +446,43 @@ impl Shim {
                 self.broken.get_or_insert(text);
                 return;
             }
+            Answer::Batch(outcomes) => {
+                self.requests_sent = self.requests_sent.saturating_sub(1);
+                for (number, outcome) in outcomes {
+                    self.take_outcome(number, outcome);
+                }
+                return;
+            }
             Answer::Record { number, outcome } => (number, outcome),
         };
+        self.take_outcome(number, outcome);
+    }
+
+    fn take_outcome(&mut self, number: u64, outcome: Outcome) {
         let front = self.in_flight.front().map_or(self.next_number, |entry| entry.number);
         let place = number.checked_sub(front).and_then(|place| usize::try_from(place).ok());
+        // Without a key and without a word in the pipeline nothing may overtake it: it is tried again where it stands.
+        let may_park = self.stage.as_ref().zip(place).is_some_and(|((stage, _), place)| {
+            stage.has_declared_retries() || stage.undone_record(place).is_some_and(|record| record.view.keyed)
+        });
         let entry = place.and_then(|place| self.in_flight.get_mut(place));
         let Some(entry) = entry.filter(|entry| matches!(entry.state, State::Sent)) else {
             self.broken.get_or_insert(format!("answered record {number}, which it was not sent or had answered"));
             return;
         };
         self.sent -= 1;
-        if !matches!(outcome, Outcome::Unanswered) {
+        if !matches!(outcome, Outcome::Unanswered | Outcome::NotAlone(_)) {
             self.deaths_in_a_row = 0;
             self.one_by_one = self.one_by_one.saturating_sub(1);
         }
         entry.state = match outcome {
             Outcome::Outputs(outputs) => State::Answered { outputs, emitted: 0 },
             Outcome::Refused(reason) => State::Refused(reason),
+            Outcome::NotAlone(reason) => {
+                tracing::debug!(number, reason, "sent again alone");
+                entry.goes_alone = true;
+                State::Waiting { not_before_ns: 0 }
+            }
             Outcome::Unanswered if entry.unanswered + 1 >= ATTEMPTS_MAX => {
                 State::Refused(format!("the connection was closed {ATTEMPTS_MAX} times without an answer to it"))
             }
@@ -427,6 +491,7 @@ impl Shim {
                 entry.unanswered += 1;
                 State::Waiting { not_before_ns: monotonic_ns() + wait_ns }
             }
+            Outcome::Later(reason) if may_park => State::Failed(reason),
             Outcome::Later(reason) if entry.attempt + 1 >= ATTEMPTS_MAX => {
                 State::Refused(format!("refused {ATTEMPTS_MAX} times, the last time: {reason}"))
             }
@@ -453,7 +518,11 @@ impl Shim {
         let mut moved = false;
         while let Some(entry) = self.in_flight.front_mut() {
             let settled = match &mut entry.state {
-                State::Waiting { .. } | State::Sent => break,
+                State::Sent => break,
+                // Whatever it was answered: it comes again behind the one of its key that failed.
+                _ if stage.is_parked(0) => Ok(()),
+                State::Waiting { .. } => break,
+                State::Failed(reason) => stage.fail(0, reason).map(drop),
                 State::Control => Ok(()),
                 State::Refused(reason) => stage.reject(0, reason),
                 State::Answered { outputs, emitted } => emit_outputs(stage, outputs, emitted),
@@ -498,6 +567,8 @@ impl Shim {
         }
         self.carrier = None;
         self.is_ready = false;
+        let (mut code, mut text) = status.map_or((1, "ended in an unknown way".to_owned()), describe);
+        self.fail_alone(&text);
         while self.settle()? {}
         let mut unanswered = 0;
         for entry in &mut self.in_flight {
@@ -507,8 +578,7 @@ impl Shim {
                 unanswered += 1;
             }
         }
-        self.sent = 0;
-        let (mut code, mut text) = status.map_or((1, "ended in an unknown way".to_owned()), describe);
+        (self.sent, self.requests_sent) = (0, 0);
         let all_answered =
             self.in_flight.is_empty() && self.stage.as_ref().is_some_and(|(stage, _)| stage.is_input_over());
         if let Some(broken) = self.broken.take() {
@@ -520,7 +590,8 @@ impl Shim {
             code = 0;
         } else if !all_answered && self.stage.is_some() {
             self.deaths_in_a_row += 1;
-            if self.deaths_in_a_row > 1 {
+            // Where failures of records are declared, the one that did it is looked for at once.
+            if self.deaths_in_a_row > 1 || self.stage.as_ref().is_some_and(|(stage, _)| stage.has_declared_retries()) {
                 self.one_by_one = self.in_flight.len();
             }
             if unanswered > 0 {
@@ -532,6 +603,18 @@ impl Shim {
             stage.commit()?;
         }
         self.send(Event::Program(ProgramEvent::Ended { code, text, uncertain_records: 0 }))
+    }
+
+    /// The program ended with one record unanswered: if the pipeline declares what becomes of those that fail, this one did.
+    fn fail_alone(&mut self, text: &str) {
+        let is_declared = self.stage.as_ref().is_some_and(|(stage, _)| stage.has_declared_retries());
+        let mut sent = self.in_flight.iter_mut().filter(|entry| matches!(entry.state, State::Sent));
+        if let (Some(entry), None) = (sent.next(), sent.next())
+            && is_declared
+            && self.stopping.is_none()
+        {
+            entry.state = State::Failed(format!("its program {text} while it had this record alone"));
+        }
     }
 
     /// The order of stopping: nothing more comes, the grace time, SIGTERM, the grace time again, SIGKILL.
@@ -584,6 +667,7 @@ impl Shim {
         });
         let until_ns = due.chain(self.stopping.map(|(deadline_ns, _)| deadline_ns)).min();
         let timer = until_ns.map_or(Duration::from_secs(1), |until| Duration::from_nanos(until.saturating_sub(now)));
+        let timer = timer.min(until_retry(self.stage.as_ref().filter(|_| can_receive)));
         let mut heard = None;
         {
             let (stage, program, carrier) = (&self.stage, &self.program, &mut self.carrier);
@@ -615,7 +699,11 @@ fn retry_ns(attempts: u32) -> u64 {
 /// The first `*emitted` are emitted already: `Full` is not the end, and what was emitted stays.
 fn emit_outputs(stage: &mut Stage, outputs: &[Output], emitted: &mut usize) -> Result<(), StageError> {
     while let Some(output) = outputs.get(*emitted) {
-        let key = output.key.as_deref().map_or(KeyChoice::Inherit, KeyChoice::Set);
+        let key = match &output.key {
+            AnswerKey::Unsaid => KeyChoice::Inherit,
+            AnswerKey::None => KeyChoice::None,
+            AnswerKey::Some(key) => KeyChoice::Set(key),
+        };
         let emit = Emit {
             belongs_to: BelongsTo::Oldest,
             key,
@@ -644,9 +732,9 @@ fn request(stage: &Stage, record: &Received, entry: &InFlight) -> Request {
         id: format!("{}-{}-{}", view.origin.shard, view.origin.sequence, view.origin.emit_index),
         key,
         event_time_ns: view.event_time_ns,
-        attributes: attributes_iter(&attributes).map(|(name, value)| (name.to_vec(), value.to_vec())).collect(),
+        attributes,
         payload,
-        attempt: entry.attempt,
+        attempt: entry.attempt + record.failed_attempts(),
     }
 }
 

@@ -7,6 +7,7 @@
 //! answered as a whole; `framing` is how records lie in a stream of bytes.
 #![deny(unsafe_code)]
 
+mod arguments;
 mod batch;
 mod exchange;
 mod framing;
@@ -15,6 +16,7 @@ mod program;
 mod serve;
 mod spawn;
 
+pub use arguments::{Ack, BufferingKind, FramingKind, ShimArguments, ShimTransport};
 pub use batch::{BatchLimits, Batches};
 pub use exchange::Exchange;
 pub use framing::Framing;

@@ -1,0 +1,434 @@
+//! The static shim, and containers in which there is nothing but it and a program. The engines are podman and
+//! Docker, as they are.
+#![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests: a failure is a failed test")]
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use argo_streams_tests::{
+    Finished, Running, Scratch, binary, kill_while_running, repository, target_directory, wait_for,
+};
+use rustix::process::{Pid, Signal, kill_process};
+
+/// The shim has some 2.8 MB; it is carried into every container.
+const SHIM_BYTES_MAX: usize = 4 << 20;
+const SHIM_IN_CONTAINERS: &str = "/run/argo-streams/shim";
+
+fn shim() -> PathBuf {
+    let path = target_directory().with_file_name("static").join("argo-streams-shim");
+    assert!(path.is_file(), "{} is not there: run `make shim` first", path.display());
+    path
+}
+
+/// Whether containers can be made: only root can without being set up for it.
+fn can_contain() -> bool {
+    let is_root = rustix::process::geteuid().is_root();
+    if !is_root {
+        println!("1 skipped: containers (only root can make one without subordinate users)");
+    }
+    is_root
+}
+
+/// An engine that is tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Engine {
+    Podman,
+    Docker,
+}
+
+impl Engine {
+    fn program(self) -> &'static str {
+        match self {
+            Self::Podman => "podman",
+            Self::Docker => "docker",
+        }
+    }
+}
+
+/// Images of static programs, in a store of their own, and runs of pipelines with them.
+struct Rig {
+    scratch: Scratch,
+    engine: Engine,
+    daemon: Option<Child>,
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        if let Some(mut daemon) = self.daemon.take() {
+            // It ends its own containerd as well.
+            let _gone = kill_process(Pid::from_child(&daemon), Signal::TERM);
+            let _reaped = daemon.wait();
+        }
+    }
+}
+
+impl Rig {
+    fn new(engine: Engine) -> Self {
+        let scratch = Scratch::new();
+        // No control groups and no limits beyond what a machine allows that is a container itself.
+        scratch.write(
+            "containers.conf",
+            "[containers]\ncgroups = \"disabled\"\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=1000:1000\"]\n",
+        );
+        let path = |name: &str| scratch.path(name).display().to_string();
+        let storage = format!(
+            "[storage]\ndriver = \"vfs\"\ngraphroot = \"{}\"\nrunroot = \"{}\"\n",
+            path("store"),
+            path("store-run")
+        );
+        scratch.write("storage.conf", storage);
+        // The engine as it is, but each container's root file system is read-only.
+        let script = match engine {
+            Engine::Podman => {
+                "#!/bin/sh\n[ \"$1\" = run ] && { shift; exec podman run --read-only --read-only-tmpfs=false \"$@\"; }\nexec podman \"$@\"\n"
+            }
+            Engine::Docker => {
+                "#!/bin/sh\n[ \"$1\" = run ] && { shift; exec docker run --read-only \"$@\"; }\nexec docker \"$@\"\n"
+            }
+        };
+        let script = scratch.write("read-only-engine", script);
+        std::fs::set_permissions(script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let mut this = Self { scratch, engine, daemon: None };
+        if engine == Engine::Docker {
+            this.start_daemon();
+        }
+        this
+    }
+
+    /// A Docker of its own: without networks, which need more rights than a test has.
+    fn start_daemon(&mut self) {
+        let path = |name: &str| self.scratch.path(name).display().to_string();
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "dockerd", "--iptables=false", "--bridge=none", "--storage-driver", "vfs"]);
+        command.args(["--data-root", &path("data"), "--exec-root", &path("exec"), "--pidfile", &path("pid")]);
+        command.args(["--host", &format!("unix://{}", path("docker.sock"))]);
+        let words = std::fs::File::create(self.scratch.path("dockerd.log")).unwrap();
+        let mut daemon = command.stdin(Stdio::null()).stdout(words.try_clone().unwrap()).stderr(words).spawn().unwrap();
+        wait_for("dockerd", || {
+            let ended = daemon.try_wait().unwrap();
+            assert!(ended.is_none(), "dockerd {ended:?}:\n{}", self.scratch.text("dockerd.log"));
+            self.ask(&["version"], b"").status.success().then_some(())
+        });
+        self.daemon = Some(daemon);
+    }
+
+    /// A command with mounts of its own, because crun refuses a second, half used hierarchy of control groups.
+    fn command(&self, program: &Path) -> Command {
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", "umount -l /sys/fs/cgroup/unified 2>/dev/null; exec \"$@\"", "sh"]);
+        command.arg(program);
+        command.env("CONTAINERS_CONF", self.scratch.path("containers.conf"));
+        command.env("CONTAINERS_STORAGE_CONF", self.scratch.path("storage.conf"));
+        command.env("DOCKER_HOST", format!("unix://{}", self.scratch.path("docker.sock").display()));
+        // Of its own, so that tests do not see each other's runs.
+        command.env("XDG_RUNTIME_DIR", self.scratch.path(""));
+        command
+    }
+
+    fn ask(&self, arguments: &[&str], input: &[u8]) -> Output {
+        let mut command = self.command(Path::new(self.engine.program()));
+        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("unshare");
+        let mut stdin = child.stdin.take().unwrap();
+        stdin.write_all(input).unwrap();
+        drop(stdin);
+        child.wait_with_output().unwrap()
+    }
+
+    /// An image FROM scratch that holds this static program alone, under this name.
+    fn image(&self, image: &str, program: &Path, changes: &[&str]) {
+        let folder = self.scratch.path(&format!("root-{}", image.replace(['/', ':'], "-")));
+        std::fs::create_dir(&folder).unwrap();
+        // busybox goes by its name.
+        let name = if program.ends_with("busybox") { "busybox" } else { "program" };
+        std::fs::copy(program, folder.join(name)).unwrap();
+        let archive = Command::new("tar").arg("-C").arg(&folder).args(["-c", "."]).output().unwrap();
+        assert!(archive.status.success());
+        let mut arguments = vec!["import"];
+        changes.iter().for_each(|change| arguments.extend(["--change", change]));
+        arguments.extend(["-", image]);
+        let made = self.ask(&arguments, &archive.stdout);
+        assert!(made.status.success(), "import: {}", String::from_utf8_lossy(&made.stderr));
+    }
+
+    fn compile(&self, name: &str, source: &Path, more: &[&str]) -> PathBuf {
+        let program = self.scratch.path(name);
+        let mut command = Command::new("cc");
+        command.args(["-O2", "-static", "-o"]).arg(&program).arg(source);
+        command.arg("-I").arg(repository().join("sdk-c/include")).args(more);
+        let compiled = command.output().unwrap();
+        assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
+        program
+    }
+
+    fn start(&self, pipeline: &Path, more: &[&str]) -> Running {
+        let mut command = self.command(&binary());
+        command.arg("run").arg(pipeline).args(["--output", "json", "--shim"]).arg(shim());
+        command.arg("--engine").arg(self.scratch.path("read-only-engine")).args(more);
+        Running::start(command)
+    }
+
+    fn run(&self, pipeline: &Path, more: &[&str]) -> Finished {
+        let mut running = self.start(pipeline, more);
+        drop(running.child.stdin.take());
+        running.finish()
+    }
+
+    /// Containers that are there, running or not.
+    fn containers(&self) -> String {
+        let listed = self.ask(&["ps", "--all", "--quiet"], b"");
+        assert!(listed.status.success(), "ps: {}", String::from_utf8_lossy(&listed.stderr));
+        String::from_utf8(listed.stdout).unwrap()
+    }
+}
+
+/// Processes of this program, as their own root names it, that have this word among their arguments.
+fn processes(program: &str, word: &str) -> Vec<i32> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let ids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    ids.filter(|id| {
+        let line = std::fs::read(format!("/proc/{id}/cmdline")).unwrap_or_default();
+        std::fs::read_link(format!("/proc/{id}/exe")).is_ok_and(|found| found == Path::new(program))
+            && line.split(|byte| *byte == 0).any(|found| found == word.as_bytes())
+    })
+    .collect()
+}
+
+fn lines(count: usize) -> String {
+    (0..count).map(|id| format!("id {id}\n")).collect()
+}
+
+/// A word that no other test's processes have.
+fn mark(what: &str) -> String {
+    format!("{what}-{}", std::process::id())
+}
+
+const STEPS: &str =
+    "  - file: {path: in}\n  - parDo: IMAGE\n    name: step\n    ack: line\nMORE  - file: {path: out}\n";
+
+fn steps(image: &str, more: &str) -> String {
+    STEPS.replace("IMAGE", image).replace("MORE", more)
+}
+
+#[test]
+fn the_shim_is_static_and_small() {
+    let bytes = std::fs::read(shim()).unwrap();
+    assert!(bytes.len() <= SHIM_BYTES_MAX, "{} bytes", bytes.len());
+    let u16_at = |at: usize| usize::from(u16::from_le_bytes(bytes[at..at + 2].try_into().unwrap()));
+    let u64_at = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+    assert_eq!(bytes[..5], *b"\x7fELF\x02", "64 bits");
+    let (headers, header_bytes, count) = (usize::try_from(u64_at(32)).unwrap(), u16_at(54), u16_at(56));
+    assert!(count > 0);
+    for header in (0..count).map(|index| headers + index * header_bytes) {
+        let kind = u32::from_le_bytes(bytes[header..header + 4].try_into().unwrap());
+        assert_ne!(kind, 3, "it names an interpreter");
+        if kind == 2 {
+            let (begin, len) = (u64_at(header + 8), u64_at(header + 32));
+            for entry in (begin..begin + len).step_by(16) {
+                assert_ne!(u64_at(usize::try_from(entry).unwrap()), 1, "it needs a shared library");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_static_shim_does_what_the_agents_own_does() {
+    let scratch = Scratch::new();
+    scratch.write("in", lines(20_000));
+    let pipeline = scratch
+        .pipeline("  - file: {path: in}\n  - parDo: step\n    command: [cat]\n    ack: line\n  - file: {path: out}\n");
+    let run = scratch.run(&pipeline, &["--shim", shim().to_str().unwrap()]).expect_code(0);
+    assert!(scratch.text("out") == lines(20_000), "{}", run.words());
+    let run = scratch.run(&pipeline, &["--shim", "/nowhere/shim"]).expect_code(2);
+    assert!(run.words().contains("--shim /nowhere/shim: expected the program argo-streams-shim"), "{}", run.words());
+}
+
+/// As another user, with a root file system that cannot be written, under the engine's default profile: which forbids
+/// io_uring. Programs, shims and the engine's own command are killed, each in turn.
+#[test]
+fn records_go_through_a_container_of_nothing_else_through_kills() {
+    if can_contain() {
+        go_through_kills(Engine::Podman);
+    }
+}
+
+/// Docker's profile of this version allows io_uring.
+#[test]
+fn records_go_through_a_container_of_docker_through_kills() {
+    if can_contain() {
+        go_through_kills(Engine::Docker);
+    }
+}
+
+fn go_through_kills(engine: Engine) {
+    let rig = Rig::new(engine);
+    let mark = mark(engine.program());
+    let client = String::from_utf8(Command::new("which").arg(engine.program()).output().unwrap().stdout).unwrap();
+    let source = rig.scratch.write("lines.c", LINES);
+    let program = rig.compile("lines", &source, &[]);
+    let entry = format!("ENTRYPOINT [\"/program\", \"{mark}\"]");
+    rig.image("localhost/lines:1", &program, &[&entry, "USER 4321:4321"]);
+    let count = 60_000;
+    rig.scratch.write("in", lines(count));
+    let pipeline = rig.scratch.pipeline(&steps("localhost/lines:1", ""));
+    for victim in ["program", "shim", "engine"] {
+        let _none_yet = std::fs::remove_file(rig.scratch.path("out"));
+        let mut run = rig.start(&pipeline, &[]);
+        let victims = || match victim {
+            "program" => processes("/program", &mark),
+            "shim" => processes(SHIM_IN_CONTAINERS, &mark),
+            _ => processes(client.trim(), &mark),
+        };
+        let kills = kill_while_running(&rig.scratch, &mut run, 4, victims);
+        let run = run.finish().expect_code(0);
+        assert!(kills >= 2, "only {kills} kills of the {victim}:\n{}", run.words());
+        assert!(rig.scratch.text("out") == lines(count), "{victim}, {kills} kills\n{}", run.words());
+        assert!(run.words().contains("user 4321; /written: Read-only file system"), "{}", run.words());
+        let degradations = run.summary()["placement"]["degradations"].to_string();
+        assert!(degradations.contains("io_uring") || engine == Engine::Docker, "{degradations}");
+        assert_eq!(rig.containers(), "", "{victim}");
+        assert!(processes("/program", &mark).is_empty() && processes(SHIM_IN_CONTAINERS, &mark).is_empty());
+    }
+}
+
+const LINES: &str = r#"
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+int main(void)
+{
+    static char line[1 << 16];
+    int count = 0, file = open("/written", O_CREAT | O_WRONLY, 0600);
+    fprintf(stderr, "user %d; /written: %s\n", (int)getuid(), file < 0 ? strerror(errno) : "made");
+    while (fgets(line, sizeof line, stdin)) {
+        fputs(line, stdout);
+        if (++count % 500 == 0)
+            usleep(20000);
+    }
+    return 0;
+}
+"#;
+
+/// A program in a container maps the rings and its state by descriptors that come over the socket, as any other does.
+#[test]
+fn a_program_in_a_container_uses_shared_memory() {
+    if !can_contain() {
+        return;
+    }
+    let rig = Rig::new(Engine::Podman);
+    let library = target_directory().join("libargo_streams.a");
+    let program = rig.compile(
+        "identity",
+        &repository().join("tests/identity.c"),
+        &[library.to_str().unwrap(), "-lpthread", "-lm"],
+    );
+    rig.image("localhost/identity:1", &program, &["CMD [\"/program\"]", "USER 4321"]);
+    rig.scratch.write("in", lines(50_000));
+    let steps = "  - file: {path: in}\n  - parDo: localhost/identity:1\n    name: step\n    transport: shm\n  - file: {path: out}\n";
+    let run = rig.run(&rig.scratch.pipeline(steps), &[]).expect_code(0);
+    assert!(rig.scratch.text("out") == lines(50_000), "{}", run.words());
+    assert_eq!(run.summary()["placement"]["stages"][1]["runs_in"], "program", "{}", run.summary());
+    assert_eq!(rig.containers(), "");
+}
+
+/// Named pipes and files lie in a file system in memory, so they need no place in the image; the image's environment is kept,
+/// and the step's is added.
+#[test]
+fn a_shell_in_a_container_reads_pipes_files_and_batches() {
+    if !can_contain() {
+        return;
+    }
+    let rig = Rig::new(Engine::Podman);
+    let files = std::fs::read_to_string(repository().join("examples/transports/identity_file.sh")).unwrap();
+    let count = 5000;
+    rig.scratch.write("in", lines(count));
+    for (name, script, how) in [
+        ("fifo", "echo $GREETING $PLACE >&2; exec /busybox cat <$AGS_INPUT >$AGS_OUTPUT", "transport: fifo"),
+        ("file", files.as_str(), "transport: file"),
+        ("exit", "exec /busybox cat", "ack: exit"),
+    ] {
+        let image = format!("localhost/{name}:1");
+        // The programs that the script calls are in busybox itself.
+        let entry = format!("ENTRYPOINT {}", serde_json::json!(["/busybox", "sh", "-c", script]));
+        rig.image(&image, Path::new("/bin/busybox"), &[&entry, "USER 4321:4321", "ENV PLACE=world"]);
+        let steps = format!(
+            "  - file: {{path: in}}\n  - parDo: {image}\n    name: step\n    {how}\n    env: [{{name: GREETING, value: \"hello, = there\"}}]\n  - file: {{path: out-{name}}}\n"
+        );
+        let run = rig.run(&rig.scratch.pipeline(&steps), &[]).expect_code(0);
+        assert!(rig.scratch.text(&format!("out-{name}")) == lines(count), "{name}:\n{}", run.words());
+        assert!(name != "fifo" || run.words().contains("step: hello, = there world"), "{}", run.words());
+        assert_eq!(rig.containers(), "", "{name}");
+    }
+}
+
+/// Its containers end with an agent that is killed, and the next run of the pipeline starts as any other does.
+#[test]
+fn a_killed_agent_leaves_no_container() {
+    if !can_contain() {
+        return;
+    }
+    let rig = Rig::new(Engine::Podman);
+    let mark = mark("left");
+    let source = rig.scratch.write("lines.c", LINES);
+    let program = rig.compile("lines", &source, &[]);
+    let entry = format!("ENTRYPOINT [\"/program\", \"{mark}\"]");
+    rig.image("localhost/lines:1", &program, &[&entry]);
+    rig.scratch.write("in", lines(30_000));
+    let pipeline = rig.scratch.pipeline(&steps("localhost/lines:1", ""));
+    let run = rig.start(&pipeline, &["--grace", "1s"]);
+    wait_for("the program", || (!processes("/program", &mark).is_empty()).then_some(()));
+    kill_process(Pid::from_child(&run.child), Signal::KILL).unwrap();
+    drop(run);
+    wait_for("the end of the container", || {
+        (processes("/program", &mark).is_empty() && processes(SHIM_IN_CONTAINERS, &mark).is_empty()).then_some(())
+    });
+    let _partly = std::fs::remove_file(rig.scratch.path("out"));
+    let run = rig.run(&pipeline, &[]).expect_code(0);
+    assert!(rig.scratch.text("out") == lines(30_000), "{}", run.words());
+    wait_for("the removal of the container", || rig.containers().is_empty().then_some(()));
+}
+
+#[test]
+fn what_cannot_start_says_what_was_tried_and_what_to_write() {
+    let scratch = Scratch::new();
+    scratch.write("in", "a\n");
+    let pipeline = scratch.pipeline(&steps("localhost/nobody-has-this:1", ""));
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(binary());
+        command.arg("run").arg(&pipeline).args(arguments);
+        // No engine is in it.
+        command.env("PATH", scratch.path(""));
+        Running::start(command).finish().expect_code(2).words()
+    };
+    let words = run(&[]);
+    assert!(words.contains("spec[1]") && words.contains("there is no static shim"), "{words}");
+    let shim = shim();
+    let shim = ["--shim", shim.to_str().unwrap()];
+    let words = run(&shim);
+    for part in [
+        "spec[1] (step): nothing says what starts image \"localhost/nobody-has-this:1\" on this machine",
+        "no container engine answers: docker: not installed; podman: not installed; nerdctl: not installed",
+        "pass --image localhost/nobody-has-this:1=COMMAND, or give the step `command: [...]`",
+    ] {
+        assert!(words.contains(part), "{words}");
+    }
+    let words = run(&[shim[0], shim[1], "--engine", "/bin/false"]);
+    assert!(words.contains("no container engine answers: /bin/false: exit status: 1"), "{words}");
+    let words = run(&[shim[0], shim[1], "--engine", "/bin/true"]);
+    assert!(words.contains("what /bin/true says of image \"localhost/nobody-has-this:1\" cannot be read"), "{words}");
+    if can_contain() {
+        let rig = Rig::new(Engine::Podman);
+        rig.scratch.write("in", "a\n");
+        rig.image("localhost/empty:1", &self::shim(), &[]);
+        let pipeline = rig.scratch.pipeline(&steps("localhost/empty:1", ""));
+        let words = rig.run(&pipeline, &[]).expect_code(2).words();
+        assert!(words.contains("image \"localhost/empty:1\" has neither ENTRYPOINT nor CMD"), "{words}");
+        let pipeline = rig.scratch.pipeline(&steps("localhost/nobody-has-this:1", ""));
+        let words = rig.run(&pipeline, &[]).expect_code(2).words();
+        assert!(words.contains("has no image \"localhost/nobody-has-this:1\" and cannot pull it: "), "{words}");
+    }
+}
