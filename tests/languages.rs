@@ -270,7 +270,7 @@ fn node_by_npm() {
         good(Command::new("npm").args(arguments).current_dir(&program).env("PKG_CONFIG_PATH", &pkgconfig));
     };
     npm(&["init", "-y"]);
-    npm(&["install", source.to_str().unwrap()]);
+    npm(&["install", "--offline", "--no-audit", "--no-fund", source.to_str().unwrap()]);
     conforms(&["node", program.join("identity.js").to_str().unwrap()]);
     sums(&["node", program.join("sum.js").to_str().unwrap()]);
     features(&["node", program.join("features.js").to_str().unwrap()], "refused");
