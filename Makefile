@@ -63,6 +63,7 @@ test-loom:
 check:
 	cargo fmt --all --check
 	cargo clippy --release --workspace --all-targets -- -D warnings
+	cargo clippy --release -p argo-streams-shim --features program --all-targets -- -D warnings
 	# The C library's documentation is its header.
 	RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --no-deps --exclude argo-streams-sdk-c
 
