@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests: a failure is a failed test")]
 
-use argo_streams_tests::{Scratch, kill_while_running, processes_with};
+use argo_streams_tests::{Scratch, kill_while_running, processes_with, shims_of};
 
 fn exit_steps(command: &str, more: &str) -> String {
     format!(
@@ -13,11 +13,6 @@ fn exit_steps(command: &str, more: &str) -> String {
 
 fn lines(count: usize) -> String {
     (0..count).map(|id| format!("id {id}\n")).collect()
-}
-
-fn shims_of(agent: u32) -> Vec<i32> {
-    let children = std::fs::read_to_string(format!("/proc/{agent}/task/{agent}/children")).unwrap_or_default();
-    children.split_whitespace().filter_map(|id| id.parse().ok()).collect()
 }
 
 #[test]

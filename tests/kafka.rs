@@ -270,6 +270,43 @@ fn a_group_goes_on_where_every_sink_was_done() {
     assert_eq!((ids.len(), repeated), (20_100, 0), "the second run reads only what the first did not finish");
 }
 
+/// What is parked is acknowledged and not through: an agent that dies then leaves it to the next one.
+#[test]
+fn a_group_does_not_go_on_beyond_a_record_that_is_parked() {
+    let broker = broker();
+    broker.topic("failing", 1);
+    let scratch = Scratch::new();
+    let program = scratch.write(
+        "program.py",
+        "import json, os, sys\nfor line in sys.stdin:\n  value = json.loads(line)['value']\n  fails = value == 50 and not os.path.exists(sys.argv[1])\n  print(json.dumps({'error': 'not yet'} if fails else {'value': value}), flush=True)\n",
+    );
+    let go = scratch.path("go");
+    let pipeline = scratch.pipeline(&format!(
+        "  - kafka: {{topic: failing, group: parking}}\n  - parDo: program\n    command: [python3, {}, {}]\n    ack: line\n    framing: json\n    onError: {{backoff: {{initial: 1h}}}}\n  - file: {{path: out}}\n",
+        program.display(),
+        go.display()
+    ));
+    let arguments = ["--kafka", broker.servers.as_str()];
+    let ids = || -> Vec<u64> {
+        let text = if scratch.path("out").exists() { scratch.text("out") } else { String::new() };
+        text.lines().filter_map(|line| line.parse().ok()).collect()
+    };
+    let run = scratch.start(&pipeline, &arguments);
+    for batch in 0..20_u64 {
+        // Written and read one after the other, so that offsets have many a chance to be committed.
+        broker.write("failing", (batch * 100..batch * 100 + 100).map(|id| id.to_string().into_bytes()));
+        let expected = usize::try_from(batch * 100 + 99).unwrap();
+        wait_for("the others", || (ids().len() == expected).then_some(()));
+    }
+    run.signal(rustix::process::Signal::KILL);
+    let _killed = run.finish();
+    assert!(!ids().contains(&50));
+    std::fs::write(&go, "").unwrap();
+    let _second = scratch.run(&pipeline, &[arguments[0], arguments[1], "--until", "end"]).expect_code(0);
+    let found: std::collections::BTreeSet<u64> = ids().into_iter().collect();
+    assert_eq!(found.len(), 2000, "each came, also the one that was parked: {}", found.contains(&50));
+}
+
 #[test]
 fn a_broker_that_dies_in_mid_run_loses_nothing() {
     let broker = broker();

@@ -1,7 +1,9 @@
-//! The bindings over the C library, each installed with its language's own client in a temporary folder and tried by `conform`.
+//! The bindings over the C library, each installed with its language's own client in a temporary folder and tried by `conform`, and
+//! the small programs on standard input and output and over HTTP.
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests: a failure is a failed test")]
 
+use std::path::PathBuf;
 use std::process::Command;
 
 use argo_streams_tests::{Running, Scratch, binary, repository, target_directory};
@@ -13,13 +15,58 @@ fn good(command: &mut Command) {
     assert!(output.status.success(), "{command:?}: {}\n{words}", String::from_utf8_lossy(&output.stdout));
 }
 
-/// All cases over shared memory.
-fn conforms(program: &[&str]) {
+/// What a program is most often wrong about, for those that take long.
+const SOME: [&str; 16] = [
+    "no-record",
+    "one-record",
+    "three-records",
+    "ten-thousand-records",
+    "only-empty-records",
+    "lengths-around-buffers",
+    "records-of-16-mib",
+    "unicode",
+    "falling-order",
+    "one-at-a-time",
+    "bursts",
+    "stopped-run-drains",
+    "killed-in-the-middle",
+    "killed-before-the-first-answer",
+    "killed-while-idle",
+    "terminated-in-the-middle",
+];
+
+/// These cases, or all.
+fn tried(arguments: &[&str], those: &[&str], program: &[&str]) {
     let mut command = Command::new(binary());
-    command.args(["conform", "--output", "json", "--transport", "shm", "--"]).args(program);
+    command.args(["conform", "--output", "json"]).args(arguments);
+    command.args(those.iter().flat_map(|name| ["--case", name])).arg("--").args(program);
     let run = Running::start(command).finish().expect_code(0);
     let cases = run.summary()["cases"].as_array().unwrap().len();
-    assert!(cases >= 40, "{cases} cases");
+    assert!(if those.is_empty() { cases >= 40 } else { cases == those.len() }, "{cases} cases");
+}
+
+/// All cases over shared memory.
+fn conforms(program: &[&str]) {
+    tried(&["--transport", "shm"], &[], program);
+}
+
+/// An example of this folder.
+fn example(path: &str) -> String {
+    repository().join("examples/languages").join(path).to_str().unwrap().to_owned()
+}
+
+/// What `make sdk-install` installs, without the shared library: the folder of its pkg-config file.
+fn sdk_installed(scratch: &Scratch) -> PathBuf {
+    let prefix = scratch.path("prefix");
+    let pkgconfig = prefix.join("lib/pkgconfig");
+    std::fs::create_dir_all(&pkgconfig).unwrap();
+    std::fs::create_dir_all(prefix.join("include")).unwrap();
+    std::fs::copy(repository().join("sdk-c/include/argo_streams.h"), prefix.join("include/argo_streams.h")).unwrap();
+    std::fs::copy(target_directory().join("libargo_streams.a"), prefix.join("lib/libargo_streams.a")).unwrap();
+    let text = std::fs::read_to_string(repository().join("sdk-c/argo-streams.pc.in")).unwrap();
+    let text = text.replace("@PREFIX@", prefix.to_str().unwrap()).replace("@VERSION@", env!("CARGO_PKG_VERSION"));
+    std::fs::write(pkgconfig.join("argo-streams.pc"), text).unwrap();
+    pkgconfig
 }
 
 /// The example of keyed state: a sum for each key, over records that come apart, and what has no number on the error output.
@@ -80,4 +127,96 @@ fn cpp_by_the_header() {
     }
     conforms(&[scratch.path("identity").to_str().unwrap()]);
     sums(&[scratch.path("sum").to_str().unwrap()]);
+}
+
+#[test]
+fn rust_by_cargo() {
+    let scratch = Scratch::new();
+    let project = scratch.path("program");
+    std::fs::create_dir_all(project.join("src/bin")).unwrap();
+    for name in ["identity.rs", "sum.rs"] {
+        std::fs::copy(example(&format!("rust/{name}")), project.join("src/bin").join(name)).unwrap();
+    }
+    let sdk = repository().join("sdk-c/rust");
+    let manifest = format!(
+        "[package]\nname = \"program\"\nversion = \"0.1.0\"\nedition = \"2024\"\n\n[dependencies]\nargo-streams-sdk = {{ path = {:?} }}\nserde_json = \"1\"\n",
+        sdk.to_str().unwrap()
+    );
+    std::fs::write(project.join("Cargo.toml"), manifest).unwrap();
+    std::fs::copy(repository().join("Cargo.lock"), project.join("Cargo.lock")).unwrap();
+    let target = scratch.path("target");
+    good(
+        Command::new("cargo")
+            .args(["build", "--quiet", "--release", "--offline"])
+            .current_dir(&project)
+            .env("CARGO_TARGET_DIR", &target),
+    );
+    conforms(&[target.join("release/identity").to_str().unwrap()]);
+    sums(&[target.join("release/sum").to_str().unwrap()]);
+}
+
+#[test]
+fn go_by_a_module() {
+    let scratch = Scratch::new();
+    let pkgconfig = sdk_installed(&scratch);
+    let go = |folder: &PathBuf, arguments: &[&str]| {
+        good(Command::new("go").args(arguments).current_dir(folder).env("PKG_CONFIG_PATH", &pkgconfig));
+    };
+    let replace = format!("-replace=argostreams={}", repository().join("sdk-c/go").display());
+    for name in ["identity", "sum", "identity_stdio"] {
+        let module = scratch.path(&format!("source-{name}"));
+        std::fs::create_dir(&module).unwrap();
+        std::fs::copy(example(&format!("go/{name}/main.go")), module.join("main.go")).unwrap();
+        go(&module, &["mod", "init", "example"]);
+        go(&module, &["mod", "edit", "-require=argostreams@v0.0.0", &replace]);
+        go(&module, &["build", "-o", scratch.path(name).to_str().unwrap()]);
+    }
+    conforms(&[scratch.path("identity").to_str().unwrap()]);
+    sums(&[scratch.path("sum").to_str().unwrap()]);
+    tried(&["--strict-bytes"], &[], &[scratch.path("identity_stdio").to_str().unwrap()]);
+}
+
+#[test]
+fn python_and_shell_on_standard_input_and_output() {
+    tried(&["--strict-bytes"], &[], &["python3", &example("python/identity_stdio.py")]);
+    tried(&["--strict-bytes"], &[], &["sh", &example("shell/identity.sh")]);
+    tried(&["--expect", "filter"], &[], &["sh", &example("shell/errors.sh")]);
+    tried(&["--expect", "flatmap"], &[], &["sh", &example("shell/words.sh")]);
+}
+
+#[test]
+fn java_on_standard_input_and_output() {
+    let scratch = Scratch::new();
+    let classes = scratch.path("classes");
+    good(Command::new("javac").arg("-d").arg(&classes).arg(example("java/IdentityStdio.java")));
+    let classes = classes.to_str().unwrap();
+    tried(&["--strict-bytes"], &[], &["java", "-XX:TieredStopAtLevel=1", "-cp", classes, "IdentityStdio"]);
+}
+
+#[test]
+fn node_over_http() {
+    tried(&["--transport", "http"], &[], &["node", &example("node/identity_http.js")]);
+}
+
+#[test]
+fn node_by_npm() {
+    let scratch = Scratch::new();
+    let pkgconfig = sdk_installed(&scratch);
+    let source = scratch.path("source");
+    let program = scratch.path("program");
+    std::fs::create_dir(&source).unwrap();
+    std::fs::create_dir(&program).unwrap();
+    for name in ["package.json", "build.js", "addon.c", "index.js", "index.d.ts"] {
+        std::fs::copy(repository().join("sdk-c/node").join(name), source.join(name)).unwrap();
+    }
+    for name in ["identity.js", "sum.js"] {
+        std::fs::copy(example(&format!("node/{name}")), program.join(name)).unwrap();
+    }
+    let npm = |arguments: &[&str]| {
+        good(Command::new("npm").args(arguments).current_dir(&program).env("PKG_CONFIG_PATH", &pkgconfig));
+    };
+    npm(&["init", "-y"]);
+    npm(&["install", source.to_str().unwrap()]);
+    conforms(&["node", program.join("identity.js").to_str().unwrap()]);
+    sums(&["node", program.join("sum.js").to_str().unwrap()]);
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use argo_streams_shm_protocol::layout::{BATCH_ALIGN, commit, session};
 use argo_streams_shm_protocol::limits::{RECORD_PAYLOAD_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX_BEFORE};
 use argo_streams_shm_protocol::stage::PROTOCOL_VERSION_MAX;
-use argo_streams_shm_protocol::version::{FEATURE_LARGE_RECORDS, FEATURE_STATE_EXTENTS};
+use argo_streams_shm_protocol::version::{FEATURE_LARGE_RECORDS, FEATURE_PARKING, FEATURE_STATE_EXTENTS};
 use argo_streams_shm_protocol::{
     Control, ControlError, Event, Hello, Histogram, HistogramView, Incarnation, IncarnationError, KeptDescriptors,
     Message, ProgramEvent, ReaderPosition, RefusalCode, Role, Slot, StageState,
@@ -1105,6 +1105,14 @@ impl Broker {
                 entry.library
             ));
         }
+        let policy = plan.spec.retry.filter(|_| entry.features & FEATURE_PARKING == 0);
+        let parked = worker.incarnation.page().read().map_or(0, |slot| slot.parked);
+        if policy.is_some_and(|policy| policy.is_declared || parked > 0) {
+            return Err(format!(
+                "this step has `onError`, or records that wait to be tried again, which {} does not know: use a library of this agent's version",
+                entry.library
+            ));
+        }
         let is_large = |producer: &crate::physical::RingEnd| {
             // Also of a producer that died: what it had sent may still wait in its ring.
             self.workers
@@ -1294,10 +1302,11 @@ impl Broker {
         }
     }
 
-    /// Whether a stage has acknowledged the end of all its inputs.
+    /// Whether a stage has acknowledged the end of all its inputs, and has no record parked.
     fn input_is_over(&self, stage: usize) -> bool {
         let inputs = self.physical.stages.get(stage).map_or(0, |plan| plan.producers.len());
         self.slot(stage)
+            .filter(|slot| slot.parked == 0)
             .is_some_and(|slot| slot.inputs.iter().take(inputs).all(argo_streams_shm_protocol::InputSlot::has_ended))
     }
 
@@ -1685,11 +1694,13 @@ fn adopt_incarnation(
     for extent in 0..state_extents {
         state.push(take(format!("state-{extent}"), "keyed state")?);
     }
+    let parking = plan.spec.retry.map(|_| take("parking".to_owned(), "room for parked records")).transpose()?;
     let descriptors = KeptDescriptors {
         commit: take("commit".to_owned(), "commit page")?,
         session: take("session".to_owned(), "session page")?,
         bell: take("bell".to_owned(), "bell")?,
         state,
+        parking,
         outputs,
     };
     Ok(Incarnation::adopt(&plan.spec, generation, descriptors)?)
@@ -1699,7 +1710,8 @@ fn adopt_incarnation(
 fn progress_of(slot: &Slot) -> u64 {
     let read: u64 = slot.inputs.iter().map(|input| input.acknowledged).sum();
     let written: u64 = slot.outputs.iter().map(|output| output.tail).sum();
-    read.wrapping_add(written)
+    // A record that is parked and fails again moves nothing else.
+    read.wrapping_add(written).wrapping_add(slot.failed_attempts)
 }
 
 fn index(value: usize) -> u32 {

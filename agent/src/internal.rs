@@ -10,6 +10,8 @@ use argo_streams_shm_protocol::stage::{
 };
 use argo_streams_shm_protocol::{Control, Histogram, Role, attributes_iter, realtime_ns};
 use argo_streams_stage::{Backend, StageBell};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
 
 use crate::screen::Screen;
 
@@ -236,20 +238,81 @@ pub fn measure(latency: &Mutex<Histogram>, ingest_times_ns: impl Iterator<Item =
     }
 }
 
-/// A record of an error output as one line of JSON: the original bytes are in it as text.
-pub fn error_envelope(attributes: &[u8], key: Option<&[u8]>, payload: &[u8], line: &mut Vec<u8>) -> bool {
+/// A record of an error output as one line of JSON, with the original bytes in it: as text, or in base64 if they are none. `false`: it is no such
+/// record.
+pub fn error_envelope(
+    attributes: &[u8],
+    key: Option<&[u8]>,
+    event_time_ns: i64,
+    payload: &[u8],
+    line: &mut Vec<u8>,
+) -> bool {
     let find = |name: &[u8]| {
         attributes_iter(attributes)
             .find(|(found, _)| *found == name)
             .map(|(_, value)| String::from_utf8_lossy(value).into_owned())
     };
     let (Some(step), Some(reason)) = (find(b"step"), find(b"reason")) else { return false };
-    let envelope = serde_json::json!({
-        "step": step,
-        "reason": reason,
-        "key": key.map(String::from_utf8_lossy),
-        "payload": String::from_utf8_lossy(payload),
-    });
-    line.extend_from_slice(envelope.to_string().as_bytes());
+    let number = |name: &[u8]| find(name)?.parse::<u64>().ok();
+    let mut envelope = serde_json::Map::new();
+    envelope.insert("step".to_owned(), step.into());
+    envelope.insert("reason".to_owned(), reason.into());
+    if let Some(attempts) = number(b"attempts") {
+        envelope.insert("attempts".to_owned(), attempts.into());
+    }
+    // As texts: many languages round numbers of that size.
+    for name in ["first_failed_ns", "last_failed_ns"] {
+        if let Some(time_ns) = number(name.as_bytes()) {
+            envelope.insert(name.to_owned(), time_ns.to_string().into());
+        }
+    }
+    envelope.insert("time_ns".to_owned(), event_time_ns.to_string().into());
+    insert_bytes(&mut envelope, "key", key);
+    insert_bytes(&mut envelope, "payload", Some(payload));
+    let ours: [&[u8]; 5] = [b"step", b"reason", b"attempts", b"first_failed_ns", b"last_failed_ns"];
+    let mut others = serde_json::Map::new();
+    for (name, value) in attributes_iter(attributes).filter(|(name, _)| !ours.contains(name)) {
+        insert_bytes(&mut others, &String::from_utf8_lossy(name), Some(value));
+    }
+    if !others.is_empty() {
+        envelope.insert("attributes".to_owned(), others.into());
+    }
+    line.extend_from_slice(serde_json::Value::Object(envelope).to_string().as_bytes());
     true
+}
+
+fn insert_bytes(to: &mut serde_json::Map<String, serde_json::Value>, name: &str, bytes: Option<&[u8]>) {
+    match bytes.map(|bytes| (std::str::from_utf8(bytes), bytes)) {
+        None => to.insert(name.to_owned(), serde_json::Value::Null),
+        Some((Ok(text), _)) => to.insert(name.to_owned(), text.into()),
+        Some((Err(_), bytes)) => to.insert(format!("{name}_base64"), BASE64.encode(bytes).into()),
+    };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_envelope_holds_the_original_bytes_and_all_that_is_known() {
+        let mut attributes = Vec::new();
+        let members: [(&str, &[u8]); 5] = [
+            ("step", b"s"),
+            ("reason", b"why"),
+            ("attempts", b"3"),
+            ("first_failed_ns", b"1764194400000000001"),
+            ("trace", b"\xff"),
+        ];
+        argo_streams_shm_protocol::attributes_encode(members, &mut attributes);
+        let mut line = Vec::new();
+        assert!(error_envelope(&attributes, Some(b"k"), -1, b"a\xff\n", &mut line));
+        let found: serde_json::Value = serde_json::from_slice(&line).unwrap();
+        let expected = serde_json::json!({
+            "step": "s", "reason": "why", "attempts": 3, "first_failed_ns": "1764194400000000001", "time_ns": "-1", "key": "k",
+            "payload_base64": "Yf8K", "attributes": {"trace_base64": "/w=="},
+        });
+        assert_eq!(found, expected);
+        line.clear();
+        assert!(!error_envelope(b"", None, 0, b"a", &mut line) && line.is_empty(), "a record like any other");
+    }
 }

@@ -213,7 +213,7 @@ impl Numbers {
     }
 
     fn encode_steps(&self, registry: &mut Registry) {
-        let counters: [(&str, &str, NumberOf); 8] = [
+        let counters: [(&str, &str, NumberOf); 9] = [
             ("step_records_in", "Records that a step has read and finished", |step| Some(step.records_in)),
             ("step_records_out", "Records that a step has given on", |step| Some(step.records_out)),
             ("step_errors", "Records on a step's error output", |step| Some(step.errors)),
@@ -227,6 +227,9 @@ impl Numbers {
                 "Records that a restart may have lost or doubled, because acknowledgement was not declared or is read",
                 |step| Some(step.uncertain_records_total),
             ),
+            ("step_failed_attempts", "Attempts on records that failed, and were or are tried again", |step| {
+                Some(step.retries.map_or(0, |retries| retries.failed_attempts_total))
+            }),
             ("step_state_full", "Puts and deletes that found the keyed state full", |step| {
                 step.state.map(|state| state.full_total)
             }),
@@ -249,11 +252,13 @@ impl Numbers {
         }
         registry.register("step_dropped", "Records that an overflow dropped", dropped);
         let (undone, failed, keys) = (Whole::default(), Whole::default(), Whole::default());
+        let parked = Whole::default();
         let (state, limit) = (Whole::default(), Whole::default());
         let quantiles = Seconds::default();
         for (step, step_undone) in &self.steps {
             let labels = self.of_step(step);
             undone.get_or_create(&labels).set(whole(*step_undone));
+            parked.get_or_create(&labels).set(whole(step.retries.map_or(0, |retries| retries.parked)));
             failed.get_or_create(&labels).set(i64::from(step.failed.is_some()));
             if let Some(numbers) = step.state {
                 keys.get_or_create(&labels).set(whole(numbers.keys));
@@ -263,6 +268,11 @@ impl Numbers {
             show_quantiles(&quantiles, &labels, step.end_to_end_p50_us, step.end_to_end_p99_us);
         }
         registry.register("step_undone_records", "Records that a step has read and not finished", undone);
+        registry.register(
+            "step_parked_records",
+            "Records that wait to be tried again, or behind one of their key that does",
+            parked,
+        );
         registry.register("step_failed", "1 when a step has ended for good before its work was done", failed);
         registry.register("step_state_keys", "Keys with a value in a step's keyed state", keys);
         registry.register_with_unit("step_state", "Room that a step's keyed state takes", Unit::Bytes, state);

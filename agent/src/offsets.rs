@@ -133,7 +133,8 @@ fn advance(note: &mut Note, broker: &Broker) -> Advance {
                 plan.producers.iter().enumerate().all(|(input, producer)| match note.targets.get(&producer.stage) {
                     Some(tails) => {
                         let target = tails.get(producer.index).copied().unwrap_or(0);
-                        slot.inputs.get(input).is_some_and(|entry| entry.acknowledged >= target)
+                        // What is parked is acknowledged, and not through.
+                        slot.inputs.get(input).is_some_and(|entry| entry.finished() >= target)
                     }
                     None => !reaches(note, broker, producer.stage),
                 });

@@ -3,13 +3,13 @@
 //! Sources, sinks and ParDos are stages. A `groupByKey` with a plain path is none: the stages before it take the key and
 //! pick the ring, so there is no shuffle process; one with a jq program becomes a router stage in the agent.
 
-use argo_streams_pipeline::{KeyExpression, Output, Plan, StepKind};
+use argo_streams_pipeline::{KeyExpression, Output, Plan, Retry, StepKind};
 use argo_streams_shm_protocol::limits::{
     INPUTS_MAX, LARGE_CAPACITY_BYTES, OUTPUTS_MAX, RECORD_PAYLOAD_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX_BEFORE,
     RING_CAPACITY_BYTES,
 };
 use argo_streams_shm_protocol::{
-    GrantInput, GrantOutput, KEY_GROUPS, PageShape, RouteEdge, RouteNode, Routes, StageSpec, StateShape,
+    GrantInput, GrantOutput, KEY_GROUPS, PageShape, RetryPolicy, RouteEdge, RouteNode, Routes, StageSpec, StateShape,
 };
 
 /// Committed counters of every stage: node 0 and 1 of its routes, then one for each further node.
@@ -125,6 +125,10 @@ impl Physical {
                         worker: u32::try_from(worker).unwrap_or(0),
                         shape: PageShape::default(),
                         state,
+                        retry: match step.kind() {
+                            StepKind::ParDo(pardo) => Some(retry_policy(pardo.retry())),
+                            _ => None,
+                        },
                         is_kept: false,
                         // A line or a message of a source is bounded by what is gathered in memory.
                         record_bytes_max: if matches!(step.kind(), StepKind::ParDo(_) | StepKind::Overflow(_)) {
@@ -246,6 +250,20 @@ impl Physical {
             }
         }
         Ok(())
+    }
+}
+
+/// As a stage is granted it.
+fn retry_policy(retry: &Retry) -> RetryPolicy {
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the plan holds 1 to 100 and 0 to 1")]
+    let thousandths = |share: f64| (share * 1000.0).round() as u32;
+    RetryPolicy {
+        is_declared: retry.is_declared(),
+        attempts: retry.attempts(),
+        initial_ns: retry.initial_ns(),
+        max_ns: retry.max_ns(),
+        factor_thousandths: thousandths(retry.factor()),
+        jitter_thousandths: thousandths(retry.jitter()),
     }
 }
 

@@ -24,7 +24,8 @@ fn append_line(stage: &Stage, record: &Received, block: &mut Vec<u8>) {
         stage.append_attributes(record, &mut attributes);
         stage.append_key(record, &mut key);
         stage.append_payload(record, &mut payload);
-        if error_envelope(&attributes, record.view.keyed.then_some(key.as_slice()), &payload, block) {
+        let key = record.view.keyed.then_some(key.as_slice());
+        if error_envelope(&attributes, key, record.view.event_time_ns, &payload, block) {
             block.push(b'\n');
             return;
         }

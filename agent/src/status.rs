@@ -27,6 +27,9 @@ pub struct StepSummary {
     /// Records that were dropped because the step behind did not keep up, if this is its overflow; and which were.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dropped: Option<Dropped>,
+    /// Records that failed and are tried again, if there were any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retries: Option<Retries>,
     /// Errors that nobody reads: counted and dropped.
     pub errors_unread: u64,
     /// How often its programs were started again.
@@ -56,6 +59,15 @@ pub struct Dropped {
     pub records: u64,
     /// Which records: `dropNewest`, `dropOldest` or `sample`.
     pub policy: &'static str,
+}
+
+/// Records of a step that failed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Retries {
+    /// Those that wait for another attempt, or behind one of their key that does.
+    pub parked: u64,
+    /// Attempts that failed.
+    pub failed_attempts_total: u64,
 }
 
 /// Keyed state of a step, all workers together.
@@ -167,6 +179,7 @@ impl Status {
         let (mut records_in, mut records_out, mut errors, mut restarts, mut uncertain) = (0, 0, 0, 0, 0);
         let (mut violations, mut failed) = (0, None);
         let mut dropped = None;
+        let mut retries = Retries::default();
         let mut end_to_end = Histogram::default();
         let mut state = StateNumbers::default();
         for counted in &counted {
@@ -204,6 +217,8 @@ impl Status {
             violations += snapshot.violations;
             failed = failed.or_else(|| snapshot.failure.clone());
             uncertain += snapshot.uncertain_records;
+            retries.parked += snapshot.slot.parked;
+            retries.failed_attempts_total += snapshot.slot.failed_attempts;
             state.keys += snapshot.state_keys;
             state.bytes += snapshot.state_bytes;
             state.full_total += snapshot.state_full;
@@ -225,6 +240,7 @@ impl Status {
             records_out,
             errors,
             dropped,
+            retries: (retries != Retries::default()).then_some(retries),
             errors_unread: if is_read { 0 } else { errors },
             restarts,
             violations,
@@ -372,6 +388,9 @@ impl Status {
             if let Some(dropped) = numbers.dropped.filter(|dropped| dropped.records > 0) {
                 notes.push(format!("{} records dropped ({})", dropped.records, dropped.policy));
             }
+            if let Some(retries) = numbers.retries {
+                notes.push(retries_text(&retries));
+            }
             if numbers.uncertain_records_total > 0 {
                 notes.push(format!("{} records uncertain", numbers.uncertain_records_total));
             }
@@ -422,6 +441,9 @@ pub fn summary_text(summary: &Summary) -> String {
             let _infallible =
                 writeln!(text, "{}: {} records were dropped ({})", step.name, dropped.records, dropped.policy);
         }
+        if let Some(retries) = step.retries {
+            let _infallible = writeln!(text, "{}: {}", step.name, retries_text(&retries));
+        }
         if step.errors_unread > 0 {
             let _infallible =
                 writeln!(text, "{} records on {}.errors were dropped: no step reads it", step.errors_unread, step.name);
@@ -438,6 +460,10 @@ pub fn summary_text(summary: &Summary) -> String {
         }
     }
     text
+}
+
+fn retries_text(retries: &Retries) -> String {
+    format!("{} failed attempts, {} records parked", retries.failed_attempts_total, retries.parked)
 }
 
 fn state_text(state: &StateNumbers) -> String {

@@ -139,6 +139,7 @@ public:
     void emit(std::string_view payload, ags_emit how, uint32_t output = AGS_OUTPUT_MAIN)
     {
         open();
+        is_touched_ = true;
         how.payload = bytes(payload);
         how.belongs_to = has_current_ ? AGS_BELONGS_TO_NTH : AGS_BELONGS_TO_NOTHING;
         how.nth = has_current_ ? next_ - 1 - finished_ : 0;
@@ -170,11 +171,31 @@ public:
         open();
         if (!has_current_)
             throw Error(AGS_STATE, "there is no record to reject outside of the loop over the stage");
+        is_touched_ = true;
         ags_status status;
         while ((status = ags_stage_reject(stage_, next_ - 1 - finished_, reason)) == AGS_AGAIN)
             check(ags_stage_wait(stage_, AGS_FOREVER));
         check(status);
         pending_bytes_ += current_.payload().size() + 64;
+    }
+    /* The record of the loop failed, for now: as the step's onError says it comes again later or goes to the error output, and the loop goes on.
+       Call it before anything was emitted, put or erased for the record: AGS_STATE otherwise. Its views are not valid any more. */
+    void fail(const char *reason)
+    {
+        open();
+        if (!has_current_ || is_touched_)
+            throw Error(AGS_STATE, has_current_ ? "something was emitted, put or erased for the record: fail it before" : "there is no record to fail outside of the loop over the stage");
+        has_current_ = false;
+        if (next_ - 1 > finished_)
+            check(ags_stage_done(stage_, next_ - 1 - finished_));
+        finished_ = next_ - 1;
+        ags_status status;
+        while ((status = ags_stage_fail(stage_, reason)) == AGS_AGAIN)
+            check(ags_stage_wait(stage_, AGS_FOREVER));
+        check(status);
+        /* Those behind it were given back, and come again. */
+        count_ = next_ = finished_ = 0;
+        pending_bytes_ = 0;
     }
     /* The value of a key in the keyed state, as of the last put; good until the next get, put or erase. */
     std::optional<std::string_view> get(std::string_view key)
@@ -190,6 +211,7 @@ public:
     void put(std::string_view key, std::string_view value)
     {
         open();
+        is_touched_ = true;
         ags_status status;
         while ((status = ags_stage_put(stage_, bytes(key), bytes(value))) == AGS_AGAIN)
             check(ags_stage_wait(stage_, AGS_FOREVER));
@@ -198,6 +220,7 @@ public:
     void erase(std::string_view key)
     {
         open();
+        is_touched_ = true;
         ags_status status;
         while ((status = ags_stage_delete(stage_, bytes(key))) == AGS_AGAIN)
             check(ags_stage_wait(stage_, AGS_FOREVER));
@@ -294,6 +317,7 @@ private:
                 continue;
             current_ = Record(&record, base(record));
             has_current_ = true;
+            is_touched_ = false;
             return true;
         }
     }
@@ -322,7 +346,7 @@ private:
     std::chrono::steady_clock::time_point begin_;
     std::vector<Mapping> mappings_;
     Record current_;
-    bool has_current_ = false, is_over_ = false;
+    bool has_current_ = false, is_touched_ = false, is_over_ = false;
 };
 
 } // namespace ags

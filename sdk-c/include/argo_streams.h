@@ -263,8 +263,10 @@ typedef struct ags_record {
     uint32_t generation;
     /* Argument of the types that have one. */
     uint64_t argument;
+    /* Attempts on this record that failed before, see ags_stage_fail; 0 for the first one. */
+    uint32_t attempts;
     /* 0. */
-    uint64_t reserved;
+    uint32_t reserved;
 } ags_record;
 
 /* Bytes that somebody else owns. data may be NULL only when len_bytes is 0. */
@@ -450,6 +452,20 @@ ags_status ags_stage_claim_abort(struct ags_stage *stage, const struct ags_claim
 ags_status ags_stage_reject(struct ags_stage *stage,
                             uint64_t nth,
                             const char *reason);
+
+/*
+ The oldest record that is not done failed, for now: as the step's onError says it is tried again later, in this process or the next one, or goes to
+ the error output with the reason. Records of its key wait behind it; others go on. What was emitted, put and deleted since the last
+ ags_stage_done is dropped, with open claims.
+
+ Every record that was received and is not done is given back: none of them may be looked at any more, and ags_stage_recv brings
+ those behind the failed one again. ags_record.attempts says how often a record failed before. Never blocks.
+
+ AGS_AGAIN: the error output is full; nothing has changed but that emits, puts and claims are dropped: wait, and call it again. AGS_STATE: no record is received. AGS_REVOKED,
+ AGS_AGENT_GONE, AGS_INVALID.
+ */
+ags_status ags_stage_fail(struct ags_stage *stage,
+                          const char *reason);
 
 /* Drops what was emitted, put and deleted since the last ags_stage_done, and open claims. The records stay received. */
 ags_status ags_stage_abort(struct ags_stage *stage);

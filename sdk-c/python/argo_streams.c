@@ -41,7 +41,7 @@ typedef struct {
     const char **bases;
     uint32_t *generations;
     uint32_t bases_len;
-    int has_current, is_over, is_busy;
+    int has_current, is_touched, is_over, is_busy;
     void *attributes;
     size_t attributes_size;
 } Stage;
@@ -363,6 +363,7 @@ static PyObject *stage_next(Stage *self)
         slot->base = self->bases[record->input];
         self->next++;
         self->has_current = 1;
+        self->is_touched = 0;
         return Py_NewRef((PyObject *)slot);
     }
 }
@@ -511,6 +512,7 @@ static PyObject *stage_emit(Stage *self, PyObject *const *args, Py_ssize_t nargs
         }
     }
     if (!bad && bytes_of(args[0], &payload) == 0) {
+        self->is_touched = 1;
         emit.payload = payload.bytes;
         bad = emit_now(self, output, &emit) < 0;
         bytes_release(&payload);
@@ -532,6 +534,7 @@ static PyObject *stage_reject(Stage *self, PyObject *reason)
         PyErr_SetString(PyExc_ValueError, "there is no record to reject outside of the loop over the stage");
         return NULL;
     }
+    self->is_touched = 1;
     for (;;) {
         ags_status status = ags_stage_reject(self->stage, self->next - 1 - self->finished, text);
         if (status == AGS_OK) {
@@ -543,6 +546,37 @@ static PyObject *stage_reject(Stage *self, PyObject *reason)
         if (stage_wait(self) < 0)
             return NULL;
     }
+}
+
+static PyObject *stage_fail(Stage *self, PyObject *reason)
+{
+    const char *text = PyUnicode_AsUTF8(reason);
+    if (!text || !stage_usable(self))
+        return NULL;
+    if (!self->has_current || self->is_touched) {
+        PyErr_SetString(PyExc_ValueError, self->has_current ? "something was emitted, put or deleted for the record: fail it before"
+                                                            : "there is no record to fail outside of the loop over the stage");
+        return NULL;
+    }
+    /* Those before it are finished, and it itself is looked at no more. */
+    Record *current = self->slots[self->next - 1];
+    if (current && current->record && !record_finish(current))
+        return NULL;
+    self->next--;
+    if (stage_flush(self) < 0)
+        return NULL;
+    for (;;) {
+        ags_status status = ags_stage_fail(self->stage, text);
+        if (status == AGS_OK)
+            break;
+        if (status != AGS_AGAIN)
+            return fail(status);
+        if (stage_wait(self) < 0)
+            return NULL;
+    }
+    /* Those behind it were given back, and come again. */
+    self->count = self->next = self->finished = 0;
+    Py_RETURN_NONE;
 }
 
 static PyObject *stage_get(Stage *self, PyObject *name)
@@ -567,6 +601,7 @@ static PyObject *change(Stage *self, PyObject *name, PyObject *to)
     int failed = 0;
     if (!stage_usable(self) || bytes_of(name, &key) < 0)
         return NULL;
+    self->is_touched = 1;
     if (to && bytes_of(to, &value) < 0) {
         bytes_release(&key);
         return NULL;
@@ -752,6 +787,9 @@ static PyMethodDef stage_methods[] = {
         "Emits a record (bytes-like or str) that belongs to the record of the loop; it counts when that one is finished. Key and event time are "
         "those of that record unless given; key=None: no key. errors: to the error output. Waits, without the GIL, while there is no room." },
     { "reject", (PyCFunction)stage_reject, METH_O, "reject(reason)\n\nSends the record of the loop as it came to the error output." },
+    { "fail", (PyCFunction)stage_fail, METH_O,
+        "fail(reason)\n\nThe record of the loop failed, for now: as the step's onError says it comes again later or goes to the error output, and the loop goes on. "
+        "Call it before anything is emitted, put or deleted for the record." },
     { "get", (PyCFunction)stage_get, METH_O, "get(key) -> bytes or None\n\nThe value of a key in the keyed state, as of the last put." },
     { "put", (PyCFunction)(void (*)(void))stage_put, METH_FASTCALL, "put(key, value)\n\nSets the value of a key; counts with the record of the loop." },
     { "delete", (PyCFunction)stage_delete, METH_O, "delete(key)\n\nTakes a key away; counts with the record of the loop." },

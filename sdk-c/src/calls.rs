@@ -301,6 +301,26 @@ pub unsafe extern "C" fn ags_stage_reject(stage: *mut StageHandle, nth: u64, rea
     })
 }
 
+/// The oldest record that is not done failed, for now: as the step's onError says it is tried again later, in this process or the next one, or goes to
+/// the error output with the reason. Records of its key wait behind it; others go on. What was emitted, put and deleted since the last
+/// ags_stage_done is dropped, with open claims.
+///
+/// Every record that was received and is not done is given back: none of them may be looked at any more, and ags_stage_recv brings
+/// those behind the failed one again. ags_record.attempts says how often a record failed before. Never blocks.
+///
+/// AGS_AGAIN: the error output is full; nothing has changed but that emits, puts and claims are dropped: wait, and call it again. AGS_STATE: no record is received. AGS_REVOKED,
+/// AGS_AGENT_GONE, AGS_INVALID.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ags_stage_fail(stage: *mut StageHandle, reason: *const c_char) -> AgsStatus {
+    guard(|| {
+        // SAFETY: NULL or an open stage.
+        let stage = unsafe { handle(stage) }?;
+        // SAFETY: NULL or the caller's string.
+        let reason = unsafe { pointers::text(reason, "reason") }?;
+        stage.lock()?.fail(&reason)
+    })
+}
+
 /// Drops what was emitted, put and deleted since the last ags_stage_done, and open claims. The records stay received.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ags_stage_abort(stage: *mut StageHandle) -> AgsStatus {

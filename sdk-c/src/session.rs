@@ -9,7 +9,7 @@ use argo_streams_shm_protocol::limits::{RECORD_PAYLOAD_BYTES_MAX, UNDONE_RECORDS
 use argo_streams_shm_protocol::stage::{
     Emit, InPlace, Interrupter, KeyChoice, Received, Stage, StageError, Waited, payload_offset,
 };
-use argo_streams_shm_protocol::{Control, ControlError, RingMapping, Role, StateCursor};
+use argo_streams_shm_protocol::{Control, ControlError, RecordKind, RingMapping, Role, StateCursor};
 
 use crate::keys::path_keys;
 use crate::status::{
@@ -340,6 +340,16 @@ impl Inner {
         Ok(self.stage.reject(usize::try_from(nth).unwrap_or(usize::MAX), reason)?)
     }
 
+    /// The oldest record failed. Every record is given back: those behind it come again with the next recv, it itself later.
+    pub(crate) fn fail(&mut self, reason: &str) -> Result<(), Failure> {
+        self.abort();
+        self.stage.fail(0, reason)?;
+        self.stage.done(1)?;
+        self.stage.give_back()?;
+        self.has_told_input_over = false;
+        Ok(())
+    }
+
     pub(crate) fn abort(&mut self) {
         self.stage.abort();
         for claim in &mut self.claims {
@@ -510,8 +520,9 @@ fn copy(from: &[u8], to: &mut Vec<u8>) {
 
 fn describe(record: &Received, mapping: &RingMapping) -> AgsRecord {
     let view = &record.view;
-    #[expect(clippy::cast_possible_truncation, reason = "two reborn producers in a row never share the low half")]
-    let generation = record.generation as u32;
+    // Two reborn producers in a row never share the low half; the top bit of a record that is tried again stays in it.
+    #[expect(clippy::cast_possible_truncation, reason = "the upper half is in it as well")]
+    let generation = (record.generation ^ record.generation >> 32) as u32;
     AgsRecord {
         offset: payload_offset(mapping, view) as u64,
         len_bytes: view.payload_len as u64,
@@ -528,7 +539,8 @@ fn describe(record: &Received, mapping: &RingMapping) -> AgsRecord {
         r#type: view.kind as u32,
         flags: if view.keyed { AGS_RECORD_KEYED } else { 0 },
         generation,
-        argument: view.argument,
+        argument: if view.kind == RecordKind::Data { 0 } else { view.argument },
+        attempts: record.failed_attempts(),
         reserved: 0,
     }
 }

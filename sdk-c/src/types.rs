@@ -117,8 +117,10 @@ pub struct AgsRecord {
     pub generation: u32,
     /// Argument of the types that have one.
     pub argument: u64,
+    /// Attempts on this record that failed before, see ags_stage_fail; 0 for the first one.
+    pub attempts: u32,
     /// 0.
-    pub reserved: u64,
+    pub reserved: u32,
 }
 
 /// What is emitted. Begin with AGS_EMIT_INIT, which is a record that belongs to the oldest one and inherits key and time.

@@ -42,7 +42,8 @@ AT(ags_record, type, 100);
 AT(ags_record, flags, 104);
 AT(ags_record, generation, 108);
 AT(ags_record, argument, 112);
-AT(ags_record, reserved, 120);
+AT(ags_record, attempts, 120);
+AT(ags_record, reserved, 124);
 
 FIXED(sizeof(ags_emit) == 80);
 AT(ags_emit, struct_size, 0);

@@ -50,6 +50,7 @@ static void without_a_stage(void)
     EXPECT(ags_stage_claim_commit(NULL, NOT_NULL, NULL) == AGS_INVALID);
     EXPECT(ags_stage_claim_abort(NULL, NOT_NULL) == AGS_INVALID);
     EXPECT(ags_stage_reject(NULL, 0, "no") == AGS_INVALID);
+    EXPECT(ags_stage_fail(NULL, "no") == AGS_INVALID);
     EXPECT(ags_stage_abort(NULL) == AGS_INVALID);
     EXPECT(ags_stage_get(NULL, bytes, NOT_NULL) == AGS_INVALID);
     EXPECT(ags_stage_put(NULL, bytes, bytes) == AGS_INVALID);
@@ -208,6 +209,8 @@ static void with_a_stage(ags_stage *stage)
     EXPECT(ags_stage_claim_abort(stage, &claim) == AGS_STATE);
     EXPECT(ags_stage_reject(stage, 0, NULL) == AGS_INVALID);
     EXPECT(ags_stage_reject(stage, 0, "no record") == AGS_STATE);
+    EXPECT(ags_stage_fail(stage, NULL) == AGS_INVALID);
+    EXPECT(ags_stage_fail(stage, "no record") == AGS_STATE);
     EXPECT(ags_stage_get(stage, wrong, &value) == AGS_INVALID);
     EXPECT(ags_stage_get(stage, bytes, NULL) == AGS_INVALID);
     EXPECT(ags_stage_put(stage, wrong, bytes) == AGS_INVALID);

@@ -153,6 +153,8 @@ pub struct InputSlot {
     pub flags: u64,
     /// Generation of the producer that was read.
     pub generation: u64,
+    /// A position in the oldest record that is parked; 0 = none is.
+    pub parked_from: u64,
 }
 
 impl InputSlot {
@@ -165,12 +167,20 @@ impl InputSlot {
             self.bytes,
             self.flags,
             self.generation,
-            0,
+            self.parked_from,
         ]
     }
 
-    fn from_words([acknowledged, batch, watermark, records, bytes, flags, generation, _]: [u64; 8]) -> Self {
-        Self { acknowledged, batch, watermark_ns: watermark.cast_signed(), records, bytes, flags, generation }
+    fn from_words(words: [u64; 8]) -> Self {
+        let [acknowledged, batch, watermark, records, bytes, flags, generation, parked_from] = words;
+        let watermark_ns = watermark.cast_signed();
+        Self { acknowledged, batch, watermark_ns, records, bytes, flags, generation, parked_from }
+    }
+
+    /// How far everything is finished: what is parked is acknowledged and not finished.
+    #[must_use]
+    pub fn finished(&self) -> u64 {
+        if self.parked_from == 0 { self.acknowledged } else { self.parked_from.min(self.acknowledged) }
     }
 
     /// Whether the end of the stream was read.
@@ -247,6 +257,10 @@ pub struct Slot {
     pub committed_at_ns: u64,
     /// Sequence of the next record that the stage makes by itself.
     pub next_sequence: u64,
+    /// Records that are parked.
+    pub parked: u64,
+    /// Failed attempts that were counted since the pipeline began.
+    pub failed_attempts: u64,
     /// Counters; what each means is in the grant.
     pub counters: Vec<u64>,
     /// Inputs.
@@ -342,6 +356,7 @@ pub struct CommitPage<W> {
     counters: Changed,
     partitions_changed: u8,
     opaque_changed: u8,
+    parked_changed: u8,
     /// Free positions as mirrored last; not part of the slot, because a successor reads from the acknowledged one.
     free: Vec<u64>,
 }
@@ -386,6 +401,7 @@ impl<W: Words> CommitPage<W> {
             counters: Changed::all(shape.counters as usize),
             partitions_changed: 2,
             opaque_changed: 2,
+            parked_changed: 2,
             free: slot.inputs.iter().map(|input| input.batch).collect(),
             words,
             shape,
@@ -445,6 +461,13 @@ impl<W: Words> CommitPage<W> {
         self.slot.opaque.truncate(self.shape.opaque_bytes as usize);
         self.partitions_changed = 2;
         self.opaque_changed = 2;
+    }
+
+    /// Says how many records are parked, and that so many more attempts failed.
+    pub fn set_parked(&mut self, records: u64, failed_attempts: u64) {
+        self.slot.parked = records;
+        self.slot.failed_attempts = self.slot.failed_attempts.wrapping_add(failed_attempts);
+        self.parked_changed = 2;
     }
 
     /// Says how much keyed state is in use.
@@ -570,6 +593,11 @@ impl<W: Words> CommitPage<W> {
             let at = self.shape.outputs_in_slot() + output * slot::ENTRY_STRIDE;
             let words = slot.outputs.get(output).map_or([0; 8], OutputSlot::words);
             words.iter().enumerate().for_each(|(i, word)| store(at + i * 8, *word));
+        }
+        if self.parked_changed > 0 {
+            self.parked_changed -= 1;
+            store(slot::PARKED, slot.parked);
+            store(slot::FAILED_ATTEMPTS, slot.failed_attempts);
         }
         if self.partitions_changed > 0 {
             self.partitions_changed -= 1;
@@ -716,6 +744,8 @@ impl<W: Words> CommitPageReader<W> {
             state_used_bytes: load(slot::STATE_USED),
             committed_at_ns: load(slot::COMMITTED_AT),
             next_sequence: load(slot::NEXT_SEQUENCE),
+            parked: load(slot::PARKED),
+            failed_attempts: load(slot::FAILED_ATTEMPTS),
             counters: (0..self.shape.counters as usize).map(|counter| load(slot::COUNTERS + counter * 8)).collect(),
             inputs: (0..self.shape.inputs as usize)
                 .map(|input| InputSlot::from_words(entry(self.shape.inputs_in_slot() + input * slot::ENTRY_STRIDE)))

@@ -16,8 +16,9 @@ use rustix::net::{
 
 use crate::commit::PageShape;
 use crate::limits::{CONTROL_DESCRIPTORS_MAX, CONTROL_MESSAGE_BYTES_MAX, ROUTE_NODES_MAX};
+use crate::parking::RetryPolicy;
 use crate::state::StateShape;
-use crate::version::FEATURE_STATE_EXTENTS;
+use crate::version::{FEATURE_PARKING, FEATURE_STATE_EXTENTS};
 
 /// Descriptors that came or go with a message.
 pub type Descriptors = Vec<OwnedFd>;
@@ -124,8 +125,8 @@ pub struct Routes {
     pub nodes: Vec<RouteNode>,
 }
 
-/// What a stage is given. Descriptors: commit page, session page, bell, the extents of its state, then the data segment of
-/// each output.
+/// What a stage is given. Descriptors: commit page, session page, bell, the extents of its state, the room for records that are
+/// parked if it has one, then the data segment of each output.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Grant {
     /// The version that is spoken from here on.
@@ -146,6 +147,8 @@ pub struct Grant {
     pub state: StateShape,
     /// How many extents of it there are.
     pub state_extents: u32,
+    /// How failed records are tried again, with [`FEATURE_PARKING`] among the features; then there is room to park them.
+    pub retry: Option<RetryPolicy>,
     /// The largest payload it may emit.
     pub record_bytes_max: u64,
     /// Its inputs.
@@ -597,6 +600,14 @@ fn encode(message: &Message) -> Vec<u8> {
             if grant.features & FEATURE_STATE_EXTENTS != 0 {
                 body.u64(grant.state.limit_bytes).u64(grant.state.extent_bytes).u32(grant.state_extents);
             }
+            if grant.features & FEATURE_PARKING != 0 {
+                let retry = grant.retry.unwrap_or_default();
+                body.u32(u32::from(retry.is_declared)).u32(retry.attempts);
+                body.u64(retry.initial_ns)
+                    .u64(retry.max_ns)
+                    .u32(retry.factor_thousandths)
+                    .u32(retry.jitter_thousandths);
+            }
             TYPE_GRANT
         }
         Message::Mapped => TYPE_MAPPED,
@@ -740,6 +751,7 @@ fn decode_grant(reader: &mut Reader<'_>) -> Result<Grant, ControlError> {
         shape: reader.shape()?,
         state: one_extent(reader.u64()?),
         state_extents: 0,
+        retry: None,
         record_bytes_max: reader.u64()?,
         inputs: reader.list(28, |reader| {
             Ok(GrantInput {
@@ -775,6 +787,13 @@ fn decode_grant(reader: &mut Reader<'_>) -> Result<Grant, ControlError> {
     if features & FEATURE_STATE_EXTENTS != 0 {
         grant.state = StateShape { limit_bytes: reader.u64()?, extent_bytes: reader.u64()? };
         grant.state_extents = reader.u32()?;
+    }
+    if features & FEATURE_PARKING != 0 {
+        let (is_declared, attempts) = (reader.flag()?, reader.u32()?);
+        let (initial_ns, max_ns) = (reader.u64()?, reader.u64()?);
+        let (factor_thousandths, jitter_thousandths) = (reader.u32()?, reader.u32()?);
+        let policy = RetryPolicy { is_declared, attempts, initial_ns, max_ns, factor_thousandths, jitter_thousandths };
+        grant.retry = Some(policy);
     }
     check_grant(&grant)?;
     Ok(grant)
@@ -823,7 +842,7 @@ mod tests {
         let node = |name: &str| RouteNode { name: name.into(), ..RouteNode::default() };
         Grant {
             version: 1,
-            features: FEATURE_STATE_EXTENTS,
+            features: FEATURE_STATE_EXTENTS | FEATURE_PARKING,
             stage: 7,
             generation: 3,
             name: "pardo-2".into(),
@@ -831,6 +850,7 @@ mod tests {
             shape: PageShape::default(),
             state: StateShape { limit_bytes: 3 << 20, extent_bytes: 1 << 20 },
             state_extents: 2,
+            retry: Some(RetryPolicy::default()),
             record_bytes_max: 1 << 24,
             inputs: vec![GrantInput { ring: 1, from: "a".into(), capacity: 4096, large_capacity: 4096 }],
             outputs: vec![GrantOutput { ring: 2, capacity: 4096, large_capacity: 4096, free: 64 }; 2],
@@ -932,7 +952,7 @@ mod tests {
     #[test]
     fn a_grant_without_the_feature_has_one_extent_in_the_old_words() {
         let mut old = grant();
-        old.features = 0;
+        (old.features, old.retry) = (0, None);
         let bytes = encode(&Message::Grant(Box::new(old.clone())));
         let mut new = old.clone();
         new.features = FEATURE_STATE_EXTENTS;

@@ -9,12 +9,14 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use crate::bell::Bell;
 use crate::commit::{CommitError, CommitPage, CommitPageReader, PageShape, Slot, StageState};
 use crate::control::{Grant, GrantInput, GrantOutput, Peer, Routes};
+use crate::limits::PARKING_BYTES;
 use crate::memory::{Access, Mapping, RingMapping};
+use crate::parking::RetryPolicy;
 use crate::ring::{RingViolation, copy_unread};
 use crate::segment::{Kind, Segment, SegmentError};
 use crate::session::{SessionPage, session_len_bytes};
 use crate::state::StateShape;
-use crate::version::{FEATURE_STATE_EXTENTS, FEATURES_INCOMPATIBLE};
+use crate::version::{FEATURE_PARKING, FEATURE_STATE_EXTENTS, FEATURES_INCOMPATIBLE};
 
 /// What stays the same for all incarnations of a stage.
 #[derive(Clone, Debug)]
@@ -29,6 +31,8 @@ pub struct StageSpec {
     pub shape: PageShape,
     /// How much keyed state it may have.
     pub state: StateShape,
+    /// How its failed records are tried again; `None` = it has none.
+    pub retry: Option<RetryPolicy>,
     /// Whether a later agent may take the stage over while it runs: its session page then stays writable for the agent's user.
     pub is_kept: bool,
     /// The largest payload that it may emit.
@@ -86,6 +90,8 @@ pub struct KeptDescriptors {
     pub bell: OwnedFd,
     /// The extents of keyed state, in order.
     pub state: Vec<OwnedFd>,
+    /// The room for records that are parked, if the stage has one.
+    pub parking: Option<OwnedFd>,
     /// The data segments, in order.
     pub outputs: Vec<OwnedFd>,
 }
@@ -104,6 +110,7 @@ pub struct Incarnation {
     bell: Bell,
     outputs: Vec<Segment>,
     state: Vec<Segment>,
+    parking: Option<Segment>,
     free: Vec<u64>,
 }
 
@@ -159,6 +166,11 @@ impl Incarnation {
         if state.is_empty() && spec.state.extents_max() > 0 {
             state.push(Segment::create_state(owner, generation, 0, spec.state.extent_len_bytes(0))?);
         }
+        let parking = match before.and_then(|before| before.parking.as_ref()) {
+            Some(room) => Some(room.duplicate()?),
+            None if spec.retry.is_some() => Some(Segment::create_state(owner, generation, 0, PARKING_BYTES)?),
+            None => None,
+        };
         let reader = CommitPageReader::new(commit.map(Access::ReadOnly)?, shape);
         Ok(Self {
             generation,
@@ -171,6 +183,7 @@ impl Incarnation {
             bell: Bell::new()?,
             outputs,
             state,
+            parking,
             free,
         })
     }
@@ -200,6 +213,7 @@ impl Incarnation {
         for extent in kept.state {
             state.push(Segment::adopt(extent, Kind::State)?);
         }
+        let parking = kept.parking.map(|room| Segment::adopt(room, Kind::State)).transpose()?;
         let session_descriptor = session_segment.read_only()?;
         Ok(Self {
             generation,
@@ -214,6 +228,7 @@ impl Incarnation {
             bell: Bell::adopt(kept.bell),
             outputs,
             state,
+            parking,
         })
     }
 
@@ -227,6 +242,7 @@ impl Incarnation {
         ];
         let extents = self.state.iter().enumerate();
         kept.extend(extents.map(|(index, extent)| (format!("state-{index}"), extent.descriptor())));
+        kept.extend(self.parking.iter().map(|room| ("parking".to_owned(), room.descriptor())));
         let outputs = self.outputs.iter().enumerate();
         kept.extend(outputs.map(|(index, output)| (format!("output-{index}"), output.descriptor())));
         kept
@@ -297,6 +313,12 @@ impl Incarnation {
         self.state.len() <= 1 || features & FEATURE_STATE_EXTENTS != 0
     }
 
+    /// Whether there is room for records that are parked.
+    #[must_use]
+    pub fn has_parking(&self) -> bool {
+        self.parking.is_some()
+    }
+
     /// The grant to a client that knows `features`, and the descriptors that go with it. Ask
     /// [`Incarnation::can_be_granted_to`] first.
     #[must_use]
@@ -304,6 +326,9 @@ impl Incarnation {
         let features = features & FEATURES_INCOMPATIBLE;
         let mut descriptors = vec![self.commit.descriptor(), self.session_descriptor.as_fd(), self.bell.descriptor()];
         descriptors.extend(self.state.iter().map(Segment::descriptor));
+        let retry = spec.retry.filter(|_| features & FEATURE_PARKING != 0 && self.parking.is_some());
+        let features = if retry.is_some() { features } else { features & !FEATURE_PARKING };
+        descriptors.extend(self.parking.iter().filter(|_| retry.is_some()).map(Segment::descriptor));
         descriptors.extend(self.outputs.iter().map(Segment::descriptor));
         let outputs =
             spec.outputs.iter().zip(&self.free).map(|(output, free)| GrantOutput { free: *free, ..output.clone() });
@@ -317,6 +342,7 @@ impl Incarnation {
             shape: self.shape,
             state: spec.state,
             state_extents: u32::try_from(self.state.len()).unwrap_or(u32::MAX),
+            retry,
             record_bytes_max: spec.record_bytes_max,
             inputs: spec.inputs.clone(),
             outputs: outputs.collect(),
@@ -417,6 +443,7 @@ impl Incarnation {
     /// What the kernel says.
     pub fn resident_bytes(&self) -> Result<u64, IncarnationError> {
         let segments = [&self.commit, &self.session_segment].into_iter().chain(&self.outputs).chain(&self.state);
+        let segments = segments.chain(&self.parking);
         let mut sum = 0;
         for segment in segments {
             sum += segment.resident_bytes()?;

@@ -129,6 +129,10 @@ pub mod slot {
     pub const NEXT_SEQUENCE: usize = 88;
     /// u64: number of outputs that were emitted for the oldest unfinished record and are committed already. Reserved.
     pub const EMITTED: usize = 96;
+    /// u64: records that are parked: acknowledged, kept by the stage, and not finished.
+    pub const PARKED: usize = 104;
+    /// u64: failed attempts that were counted since the pipeline began.
+    pub const FAILED_ATTEMPTS: usize = 112;
     /// u64 each: committed counters.
     pub const COUNTERS: usize = 128;
 
@@ -148,6 +152,8 @@ pub mod slot {
     pub const INPUT_FLAGS: usize = 40;
     /// u64: generation of the producer that was read.
     pub const INPUT_GENERATION: usize = 48;
+    /// u64: a position in the oldest record of this input that is parked; 0 = none is.
+    pub const INPUT_PARKED_FROM: usize = 56;
     /// The end of the stream was read.
     pub const INPUT_FLAG_ENDED: u64 = 1;
     /// The input is idle: it does not hold the watermark back.

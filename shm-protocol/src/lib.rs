@@ -21,6 +21,7 @@ mod histogram;
 mod incarnation;
 mod key;
 mod memory;
+mod parking;
 mod publication;
 mod record;
 mod ring;
@@ -41,6 +42,7 @@ pub use histogram::{BUCKETS, Histogram, HistogramView, bucket_of, bucket_upper_n
 pub use incarnation::{Incarnation, IncarnationError, KeptDescriptors, ReaderPosition, StageSpec};
 pub use key::{KEY_GROUPS, hash_key, key_group};
 pub use memory::{Access, Bytes, Mapping, RingMapping, Words};
+pub use parking::{Alone, Attempts, ParkedRecord, Parking, RetryPolicy};
 pub use record::{
     BatchHeader, Origin, RecordError, RecordFields, RecordHead, RecordKind, RecordView, attributes_encode,
     attributes_iter, record_len_bytes,

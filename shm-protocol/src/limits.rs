@@ -11,6 +11,16 @@ pub const KEY_BYTES_MAX: usize = 64 << 10;
 /// The largest attribute list of a record: trace context and user headers.
 pub const ATTRIBUTES_BYTES_MAX: usize = 64 << 10;
 
+/// Room for the records of a stage that are parked until they are tried again. Sparse: it costs what it holds.
+pub const PARKING_BYTES: u64 = 64 << 20;
+/// Of that room the last part is kept for what frees it: counts of attempts, and tombstones.
+pub const PARKING_KEPT_SHARE: u64 = 8;
+/// How many records behind a death are handed out alone, so that one that ends its program is found: more than can be received
+/// and not done in most programs, and a moment of one commit a record.
+pub const ALONE_AFTER_DEATH_RECORDS: u64 = 1024;
+/// A program that does not finish a record that it was handed alone collects several: then the others follow after this time.
+pub const ALONE_PATIENCE_NS: u64 = 2_000_000_000;
+
 /// The longest reason on an error output: a sentence, that fits even into the smallest ring.
 pub const ERROR_REASON_BYTES_MAX: usize = 1024;
 

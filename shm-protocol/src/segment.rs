@@ -389,7 +389,7 @@ mod tests {
         for (offset, value) in [
             (header::MAGIC, 1),
             (header::KIND_AND_VERSION, 3 | 9 << 32),
-            (header::FEATURES_INCOMPATIBLE, 4),
+            (header::FEATURES_INCOMPATIBLE, 8),
             (header::SEGMENT_LEN, 9999),
         ] {
             let segment = Segment::create(Kind::Session, 8192, 1, 1).unwrap();

@@ -8,6 +8,7 @@
 //! covers only what is done. Commits happen by themselves: at once when a reader is starved, in batches under backlog, and
 //! always when nothing is left to read or the stage waits.
 
+use std::collections::BTreeMap;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,11 +23,13 @@ use crate::histogram::HistogramView;
 use crate::key::{hash_key, key_group};
 use crate::layout::{commit, session, slot};
 use crate::limits::{
-    COMMIT_RECORDS_MAX, ERROR_REASON_BYTES_MAX, KEY_BYTES_MAX, MEASUREMENT_GAP_NS, PUBLICATION_GAP_NS, SLEEP_NS_MAX,
-    SPIN_NS_MAX, STATE_ASK_AGAIN_NS, STATE_BATCH_BYTES, STATE_BATCH_ENTRIES_MAX, STREAM_BYTES_MIN, STREAM_RECORDS_MIN,
-    UNDONE_RECORDS_MAX,
+    ALONE_AFTER_DEATH_RECORDS, ALONE_PATIENCE_NS, ATTRIBUTES_BYTES_MAX, COMMIT_RECORDS_MAX, ERROR_REASON_BYTES_MAX,
+    KEY_BYTES_MAX, LARGE_RECORD_RING_SHARE, MEASUREMENT_GAP_NS, PARKING_BYTES, PUBLICATION_GAP_NS,
+    RING_CAPACITY_BYTES_MIN, SLEEP_NS_MAX, SPIN_NS_MAX, STATE_ASK_AGAIN_NS, STATE_BATCH_BYTES, STATE_BATCH_ENTRIES_MAX,
+    STREAM_BYTES_MIN, STREAM_RECORDS_MIN, UNDONE_RECORDS_MAX,
 };
 use crate::memory::{Access, Bytes, Mapping, RingMapping, Words};
+use crate::parking::{Alone, Attempts, ParkedRecord, Parking};
 use crate::publication::Chooser;
 use crate::record::{Origin, RecordFields, RecordKind, RecordView, attributes_encode};
 use crate::ring::{Consumer, EmitError, Producer, ReadPosition, RingViolation, Savepoint, Way};
@@ -145,6 +148,15 @@ pub enum StageError {
     State(#[from] StateError),
 }
 
+/// What became of a record that failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failed {
+    /// It is tried again later, and the later ones of its key behind it. It is to be done like every record.
+    Parked,
+    /// It is on the error output. It is to be done like every record.
+    Rejected,
+}
+
 /// Which record an emitted one belongs to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum BelongsTo {
@@ -195,6 +207,15 @@ pub struct Received {
     pub generation: u64,
     /// The record.
     pub view: RecordView,
+}
+
+impl Received {
+    /// How often an attempt on it failed before it was handed out this time.
+    #[must_use]
+    pub fn failed_attempts(&self) -> u32 {
+        // A data record has no argument of its own.
+        if self.generation & RETRIED == 0 { 0 } else { u32::try_from(self.view.argument).unwrap_or(u32::MAX) }
+    }
 }
 
 /// Room for a large payload that is written in place.
@@ -277,6 +298,9 @@ impl Neighbour {
     }
 }
 
+/// The bit in a generation that says: this record was parked, and lies in a mapping of its own. The rest is its number.
+const RETRIED: u64 = 1 << 63;
+
 #[derive(Debug)]
 struct Input {
     capacity: u64,
@@ -296,6 +320,8 @@ struct Input {
     unmeasured_records: u64,
     /// Whether it is in [`Stage::changed_inputs`].
     is_changed: bool,
+    /// A record that was read, has the key of a parked one and found no room behind it. Nothing more is read until it has.
+    held: Option<Undone>,
 }
 
 #[derive(Debug)]
@@ -451,6 +477,26 @@ pub struct Stage {
     outputs: Vec<Output>,
     router: Router,
     state: Option<KeyedState>,
+    /// There is room to park records: without it, one look at this is all that they cost.
+    has_parking: bool,
+    parking: Option<Parking>,
+    /// Received records that are parked when they are acknowledged, by the number of their entry; or that were parked and failed
+    /// again. What is parked with them.
+    parked: BTreeMap<u64, (u64, Attempts)>,
+    /// Parked records that are handed out, each in a mapping of its own; by the generation that their views say.
+    retried: Vec<(u64, Arc<RingMapping>)>,
+    failed_attempts: u64,
+    /// Why nothing may be committed any more.
+    broken: Option<StateError>,
+    /// So many records more are handed out alone; only for programs of which a death is counted against the record.
+    alone_left: u64,
+    alone_since_ns: u64,
+    /// Whether a program's death counts against a record that it had alone.
+    counts_deaths: bool,
+    /// The record that the last incarnation had alone when it died.
+    died_with: Option<Alone>,
+    /// The only undone record is the one that the last incarnation died with; nobody is shown it.
+    is_unshown: bool,
     /// A put found no room, and the next extent is on its way.
     waits_for_state: bool,
     /// When an extent of state was refused last; it is asked for again later.
@@ -537,6 +583,16 @@ impl Stage {
             (other, _) => return Err(OpenError::Unexpected { found: format!("{other:?}"), expected: "ready" }),
         }
         this.sequence_at_done = this.page.slot().next_sequence;
+        // Whoever was there before died: a program gets the next records one by one, to find the one that ended it.
+        if let Some(parking) = &mut this.parking {
+            this.counts_deaths = role == Role::Stage && parking.policy().is_declared;
+            if this.counts_deaths && this.grant.generation > 1 {
+                this.alone_left = ALONE_AFTER_DEATH_RECORDS;
+                this.died_with = parking.alone();
+            } else {
+                parking.set_alone(None)?;
+            }
+        }
         Ok(this)
     }
 
@@ -564,6 +620,14 @@ impl Stage {
         let state = match grant.state_extents {
             0 => None,
             _ => Some(KeyedState::attach(extents, grant.state, page.epoch())?),
+        };
+        let parking = match grant.retry {
+            None => None,
+            Some(policy) => {
+                let len_bytes = usize::try_from(PARKING_BYTES).unwrap_or(0);
+                let room = map_page(next()?, Kind::State, len_bytes, Access::Writable)?;
+                Some(Parking::attach(room, page.epoch(), policy)?)
+            }
         };
         let mut outputs = Vec::with_capacity(grant.outputs.len());
         for (index, output) in grant.outputs.iter().enumerate() {
@@ -596,6 +660,7 @@ impl Stage {
             measured_at_ns: 0,
             unmeasured_records: 0,
             is_changed: false,
+            held: None,
         });
         let inputs: Vec<Input> = inputs.collect();
         let mut evaluators = Vec::with_capacity(grant.routes.nodes.len());
@@ -631,6 +696,17 @@ impl Stage {
             outputs,
             router,
             state,
+            has_parking: parking.is_some(),
+            parking,
+            parked: BTreeMap::new(),
+            retried: Vec::new(),
+            failed_attempts: 0,
+            broken: None,
+            alone_left: 0,
+            alone_since_ns: 0,
+            counts_deaths: false,
+            died_with: None,
+            is_unshown: false,
             waits_for_state: false,
             state_refused_at_ns: 0,
             undone: UndoneQueue::new(),
@@ -723,13 +799,15 @@ impl Stage {
     /// Whether every input has ended and all of it is done: nothing will come any more.
     #[must_use]
     pub fn is_ended(&self) -> bool {
-        !self.inputs.is_empty() && self.undone.is_empty() && self.inputs.iter().all(|input| input.ended)
+        self.undone.is_empty() && self.is_input_over()
     }
 
     /// Whether every input's end was read, though records may still be undone: nothing will be received any more.
     #[must_use]
     pub fn is_input_over(&self) -> bool {
-        !self.inputs.is_empty() && self.inputs.iter().all(|input| input.ended)
+        !self.inputs.is_empty()
+            && self.inputs.iter().all(|input| input.ended)
+            && !self.parking.as_ref().is_some_and(Parking::has_waiting)
     }
 
     /// Whether the agent asks this stage to read nothing for a while (sources). Like every decision of the agent, a change is seen
@@ -777,6 +855,15 @@ impl Stage {
         self.wake_neighbours();
         self.check_session()?;
         let records_max = records_max.min(UNDONE_RECORDS_MAX.saturating_sub(self.undone.len()));
+        let records_max = if self.has_parking && records_max > 0 {
+            match self.receive_parked(&mut show)? {
+                Turn::HandedOut => return Ok(1),
+                Turn::Nothing => 0,
+                Turn::Read(most) => most.min(records_max),
+            }
+        } else {
+            records_max
+        };
         let mut taken = 0;
         let count = self.inputs.len();
         for turn in 0..count {
@@ -797,6 +884,11 @@ impl Stage {
         self.drop_leading_control();
         if taken == 0 {
             self.commit()?;
+        } else if self.has_parking && self.alone_left > 0 {
+            self.hand_out_alone()?;
+        }
+        if self.has_parking && self.is_unshown {
+            self.fail_unshown()?;
         }
         Ok(taken)
     }
@@ -807,11 +899,20 @@ impl Stage {
         records_max: usize,
         show: &mut impl FnMut(&Arc<RingMapping>, &Received),
     ) -> Result<usize, (usize, RingViolation)> {
+        if self.has_parking && self.inputs.get(index).is_some_and(|input| input.held.is_some()) {
+            let taken = self.take_held(index, show);
+            if taken > 0 || self.inputs.get(index).is_some_and(|input| input.held.is_some()) {
+                return Ok(taken);
+            }
+        }
+        let looks_closer =
+            self.has_parking && (self.died_with.is_some() || self.parking.as_ref().is_some_and(Parking::holds_keys));
         let Some(input) = self.inputs.get_mut(index) else { return Ok(0) };
         let (Some(consumer), Some(neighbour)) = (&mut input.consumer, &input.neighbour) else { return Ok(0) };
         let mut refreshed = false;
         let mut taken = 0;
         while taken < records_max && !input.ended {
+            let nth = if looks_closer { self.undone.number(self.undone.len()) } else { 0 };
             // Read right into the queue: a record that is moved costs more than one that is read.
             let Some(entry) = self.undone.next_place() else { break };
             let read = consumer.next_into(&mut entry.received.view);
@@ -862,6 +963,33 @@ impl Stage {
                 | RecordKind::WindowEnd
                 | RecordKind::Retract
                 | RecordKind::Barrier => {
+                    if looks_closer
+                        && kind == RecordKind::Data
+                        && let Some(parking) = &mut self.parking
+                    {
+                        let at = Alone::At {
+                            input: u32::try_from(index).unwrap_or(u32::MAX),
+                            position: entry.received.view.position,
+                        };
+                        if self.died_with == Some(at) {
+                            self.is_unshown = true;
+                            self.undone_user_records += 1;
+                            self.undone.keep();
+                            break;
+                        }
+                        match park_behind(parking, nth, consumer.bytes(), &mut entry.received) {
+                            Behind::Nobody => {}
+                            Behind::Parked(number) => {
+                                self.parked.insert(nth, (number, Attempts::default()));
+                                self.undone.keep();
+                                continue;
+                            }
+                            Behind::NoRoom => {
+                                input.held = Some(*entry);
+                                break;
+                            }
+                        }
+                    }
                     self.undone_user_records += 1;
                     show(consumer.bytes(), &entry.received);
                     taken += 1;
@@ -875,6 +1003,9 @@ impl Stage {
     /// The mapping that a received record points into.
     #[must_use]
     pub fn mapping(&self, input: usize, generation: u64) -> Option<&Arc<RingMapping>> {
+        if generation & RETRIED != 0 {
+            return self.retried.iter().find(|(retried, _)| *retried == generation).map(|(_, mapping)| mapping);
+        }
         let input = self.inputs.get(input)?;
         if let Some((_, mapping)) = input.retired.iter().find(|(retired, _)| *retired == generation) {
             return Some(mapping);
@@ -1000,6 +1131,11 @@ impl Stage {
             ),
             None => None,
         };
+        if self.has_parking && !self.parked.is_empty() && nth.is_some_and(|nth| self.is_parked(nth)) {
+            return Err(StageError::Misuse(
+                "the record failed, or waits behind one of its key that did: only done is left",
+            ));
+        }
         // The scratch is moved out only for who needs it.
         let inherits_key = emit.key == KeyChoice::Inherit
             && place.and_then(|place| self.undone.get(place)).is_some_and(|parent| parent.received.view.keyed);
@@ -1349,22 +1485,397 @@ impl Stage {
         }
     }
 
+    /// The n-th undone record failed, for now. As the step's `onError` says it is tried again later, or goes to the error output with its
+    /// attempts. Like every record it is to be done, and nothing can be emitted for it before that. When it is tried again, the later records of its key wait behind it:
+    /// those that are received already are not to be worked on ([`Stage::is_parked`] says which), and to be done as well.
+    ///
+    /// # Errors
+    /// [`StageError::Full`] and what else [`Stage::reject`] says, when it goes to the error output; [`StageError::Misuse`] when something is
+    /// emitted for it or a later record and not done, or it has failed already. Nothing was changed then.
+    pub fn fail(&mut self, nth: usize, reason: &str) -> Result<Failed, StageError> {
+        self.leave_lane();
+        let no_record = StageError::Misuse("there is no such undone record");
+        let Some(place) = self.undone_place(nth) else { return Err(no_record) };
+        let Some(entry) = self.undone.get(place).copied() else { return Err(no_record) };
+        let received = entry.received;
+        if received.view.kind != RecordKind::Data {
+            return Err(StageError::Misuse("only a data record can fail"));
+        }
+        if self.pending_reaches > nth {
+            return Err(StageError::Misuse("something was emitted for the failed record or a later one: abort first"));
+        }
+        if self.parked.contains_key(&self.undone.number(place)) {
+            return Err(StageError::Misuse("the record has failed already, or waits behind one that has"));
+        }
+        let number = (received.generation & RETRIED != 0).then_some(received.generation & !RETRIED);
+        let now_ns = realtime_ns();
+        let Some(parking) = &self.parking else {
+            self.reject(nth, reason)?;
+            return Ok(Failed::Rejected);
+        };
+        let attempts = parking.one_more(number, now_ns, monotonic_ns());
+        let is_last = attempts.count >= parking.policy().attempts;
+        let parked = if is_last || self.is_being_stopped() {
+            Err(None)
+        } else {
+            self.park(place, number, attempts).map_err(Some)
+        };
+        match parked {
+            Ok(()) => {
+                self.failed_attempts += 1;
+                return Ok(Failed::Parked);
+            }
+            Err(None) if is_last => self.reject_after(nth, &received, reason, attempts, now_ns)?,
+            Err(None) => {
+                let reason = format!("{reason}; not tried again, because the pipeline is being stopped");
+                self.reject_after(nth, &received, &reason, attempts, now_ns)?;
+            }
+            Err(Some(error @ (StateError::Full { .. } | StateError::TooLarge { .. }))) => {
+                let reason = format!("{reason}; not tried again, because it cannot be parked: {error}");
+                self.reject_after(nth, &received, &reason, attempts, now_ns)?;
+            }
+            Err(Some(error)) => return Err(error.into()),
+        }
+        self.failed_attempts += 1;
+        Ok(Failed::Rejected)
+    }
+
+    /// Parks the record at a place, and the later ones of its key; all of them or none.
+    fn park(&mut self, place: usize, number: Option<u64>, attempts: Attempts) -> Result<(), StateError> {
+        let mut fresh: Vec<(u64, u64)> = Vec::new();
+        let Some(failed) = self.undone.get(place).map(|entry| entry.received) else { return Ok(()) };
+        if number.is_none() {
+            let mut key = Vec::new();
+            self.append_key(&failed, &mut key);
+            let mut other = Vec::new();
+            for later in place..self.undone.len() {
+                let Some(received) = self.undone.get(later).map(|entry| entry.received) else { break };
+                let (view, number) = (received.view, self.undone.number(later));
+                let may_follow = failed.view.keyed
+                    && view.keyed
+                    && view.kind == RecordKind::Data
+                    && view.key_hash == failed.view.key_hash
+                    && !self.parked.contains_key(&number);
+                if later > place {
+                    other.clear();
+                    self.append_key(&received, &mut other);
+                    if !may_follow || other != key {
+                        continue;
+                    }
+                }
+                let Some(mapping) = self.mapping(received.input, received.generation).map(Arc::clone) else { break };
+                let Some(parking) = &mut self.parking else { break };
+                let of_this = (later == place).then_some(attempts);
+                match parking.park(number, &to_be_parked(&mapping, &received), of_this) {
+                    Ok(parked) => fresh.push((number, parked)),
+                    Err(error) => {
+                        fresh.iter().for_each(|(_, parked)| parking.unpark(*parked));
+                        return Err(error);
+                    }
+                }
+            }
+        }
+        self.parked.extend(fresh.into_iter().map(|(entry, parked)| (entry, (parked, Attempts::default()))));
+        if let Some(parked) = number {
+            self.parked.insert(self.undone.number(place), (parked, attempts));
+        }
+        Ok(())
+    }
+
+    fn reject_after(
+        &mut self,
+        nth: usize,
+        received: &Received,
+        reason: &str,
+        attempts: Attempts,
+        now_ns: u64,
+    ) -> Result<(), StageError> {
+        let mut attributes = Vec::new();
+        encode_failure(&self.grant.name, reason, attempts, now_ns, &mut attributes);
+        self.emit_rejected(nth, received, &attributes)
+    }
+
+    /// Whether the n-th undone record is parked as soon as it is done: it failed, or waits behind one of its key that did.
+    #[must_use]
+    pub fn is_parked(&self, nth: usize) -> bool {
+        !self.parked.is_empty()
+            && self.undone_place(nth).is_some_and(|place| self.parked.contains_key(&self.undone.number(place)))
+    }
+
+    /// Gives all records back that are received and not done: they come again, with the next call to receive. What was emitted and put for
+    /// them is dropped.
+    ///
+    /// # Errors
+    /// [`StageError::Misuse`] when an input cannot be read from there, which no writer of this protocol causes.
+    pub fn give_back(&mut self) -> Result<(), StageError> {
+        self.abort();
+        for place in 0..self.undone.len() {
+            let (Some(entry), Some(parking)) = (self.undone.get(place), &mut self.parking) else { break };
+            let generation = entry.received.generation;
+            let parked = self.parked.remove(&self.undone.number(place));
+            if generation & RETRIED != 0 {
+                parking.put_back(generation & !RETRIED);
+            } else if let Some((number, _)) = parked {
+                parking.unpark(number);
+            }
+        }
+        self.parked.clear();
+        self.retried.clear();
+        self.undone.clear();
+        self.undone_user_records = 0;
+        self.is_unshown = false;
+        for (input, slot) in self.inputs.iter_mut().zip(&self.page.slot().inputs) {
+            input.held = None;
+            input.ended = slot.has_ended();
+            if let Some(consumer) = &mut input.consumer {
+                let at = ReadPosition { acknowledged: slot.acknowledged, batch: slot.batch };
+                *consumer = Consumer::new(Arc::clone(consumer.bytes()), at, consumer.tail())
+                    .map_err(|_violation| StageError::Misuse("an input cannot be read again from where it is done"))?;
+            }
+        }
+        self.drop_retired();
+        Ok(())
+    }
+
+    /// Looks after what is parked before anything is read.
+    fn receive_parked(&mut self, show: &mut impl FnMut(&Arc<RingMapping>, &Received)) -> Result<Turn, StageError> {
+        if self.is_unshown && !self.fail_unshown()? {
+            return Ok(Turn::Nothing);
+        }
+        if let Some(Alone::Parked(number)) = self.died_with {
+            let Some(parking) = &mut self.parking else { return Ok(Turn::Nothing) };
+            match parking.take(number)? {
+                Some((number, record)) => {
+                    self.push_retried(number, &record)?;
+                    self.is_unshown = true;
+                    if !self.fail_unshown()? {
+                        return Ok(Turn::Nothing);
+                    }
+                }
+                None => self.died_with = None,
+            }
+        }
+        if self.holds_back() {
+            return Ok(Turn::Nothing);
+        }
+        if self.is_retry_due()
+            && let Some(parking) = &mut self.parking
+            && let Some((number, record)) = parking.take_due(monotonic_ns(), true)?
+        {
+            self.push_retried(number, &record)?;
+            if self.counts_deaths {
+                self.hand_out_alone()?;
+            }
+            if let (Some((_, mapping)), Some(entry)) =
+                (self.retried.last(), self.undone.len().checked_sub(1).and_then(|last| self.undone.get(last)))
+            {
+                show(mapping, &entry.received);
+            }
+            return Ok(Turn::HandedOut);
+        }
+        Ok(match &self.parking {
+            Some(parking) if parking.is_crowded() => Turn::Nothing,
+            _ if self.alone_left > 0 => Turn::Read(1),
+            _ => Turn::Read(usize::MAX),
+        })
+    }
+
+    #[inline]
+    fn has_one_alone(&self) -> bool {
+        self.counts_deaths && self.parking.as_ref().is_some_and(|parking| parking.alone().is_some())
+    }
+
+    /// Whether nothing more is handed out before the record that the program has alone is done. One that collects records
+    /// gets more after a while, and then no death is counted.
+    fn holds_back(&self) -> bool {
+        self.has_one_alone()
+            && self.undone_user_records > 0
+            && monotonic_ns().saturating_sub(self.alone_since_ns) < ALONE_PATIENCE_NS
+    }
+
+    /// Notes, and commits, that the program gets the youngest received record alone.
+    fn hand_out_alone(&mut self) -> Result<(), StageError> {
+        let youngest = self.undone.len().checked_sub(1).and_then(|last| self.undone.get(last));
+        let alone = youngest.filter(|_| self.undone_user_records == 1 && !self.is_unshown).map(|entry| {
+            let Received { input, generation, view } = entry.received;
+            if generation & RETRIED != 0 {
+                Alone::Parked(generation & !RETRIED)
+            } else {
+                Alone::At { input: u32::try_from(input).unwrap_or(u32::MAX), position: view.position }
+            }
+        });
+        let Some(parking) = &mut self.parking else { return Ok(()) };
+        if alone.is_none() && parking.alone().is_some() {
+            // It collects: whatever it dies of is not known.
+            self.alone_left = 0;
+        }
+        parking.set_alone(alone)?;
+        self.alone_since_ns = monotonic_ns();
+        self.careful = true;
+        self.is_dirty = true;
+        self.publish();
+        Ok(())
+    }
+
+    /// The last incarnation died with this record alone, which is an attempt. `false`: the error output has no room for it.
+    fn fail_unshown(&mut self) -> Result<bool, StageError> {
+        match self.fail(0, "its program ended while it had this record alone") {
+            Ok(_) => {}
+            Err(StageError::Full) => return Ok(false),
+            Err(error) => return Err(error),
+        }
+        self.is_unshown = false;
+        self.died_with = None;
+        self.settle(1, Commit::Now)?;
+        Ok(true)
+    }
+
+    /// Lays a parked record out so that it can be received like every other.
+    fn push_retried(&mut self, number: u64, record: &ParkedRecord) -> Result<(), StageError> {
+        let (mapping, mut view) = lay_out(record)
+            .map_err(|reason| StageError::State(StateError::Refused { needed_bytes: record.payload.len(), reason }))?;
+        view.argument = self.parking.as_ref().map_or(0, |parking| u64::from(parking.attempts(number).count));
+        let generation = RETRIED | number;
+        self.retried.push((generation, Arc::new(mapping)));
+        let Some(place) = self.undone.next_place() else { return Ok(()) };
+        *place = Undone {
+            received: Received { input: record.input as usize, generation, view },
+            after: ReadPosition::default(),
+            emitted: 0,
+        };
+        self.undone.keep();
+        self.undone_user_records += 1;
+        Ok(())
+    }
+
+    /// The record that found no room behind the parked ones of its key: is it its turn now?
+    fn take_held(&mut self, index: usize, show: &mut impl FnMut(&Arc<RingMapping>, &Received)) -> usize {
+        let Some(mut held) = self.inputs.get_mut(index).and_then(|input| input.held.take()) else { return 0 };
+        let received = held.received;
+        let Some(mapping) = self.mapping(received.input, received.generation).map(Arc::clone) else { return 0 };
+        let number = self.undone.number(self.undone.len());
+        let behind = match &mut self.parking {
+            Some(parking) => park_behind(parking, number, &mapping, &mut held.received),
+            None => Behind::Nobody,
+        };
+        if let (Behind::NoRoom, Some(input)) = (&behind, self.inputs.get_mut(index)) {
+            input.held = Some(held);
+            return 0;
+        }
+        if let Some(place) = self.undone.next_place() {
+            *place = held;
+            self.undone.keep();
+        }
+        if let Behind::Parked(parked) = behind {
+            self.parked.insert(number, (parked, Attempts::default()));
+            return 0;
+        }
+        self.undone_user_records += 1;
+        show(&mapping, &received);
+        1
+    }
+
+    /// Whether the pipeline says what becomes of records that fail; else there are defaults, and a death of a program is no failure of a record.
+    #[must_use]
+    pub fn has_declared_retries(&self) -> bool {
+        self.parking.as_ref().is_some_and(|parking| parking.policy().is_declared)
+    }
+
+    /// Time until the next parked record is due, in ns; `None` = none waits. For event loops: a sleep ends no later than that.
+    #[must_use]
+    pub fn retry_after_ns(&self) -> Option<u64> {
+        let due_ns = self.parking.as_ref()?.next_due_ns()?;
+        Some(due_ns.saturating_sub(monotonic_ns()))
+    }
+
+    fn is_retry_due(&self) -> bool {
+        let Some(parking) = &self.parking else { return false };
+        let has_turn = !self.counts_deaths || self.undone_user_records == 0;
+        has_turn && parking.next_due_ns().is_some_and(|due_ns| due_ns <= monotonic_ns() || self.is_being_stopped())
+    }
+
+    /// Whether the pipeline is being stopped: then nothing waits for a time, and what fails once more is rejected.
+    fn is_being_stopped(&self) -> bool {
+        self.end_argument != 0
+    }
+
+    /// Says on the page what is parked, if that has changed.
+    fn show_parked(&mut self) {
+        let Some(parking) = &mut self.parking else { return };
+        if !parking.take_changed() && self.failed_attempts == 0 {
+            return;
+        }
+        self.page.set_parked(parking.len() as u64, std::mem::take(&mut self.failed_attempts));
+        for index in 0..self.inputs.len() {
+            let parked_from = parking.parked_from(u32::try_from(index).unwrap_or(u32::MAX));
+            if self.page.slot().inputs.get(index).is_some_and(|input| input.parked_from != parked_from) {
+                self.page.change_input(index, |slot| slot.parked_from = parked_from);
+            }
+        }
+    }
+
+    /// As [`Stage::acknowledge_entries`] when some of the entries are parked, or were.
+    fn acknowledge_with_parked(&mut self, entries: usize) {
+        let mut has_user_record = false;
+        for place in 0..entries {
+            let Some(Undone { received, after, .. }) = self.undone.get(place).copied() else { break };
+            let parked = self.parked.remove(&self.undone.number(place));
+            let Some(parking) = &mut self.parking else { break };
+            if received.generation & RETRIED != 0 {
+                has_user_record = true;
+                let number = received.generation & !RETRIED;
+                let kept = match parked {
+                    Some((_, attempts)) => parking.failed_again(number, attempts),
+                    None => parking.finished(number),
+                };
+                self.broken = self.broken.take().or(kept.err());
+                self.retried.retain(|(generation, _)| *generation != received.generation);
+                continue;
+            }
+            let is_end = received.view.kind == RecordKind::EndOfStream;
+            // One that is parked behind another counts as padding among the received ones.
+            let is_data = received.view.kind == RecordKind::Data || parked.is_some();
+            has_user_record |= !is_end && received.view.kind != RecordKind::Padding;
+            if let Some((number, _)) = parked {
+                parking.acknowledged(number);
+            }
+            let bytes = if is_data { received.view.payload_len as u64 } else { 0 };
+            let flags = if is_end { slot::INPUT_FLAG_ENDED } else { 0 };
+            self.change_input(received.input, after, received.generation, (u64::from(is_data), bytes, flags));
+        }
+        if has_user_record
+            && self.has_one_alone()
+            && let Some(parking) = &mut self.parking
+        {
+            self.broken = self.broken.take().or(parking.set_alone(None).err());
+            self.alone_left = self.alone_left.saturating_sub(1);
+        }
+        self.undone.drop_oldest(entries);
+        self.is_dirty = true;
+    }
+
     /// Sends the n-th undone record, as it came, to the error output with a reason.
     ///
     /// # Errors
     /// As [`Stage::emit`].
     pub fn reject(&mut self, nth: usize, reason: &str) -> Result<(), StageError> {
         let record = self.undone_record(nth).ok_or(StageError::Misuse("there is no such undone record"))?;
-        let mut payload = Vec::new();
-        self.append_payload(&record, &mut payload);
         let mut attributes = Vec::new();
-        let step = self.grant.name.clone();
-        encode_error(&step, reason, &mut attributes);
-        self.emit(
-            OUTPUT_ERRORS,
-            &Emit { belongs_to: BelongsTo::Nth(nth), attributes: &attributes, ..Emit::default() },
-            &payload,
-        )
+        encode_error(&self.grant.name, reason, &mut attributes);
+        self.emit_rejected(nth, &record, &attributes)
+    }
+
+    fn emit_rejected(&mut self, nth: usize, record: &Received, attributes: &[u8]) -> Result<(), StageError> {
+        let mut payload = Vec::new();
+        self.append_payload(record, &mut payload);
+        // What the record carried goes with it, while there is room.
+        let mut attributes = attributes.to_vec();
+        if attributes.len() + record.view.attributes_len <= ATTRIBUTES_BYTES_MAX {
+            self.append_attributes(record, &mut attributes);
+        }
+        let attributes = &attributes;
+        let emit = Emit { belongs_to: BelongsTo::Nth(nth), attributes, ..Emit::default() };
+        self.emit(OUTPUT_ERRORS, &emit, &payload)
     }
 
     /// The oldest `records` are finished, and what was emitted and put for them is published by the next commit, which may be now.
@@ -1540,6 +2051,9 @@ impl Stage {
     }
 
     fn acknowledge_entries(&mut self, entries: usize) {
+        if self.has_parking && (!self.parked.is_empty() || !self.retried.is_empty() || self.has_one_alone()) {
+            return self.acknowledge_with_parked(entries);
+        }
         let mut place = 0;
         while place < entries {
             // A run of records of one input is one change of that input's entry.
@@ -1560,23 +2074,35 @@ impl Stage {
                 place += 1;
             }
             let Some((after, generation)) = last else { break };
-            self.page.change_input(index, |slot| {
-                slot.acknowledged = after.acknowledged;
-                slot.batch = after.batch;
-                slot.generation = generation;
-                slot.records += records;
-                slot.bytes += bytes;
-                slot.flags |= flags;
-            });
-            if let Some(input) = self.inputs.get_mut(index)
-                && !input.is_changed
-            {
-                input.is_changed = true;
-                self.changed_inputs.push(index);
-            }
+            self.change_input(index, after, generation, (records, bytes, flags));
         }
         self.undone.drop_oldest(entries);
         self.is_dirty = true;
+    }
+
+    /// Notes how far an input is acknowledged, and how many records with how many bytes and what flags that were.
+    #[inline(always)]
+    fn change_input(
+        &mut self,
+        index: usize,
+        after: ReadPosition,
+        generation: u64,
+        (records, bytes, flags): (u64, u64, u64),
+    ) {
+        self.page.change_input(index, |slot| {
+            slot.acknowledged = after.acknowledged;
+            slot.batch = after.batch;
+            slot.generation = generation;
+            slot.records += records;
+            slot.bytes += bytes;
+            slot.flags |= flags;
+        });
+        if let Some(input) = self.inputs.get_mut(index)
+            && !input.is_changed
+        {
+            input.is_changed = true;
+            self.changed_inputs.push(index);
+        }
     }
 
     /// Drops what was emitted and put since the last `done`. The records stay received.
@@ -1620,7 +2146,7 @@ impl Stage {
     /// Stores what a commit stores. Who sleeps for it is woken by [`Stage::wake_neighbours`], which every call does sooner or later.
     fn publish(&mut self) {
         self.leave_lane();
-        if !self.is_dirty {
+        if !self.is_dirty || (self.has_parking && self.broken.is_some()) {
             return;
         }
         // The neighbours of the last publication, if nobody has looked after them yet.
@@ -1675,10 +2201,18 @@ impl Stage {
             self.page.set_statistic(commit::STATISTICS_STATE_KEYS, keys as u64);
             self.page.set_statistic(commit::STATISTICS_STATE_BYTES, live_bytes as u64);
         }
+        if self.has_parking {
+            self.show_parked();
+        }
         for input in &self.changed_inputs {
             self.page.set_free(*input, u64::MAX);
         }
         self.page.commit(now);
+        if self.has_parking
+            && let Some(parking) = &mut self.parking
+        {
+            parking.committed(self.page.epoch());
+        }
         if let Some(state) = &mut self.state {
             state.committed(self.page.epoch());
             if state.wants_extent() {
@@ -1759,7 +2293,8 @@ impl Stage {
                 self.end_sleep();
                 return Ok(Waited::TimedOut);
             }
-            self.bell.wait((timeout_ns - waited).min(SLEEP_NS_MAX));
+            let retry_ns = self.retry_after_ns().unwrap_or(u64::MAX);
+            self.bell.wait((timeout_ns - waited).min(SLEEP_NS_MAX).min(retry_ns));
             self.end_sleep();
         }
     }
@@ -1877,9 +2412,13 @@ impl Stage {
                 return has_heard;
             }
         }
+        if self.has_parking && self.wants_input && self.is_retry_due() {
+            return true;
+        }
         self.wants_input
+            && !(self.has_parking && self.parking.as_ref().is_some_and(Parking::is_crowded))
             && self.inputs.iter().any(|input| match (&input.consumer, &input.neighbour) {
-                (Some(consumer), Some(neighbour)) if !input.ended => {
+                (Some(consumer), Some(neighbour)) if !input.ended && input.held.is_none() => {
                     consumer.depth() > 0 || neighbour.page.tail(neighbour.index).max(input.final_tail) > consumer.tail()
                 }
                 _ => false,
@@ -2098,6 +2637,11 @@ impl Stage {
 
     /// Looks whether the agent decided something.
     fn check_session(&mut self) -> Result<(), StageError> {
+        if self.has_parking
+            && let Some(error) = &self.broken
+        {
+            return Err(error.clone().into());
+        }
         let epoch = self.session.epoch();
         if epoch == self.session_seen {
             return Ok(());
@@ -2229,8 +2773,12 @@ impl Stage {
         self.has_retired = false;
         for (index, input) in self.inputs.iter_mut().enumerate().filter(|(_, input)| !input.retired.is_empty()) {
             let undone = &self.undone;
+            let held = input.held.map(|held| held.received.generation);
             input.retired.retain(|(generation, _)| {
-                undone.iter().any(|entry| entry.received.input == index && entry.received.generation == *generation)
+                held == Some(*generation)
+                    || undone
+                        .iter()
+                        .any(|entry| entry.received.input == index && entry.received.generation == *generation)
             });
             self.has_retired |= !input.retired.is_empty();
         }
@@ -2319,10 +2867,110 @@ fn direct_edge(node: &RouteNode) -> Option<Direct> {
     }
 }
 
+/// What [`Stage::receive_parked`] leaves to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    /// Nothing: a parked record was handed out.
+    HandedOut,
+    /// Nothing: nobody gets anything now.
+    Nothing,
+    /// At most so many records may be read.
+    Read(usize),
+}
+
+/// Whether a record must wait behind parked ones of its key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Behind {
+    /// No.
+    Nobody,
+    /// Yes, and it is parked under this number.
+    Parked(u64),
+    /// Yes, but there is no room.
+    NoRoom,
+}
+
+fn park_behind(parking: &mut Parking, nth: u64, mapping: &RingMapping, received: &mut Received) -> Behind {
+    if !received.view.keyed {
+        return Behind::Nobody;
+    }
+    let mut key = Vec::new();
+    mapping.append_to(mapping.offset_of(received.view.key_position), received.view.key_len, &mut key);
+    if !parking.holds_key(&key) {
+        return Behind::Nobody;
+    }
+    match parking.park(nth, &to_be_parked(mapping, received), None) {
+        Ok(number) => {
+            // Nobody has to finish it.
+            received.view.kind = RecordKind::Padding;
+            Behind::Parked(number)
+        }
+        Err(_no_room) => Behind::NoRoom,
+    }
+}
+
+fn to_be_parked(mapping: &RingMapping, received: &Received) -> ParkedRecord {
+    let view = &received.view;
+    let copy = |offset: usize, len: usize| {
+        let mut bytes = Vec::with_capacity(len);
+        mapping.append_to(offset, len, &mut bytes);
+        bytes
+    };
+    ParkedRecord {
+        input: u32::try_from(received.input).unwrap_or(u32::MAX),
+        position: view.position,
+        event_time_ns: view.event_time_ns,
+        ingest_time_ns: view.ingest_time_ns,
+        origin: view.origin,
+        key: view.keyed.then(|| copy(mapping.offset_of(view.key_position), view.key_len)),
+        key_hash: view.key_hash,
+        attributes: copy(mapping.offset_of(view.attributes_position), view.attributes_len),
+        payload: copy(payload_offset(mapping, view), view.payload_len),
+    }
+}
+
+/// A ring of its own for one record, and the view of it. Nobody else has the segment.
+fn lay_out(record: &ParkedRecord) -> Result<(RingMapping, RecordView), String> {
+    let words = |error: &dyn std::fmt::Display| error.to_string();
+    let key = record.key.as_deref();
+    let len = key.map_or(0, <[u8]>::len) + record.attributes.len() + record.payload.len();
+    // No record of a ring is longer than a share of it; 256 for heads and padding.
+    let capacity = ((len as u64 + 256) * LARGE_RECORD_RING_SHARE).next_power_of_two().max(RING_CAPACITY_BYTES_MIN);
+    let segment = Segment::create_data(0, 0, 0, capacity, RING_CAPACITY_BYTES_MIN).map_err(|error| words(&error))?;
+    let map = |access| segment.map_ring(capacity, RING_CAPACITY_BYTES_MIN, access).map_err(|error| words(&error));
+    let mut producer = Producer::new(map(Access::Writable)?, 0, 0, 0).map_err(|error| words(&error))?;
+    let fields = RecordFields {
+        event_time_ns: record.event_time_ns,
+        ingest_time_ns: record.ingest_time_ns,
+        origin: record.origin,
+        key,
+        key_hash: record.key_hash,
+        attributes: &record.attributes,
+        ..RecordFields::default()
+    };
+    producer.emit_done(&fields, &record.payload).map_err(|error| words(&error))?;
+    let (tail, ..) = producer.seal(monotonic_ns()).ok_or("nothing was written")?;
+    let start = ReadPosition::default();
+    let mut consumer = Consumer::new(map(Access::ReadOnly)?, start, tail).map_err(|error| words(&error))?;
+    let mut view = RecordView::default();
+    if !consumer.next_into(&mut view).map_err(|error| words(&error))? {
+        return Err("nothing was written".to_owned());
+    }
+    Ok((consumer.replace_bytes(map(Access::ReadOnly)?), view))
+}
+
 /// The attributes of a record on an error output. A long reason is cut, so that the record still fits into its ring.
 pub fn encode_error(step: &str, reason: &str, attributes: &mut Vec<u8>) {
     let reason = reason.get(..reason.floor_char_boundary(ERROR_REASON_BYTES_MAX)).unwrap_or_default();
     attributes_encode([("step", step.as_bytes()), ("reason", reason.as_bytes())], attributes);
+}
+
+/// As [`encode_error`], with how often the record was tried and when that failed, ns since 1970.
+fn encode_failure(step: &str, reason: &str, attempts: Attempts, now_ns: u64, attributes: &mut Vec<u8>) {
+    encode_error(step, reason, attributes);
+    let (count, first, last) = (attempts.count.to_string(), attempts.first_failed_ns.to_string(), now_ns.to_string());
+    let more =
+        [("attempts", count.as_bytes()), ("first_failed_ns", first.as_bytes()), ("last_failed_ns", last.as_bytes())];
+    attributes_encode(more, attributes);
 }
 
 /// Maps a page that must be as long as the shape says: every offset is computed from the shape.

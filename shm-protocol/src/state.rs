@@ -429,27 +429,38 @@ impl<M: ExtentBytes> KeyedState<M> {
 
     /// All changes so far belong to finished records: they count from the next epoch on.
     pub fn mark_done(&mut self) {
-        let next = self.epoch + 1;
         for at in 0..self.pending.len() {
-            let Some(Change { hash, new, old }) = self.pending.get(at).copied() else { break };
-            match old {
-                Some((old, tag)) if tag <= self.epoch => self.superseded.push(old),
-                // What was pending is itself among these changes.
-                Some((old, tag)) if tag < state::TAG_PENDING => self.space.release(old),
-                _ => {}
-            }
-            if self.has_replaced_pending && self.index.find(hash, |block| block == new).is_none() {
-                self.space.release(new);
-                continue;
-            }
-            // The block's bytes are there before its tag (release), and the tag before the epoch that makes it count.
-            self.space.store(new, state::TAG, next, Ordering::Release);
-            if self.lengths(new).1.is_none() {
-                self.tombstones.push((hash, new));
-            }
+            let Some(change) = self.pending.get(at).copied() else { break };
+            self.mark_change_done(change);
         }
         self.pending.clear();
         self.has_replaced_pending = false;
+    }
+
+    /// The changes of one key belong to finished records, whatever becomes of the others.
+    pub(crate) fn mark_key_done(&mut self, key: &[u8]) {
+        let hash = hash_key(key);
+        for change in self.pending.extract_if(.., |change| change.hash == hash).collect::<Vec<_>>() {
+            self.mark_change_done(change);
+        }
+    }
+
+    #[inline]
+    fn mark_change_done(&mut self, Change { hash, new, old }: Change) {
+        match old {
+            Some((old, tag)) if tag <= self.epoch => self.superseded.push(old),
+            // What was pending is itself among these changes.
+            Some((old, tag)) if tag < state::TAG_PENDING => self.space.release(old),
+            _ => {}
+        }
+        if self.has_replaced_pending && self.index.find(hash, |block| block == new).is_none() {
+            return self.space.release(new);
+        }
+        // The block's bytes are there before its tag (release), and the tag before the epoch that makes it count.
+        self.space.store(new, state::TAG, self.epoch + 1, Ordering::Release);
+        if self.lengths(new).1.is_none() {
+            self.tombstones.push((hash, new));
+        }
     }
 
     /// Whether something changed that the next commit will make count.
@@ -461,7 +472,20 @@ impl<M: ExtentBytes> KeyedState<M> {
 
     /// Drops all changes since the last [`KeyedState::mark_done`].
     pub fn abort(&mut self) {
-        for Change { hash, new, old } in std::mem::take(&mut self.pending).into_iter().rev() {
+        let changes = std::mem::take(&mut self.pending);
+        self.undo(changes);
+        self.has_replaced_pending = false;
+    }
+
+    /// Drops the changes of one key since then.
+    pub(crate) fn abort_key(&mut self, key: &[u8]) {
+        let hash = hash_key(key);
+        let changes = self.pending.extract_if(.., |change| change.hash == hash).collect();
+        self.undo(changes);
+    }
+
+    fn undo(&mut self, changes: Vec<Change>) {
+        for Change { hash, new, old } in changes.into_iter().rev() {
             let was_live = self.lengths(new).1.is_some();
             let old_live = old.is_some_and(|(old, _)| self.lengths(old).1.is_some());
             if let Some((place, _)) = self.index.find(hash, |block| block == new) {
@@ -473,7 +497,6 @@ impl<M: ExtentBytes> KeyedState<M> {
             self.count(was_live, old_live);
             self.space.release(new);
         }
-        self.has_replaced_pending = false;
     }
 
     /// The epoch was committed: what its changes replaced is free.

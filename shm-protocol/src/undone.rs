@@ -32,16 +32,23 @@ pub(crate) struct UndoneQueue {
     places: Vec<Undone>,
     head: usize,
     len: usize,
+    /// How many entries were ever taken away: the number of the oldest one.
+    first: u64,
 }
 
 impl UndoneQueue {
     pub(crate) fn new() -> Self {
-        Self { places: vec![Undone::default(); 64], head: 0, len: 0 }
+        Self { places: vec![Undone::default(); 64], head: 0, len: 0, first: 0 }
     }
 
     #[inline]
     pub(crate) fn len(&self) -> usize {
         self.len
+    }
+
+    /// The number of the entry at a place: it stays while the entry moves up.
+    pub(crate) fn number(&self, place: usize) -> u64 {
+        self.first + place as u64
     }
 
     #[inline]
@@ -93,12 +100,18 @@ impl UndoneQueue {
         (0..self.len).filter_map(|nth| self.get(nth))
     }
 
+    /// Takes all away.
+    pub(crate) fn clear(&mut self) {
+        self.drop_oldest(self.len);
+    }
+
     /// Takes the oldest away.
     #[inline]
     pub(crate) fn drop_oldest(&mut self, count: usize) {
         let count = count.min(self.len);
         self.head = self.place(count);
         self.len -= count;
+        self.first += count as u64;
     }
 }
 

@@ -312,3 +312,10 @@ pub fn processes_of(program: &Path) -> Vec<i32> {
     let ids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
     ids.filter(|id| std::fs::read_link(format!("/proc/{id}/exe")).is_ok_and(|found| found == program)).collect()
 }
+
+/// The children of an agent: its shims.
+#[must_use]
+pub fn shims_of(agent: u32) -> Vec<i32> {
+    let children = std::fs::read_to_string(format!("/proc/{agent}/task/{agent}/children")).unwrap_or_default();
+    children.split_whitespace().filter_map(|id| id.parse().ok()).collect()
+}

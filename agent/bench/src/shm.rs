@@ -264,6 +264,7 @@ fn spec(stage: u64, name: &str, inputs: u32, outputs: u32) -> StageSpec {
         worker: 0,
         shape,
         state: StateShape::default(),
+        retry: None,
         is_kept: false,
         record_bytes_max: RECORD_PAYLOAD_BYTES_MAX as u64,
         inputs: (0..inputs)

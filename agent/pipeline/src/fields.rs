@@ -241,15 +241,61 @@ pub(crate) fn size_bytes(node: &Node) -> Option<u64> {
     }
 }
 
-/// A number above 0.
-pub(crate) fn positive(node: &Node, path: &str, value_max: f64, report: &mut Report) -> Option<f64> {
-    let value = match &node.value {
+/// A time: a number with its unit. `range_text` says what is possible, for people.
+pub(crate) fn duration_ns(
+    node: &Node,
+    path: &str,
+    range: std::ops::RangeInclusive<u64>,
+    range_text: &str,
+    report: &mut Report,
+) -> Option<u64> {
+    let duration_ns = node.as_text().and_then(nanoseconds).filter(|time| range.contains(time));
+    if duration_ns.is_none() {
+        let expected = format!("a time in ms, s, m or h, {range_text}");
+        let meant = match &node.value {
+            Value::Number(number) => Some(format!("{}s", number.written)),
+            _ => None,
+        };
+        report.at(node.line, node.column, path, &describe(node), &expected, meant);
+    }
+    duration_ns
+}
+
+fn nanoseconds(text: &str) -> Option<u64> {
+    const UNITS: [(&str, u64); 4] =
+        [("ms", 1_000_000), ("s", 1_000_000_000), ("m", 60_000_000_000), ("h", 3_600_000_000_000)];
+    let (number, unit_ns) = UNITS.iter().find_map(|(name, unit_ns)| Some((text.strip_suffix(name)?, *unit_ns)))?;
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, "0"));
+    let is_number = |text: &str| !text.is_empty() && text.len() <= 9 && text.bytes().all(|byte| byte.is_ascii_digit());
+    if !is_number(whole) || !is_number(fraction) {
+        return None;
+    }
+    let scale = 10_u64.pow(u32::try_from(fraction.len()).ok()?);
+    let part_ns = u128::from(fraction.parse::<u64>().ok()?) * u128::from(unit_ns) / u128::from(scale);
+    whole.parse::<u64>().ok()?.checked_mul(unit_ns)?.checked_add(u64::try_from(part_ns).ok()?)
+}
+
+/// A number in a range, ends included.
+pub(crate) fn fraction(node: &Node, path: &str, low: f64, high: f64, report: &mut Report) -> Option<f64> {
+    let value = number(node).filter(|value| (low..=high).contains(value));
+    if value.is_none() {
+        report.node(node, path, &describe(node), &format!("a number from {low} to {high}"));
+    }
+    value
+}
+
+fn number(node: &Node) -> Option<f64> {
+    match &node.value {
         #[expect(clippy::cast_precision_loss, reason = "beyond 2^53 the range check refuses it anyway")]
         Value::Number(Number { value: NumberValue::Whole(value), .. }) => Some(*value as f64),
         Value::Number(Number { value: NumberValue::Fraction(value), .. }) => Some(*value),
         _ => None,
-    };
-    let value = value.filter(|value| *value > 0.0 && *value <= value_max);
+    }
+}
+
+/// A number above 0.
+pub(crate) fn positive(node: &Node, path: &str, value_max: f64, report: &mut Report) -> Option<f64> {
+    let value = number(node).filter(|value| *value > 0.0 && *value <= value_max);
     if value.is_none() {
         report.node(
             node,

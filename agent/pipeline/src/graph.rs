@@ -12,7 +12,8 @@ use crate::steps::{Class, RawStep};
 pub(crate) fn connect(raw: Vec<RawStep<'_>>, report: &mut Report) -> Option<Vec<Step>> {
     let errors_before = report.len();
     let names = names(&raw, report);
-    let inputs: Vec<Vec<Input>> = raw.iter().map(|step| inputs(step, &raw, &names, report)).collect();
+    let dead_letters = dead_letters(&raw, &names, report);
+    let inputs: Vec<Vec<Input>> = raw.iter().map(|step| inputs(step, &raw, &names, &dead_letters, report)).collect();
     // What is behind a broken connection would only be reported twice.
     if report.len() == errors_before {
         cycles(&raw, &inputs, report);
@@ -61,9 +62,53 @@ fn names(raw: &[RawStep<'_>], report: &mut Report) -> HashMap<String, usize> {
     names
 }
 
-/// What a step reads.
-fn inputs(step: &RawStep<'_>, raw: &[RawStep<'_>], names: &HashMap<String, usize>, report: &mut Report) -> Vec<Input> {
-    let Some(from) = &step.from else { return input_before(step, raw, report).into_iter().collect() };
+/// Which steps' failed records each step reads because a `deadLetter` names it, by the step's index.
+fn dead_letters(
+    raw: &[RawStep<'_>],
+    names: &HashMap<String, usize>,
+    report: &mut Report,
+) -> HashMap<usize, Vec<Input>> {
+    let mut readers: HashMap<usize, Vec<Input>> = HashMap::new();
+    for step in raw {
+        let Some(on_error) = &step.on_error else { continue };
+        let Some((name, node)) = on_error.dead_letter else { continue };
+        let path = &on_error.dead_letter_path;
+        match names.get(name).and_then(|position| raw.get(*position)) {
+            None => {
+                let meant = suggestion(name, names.keys().map(String::as_str));
+                let found = format!("{}, and no step has that name", quote(name));
+                let expected = "the name of a step that takes the failed records, such as a kafka or file sink";
+                report.at(node.line, node.column, path, &found, expected, meant);
+            }
+            Some(reader) if reader.class == Class::Source => {
+                let found = format!("{}, a source, which reads nothing", quote(name));
+                let expected = "the name of a sink, a parDo or a groupByKey";
+                report.node(node, path, &found, expected);
+            }
+            Some(reader) => {
+                readers.entry(reader.index).or_default().push(Input { step: step.index, output: Output::Errors });
+            }
+        }
+    }
+    readers
+}
+
+/// What a step reads: what `from` says or the step before it, and the failed records of those that name it. A step that is named so and has
+/// no `from` reads only these.
+fn inputs(
+    step: &RawStep<'_>,
+    raw: &[RawStep<'_>],
+    names: &HashMap<String, usize>,
+    dead_letters: &HashMap<usize, Vec<Input>>,
+    report: &mut Report,
+) -> Vec<Input> {
+    let failed = dead_letters.get(&step.index).map_or(&[][..], Vec::as_slice);
+    let Some(from) = &step.from else {
+        if !failed.is_empty() {
+            return failed.to_vec();
+        }
+        return input_before(step, raw, report).into_iter().collect();
+    };
     let mut inputs = Vec::new();
     for (index, item) in from.items.iter().enumerate() {
         let Some((text, node)) = *item else { continue };
@@ -78,6 +123,12 @@ fn inputs(step: &RawStep<'_>, raw: &[RawStep<'_>], names: &HashMap<String, usize
             }
             Ok(input) => inputs.push(input),
             Err(problem) => report.at(node.line, node.column, &path, &problem.found, &problem.expected, problem.meant),
+        }
+    }
+    // Named both ways it is read once.
+    for input in failed {
+        if !inputs.contains(input) {
+            inputs.push(*input);
         }
     }
     inputs
@@ -227,7 +278,8 @@ fn report_cycle(raw: &[RawStep<'_>], mut members: Vec<usize>, report: &mut Repor
     }
     chain.push(step.name());
     let node = step.from.as_ref().map_or(step.node, |from| from.node);
-    let expected = "a from that does not lead back to the step itself; records go one way, from sources to sinks";
+    let expected =
+        "a from or deadLetter that does not lead back to the step itself; records go one way, from sources to sinks";
     report.node(node, &join(&step.place, "from"), &format!("a cycle: {}", chain.join(" -> ")), expected);
 }
 

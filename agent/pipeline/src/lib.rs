@@ -35,6 +35,7 @@ mod error;
 mod fields;
 mod forms;
 mod key_expression;
+mod on_error;
 mod yaml;
 
 pub use argo_streams_key::{KeyError, KeyPath, ValueKind};
@@ -43,5 +44,5 @@ pub use key_expression::{KeyExpression, KeyExpressionError, KeyProgram};
 pub use parse::parse;
 pub use plan::{
     Acknowledgement, Buffering, FileSink, FileSource, Framing, Generate, Generator, GroupByKey, Input, KafkaSink,
-    KafkaSource, Output, Overflow, ParDo, Plan, Sink, Source, StartAt, Step, StepKind, Transport,
+    KafkaSource, Output, Overflow, ParDo, Plan, Retry, Sink, Source, StartAt, Step, StepKind, Transport,
 };

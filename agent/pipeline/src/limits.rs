@@ -46,6 +46,12 @@ pub const BATCH_BYTES_DEFAULT: u64 = 256 << 10;
 pub const BATCH_BYTES_MAX: u64 = 64 << 20;
 /// Exit codes of a `success`: there are no more.
 pub const SUCCESS_MAX: usize = 256;
+/// Attempts of an `onError`.
+pub const ATTEMPTS_MAX: u32 = 1000;
+/// Times of a backoff, from ...
+pub const BACKOFF_NS_MIN: u64 = 1_000_000;
+/// ... to a day.
+pub const BACKOFF_NS_MAX: u64 = 86_400_000_000_000;
 /// Variables of an `env`.
 pub const ENVIRONMENT_MAX: usize = 256;
 /// Kafka properties of one step; librdkafka has about 200.

@@ -183,6 +183,7 @@ pub struct ParDo {
     pub(crate) buffering: Buffering,
     pub(crate) containers: u16,
     pub(crate) state_limit_bytes: u64,
+    pub(crate) retry: Retry,
 }
 
 impl ParDo {
@@ -246,6 +247,67 @@ impl ParDo {
     /// [`STATE_BYTES_MAX`](crate::limits::STATE_BYTES_MAX).
     pub fn state_limit_bytes(&self) -> u64 {
         self.state_limit_bytes
+    }
+
+    /// How a record is tried again that fails.
+    pub fn retry(&self) -> &Retry {
+        &self.retry
+    }
+}
+
+/// How often a record is tried that fails, and how long it waits in between.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Retry {
+    pub(crate) is_declared: bool,
+    pub(crate) attempts: u32,
+    pub(crate) initial_ns: u64,
+    pub(crate) max_ns: u64,
+    pub(crate) factor: f64,
+    pub(crate) jitter: f64,
+}
+
+impl Default for Retry {
+    fn default() -> Self {
+        Self {
+            is_declared: false,
+            attempts: 8,
+            initial_ns: 100_000_000,
+            max_ns: 5_000_000_000,
+            factor: 2.0,
+            jitter: 0.1,
+        }
+    }
+}
+
+impl Retry {
+    /// Whether the file says so. Else these are the defaults, and a program that ends is not taken for a failure of a record.
+    pub fn is_declared(&self) -> bool {
+        self.is_declared
+    }
+
+    /// Attempts in all, 1 to [`ATTEMPTS_MAX`](crate::limits::ATTEMPTS_MAX).
+    pub fn attempts(&self) -> u32 {
+        self.attempts
+    }
+
+    /// The time before the second attempt.
+    pub fn initial_ns(&self) -> u64 {
+        self.initial_ns
+    }
+
+    /// No time is longer. At least the first one.
+    pub fn max_ns(&self) -> u64 {
+        self.max_ns
+    }
+
+    /// Each further time is so many times as long, 1 to 100.
+    pub fn factor(&self) -> f64 {
+        self.factor
+    }
+
+    /// The share of a time by which it is made longer or shorter, 0 to 1.
+    pub fn jitter(&self) -> f64 {
+        self.jitter
     }
 }
 

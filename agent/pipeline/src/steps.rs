@@ -15,9 +15,10 @@ use crate::limits::{
     RECORDS_PER_SECOND_MAX, STATE_BYTES_DEFAULT, STATE_BYTES_MAX, STATE_BYTES_MIN, SUCCESS_MAX, TEXT_BYTES_MAX,
     WORD_BYTES_MAX,
 };
+use crate::on_error::{OnError, on_error};
 use crate::plan::{
     Acknowledgement, Buffering, FileSink, FileSource, Framing, Generate, Generator, GroupByKey, KafkaSink, KafkaSource,
-    Overflow, ParDo, Sink, Source, StartAt, StepKind, Transport,
+    Overflow, ParDo, Retry, Sink, Source, StartAt, StepKind, Transport,
 };
 use crate::yaml::{Node, Value};
 
@@ -26,7 +27,7 @@ pub(crate) const KINDS: [&str; 8] = ["kafka", "file", "generate", "stdin", "grou
 /// The kinds that can be a source.
 const SOURCES: [&str; 4] = ["kafka", "file", "generate", "stdin"];
 /// What may stand beside every kind.
-const SIBLINGS: [&str; 3] = ["name", "from", "overflow"];
+const SIBLINGS: [&str; 4] = ["name", "from", "overflow", "onError"];
 /// What may stand beside parDo, and what it is.
 const PARDO_SIBLINGS: [(&str, &str); 11] = [
     ("command", "what to start instead of the image's own command"),
@@ -42,8 +43,7 @@ const PARDO_SIBLINGS: [(&str, &str); 11] = [
     ("state", "how much keyed state one container may have"),
 ];
 /// Parts of the language that come with later versions.
-const LATER: [&str; 11] =
-    ["window", "combine", "filter", "map", "mqtt", "udp", "tcp", "http", "scale", "resources", "onError"];
+const LATER: [&str; 10] = ["window", "combine", "filter", "map", "mqtt", "udp", "tcp", "http", "scale", "resources"];
 
 const KAFKA: [&str; 6] = ["topic", "bootstrapServers", "startAt", "group", "transactions", "properties"];
 const FILE: [&str; 2] = ["path", "truncate"];
@@ -64,6 +64,7 @@ pub(crate) struct RawStep<'a> {
     /// There is a `from`, but what it says is not known; the errors say why.
     pub(crate) from_is_broken: bool,
     pub(crate) overflow: Overflow,
+    pub(crate) on_error: Option<OnError<'a>>,
 }
 
 /// What a step's `from` says.
@@ -135,9 +136,19 @@ pub(crate) fn step<'a>(node: &'a Node, index: usize, report: &mut Report) -> Opt
     };
     siblings_fit(&fields, kind_name, &place, report);
     let mut reader = Reader { fields: &fields, value, path: join(&place, kind_name), place: &place, report };
-    let (class, kind) = reader.kind(kind_name, at_source, from.is_some());
+    let (class, mut kind) = reader.kind(kind_name, at_source, from.is_some());
     let overflow = reader.overflow(kind_name, class);
-    Some(RawStep { index, place, node, kind_name, class, kind, name, from, from_is_broken, overflow })
+    let on_error = fields.value("onError").and_then(|node| on_error(node, &place, kind_name, report));
+    if let (Some(StepKind::ParDo(par_do)), Some(on_error)) = (&mut kind, &on_error) {
+        par_do.retry = Retry { is_declared: true, ..on_error.retry };
+        let is_read = par_do.acknowledgement == Acknowledgement::Read;
+        if let Some(node) = fields.key("onError").filter(|_| is_read) {
+            let expected =
+                "it without `ack: read` only: a record is done then when it was read, whatever becomes of it";
+            report.node(node, &join(&place, "onError"), "\"onError\" where it has no effect", expected);
+        }
+    }
+    Some(RawStep { index, place, node, kind_name, class, kind, name, from, from_is_broken, overflow, on_error })
 }
 
 /// Names that are known, but are no kinds and no siblings.
@@ -665,6 +676,7 @@ impl<'a> Reader<'a, '_> {
             buffering: buffering?,
             containers: u16::try_from(containers?).ok()?,
             state_limit_bytes: state_limit_bytes?,
+            retry: Retry::default(),
         })
     }
 

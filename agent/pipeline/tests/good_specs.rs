@@ -338,6 +338,27 @@ fn par_dos_with_everything() {
 }
 
 #[test]
+fn what_fails_is_tried_again_and_read_by_the_step_that_is_named() {
+    let plan = steps(
+        "  - stdin: {}\n  - groupByKey: {key: .k}\n    onError: {deadLetter: dead}\n  - parDo: a\n    name: a\n    onError:\n      attempts: 5\n      backoff: {initial: 1.5s, factor: 3, max: 2m, jitter: 0}\n      deadLetter: dead\n  - parDo: b\n    onError: {backoff: {initial: 1h}, deadLetter: again}\n  - log: {}\n  - discard: {}\n    name: dead\n  - discard: {}\n    name: again\n    from: [a]\n",
+    );
+    let retry = |step| match kind(&plan, step) {
+        StepKind::ParDo(par_do) => *par_do.retry(),
+        _ => panic!("a parDo"),
+    };
+    let (a, b) = (retry(2), retry(3));
+    assert_eq!((a.is_declared(), a.attempts(), a.initial_ns(), a.max_ns()), (true, 5, 1_500_000_000, 120_000_000_000));
+    assert!((a.factor(), a.jitter()) == (3.0, 0.0) && (b.factor(), b.jitter()) == (2.0, 0.1));
+    assert_eq!((b.attempts(), b.initial_ns(), b.max_ns()), (8, 3_600_000_000_000, 3_600_000_000_000));
+    let errors_of = |step| Input { step, output: Output::Errors };
+    assert_eq!(plan.steps()[5].inputs(), [errors_of(1), errors_of(2)], "it has no from, and reads nothing else");
+    assert_eq!(plan.steps()[6].inputs(), [Input { step: 2, output: Output::Main }, errors_of(3)]);
+    assert_eq!(plan.steps()[4].inputs(), [Input { step: 3, output: Output::Main }]);
+    let plan = steps("  - stdin: {}\n  - parDo: a\n  - log: {}\n");
+    assert!(matches!(kind(&plan, 1), StepKind::ParDo(par_do) if !par_do.retry().is_declared()));
+}
+
+#[test]
 fn sizes_of_state() {
     for (limit, bytes) in
         [("1Mi", 1 << 20), ("1024Ki", 1 << 20), ("1048576", 1 << 20), ("\"64Gi\"", 64 << 30), ("07Gi", 7 << 30)]

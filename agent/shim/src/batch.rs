@@ -23,7 +23,9 @@ use tokio::io::Interest;
 use crate::batch::files::{Files, Taken};
 use crate::framing::{Answer, AnswerKey, Frame, FrameSplitter, append_record};
 use crate::program::{Fifos, OutputKind, Program, describe};
-use crate::serve::{GROUP_PATIENCE, LIBRARY, OPEN_TIMEOUT_NS, Options, ShimError, finish_stage, library, nanoseconds};
+use crate::serve::{
+    GROUP_PATIENCE, LIBRARY, OPEN_TIMEOUT_NS, Options, ShimError, finish_stage, library, nanoseconds, until_retry,
+};
 
 /// Output is read in blocks of this size.
 const BLOCK_BYTES: usize = 64 << 10;
@@ -117,6 +119,8 @@ struct Shim {
     /// The stage is to be finished.
     over: bool,
     has_said_too_much: bool,
+    /// The program has failed on a record alone: those that are tried again go alone, so that others do not fail with them.
+    has_failed_alone: bool,
 }
 
 /// Serves a worker until the agent ends it.
@@ -150,6 +154,7 @@ pub(crate) async fn serve(batches: Batches, options: Options, backend: Backend) 
         stopping: None,
         over: false,
         has_said_too_much: false,
+        has_failed_alone: false,
     };
     shim.run().await
 }
@@ -345,6 +350,10 @@ impl Shim {
                 break;
             }
         }
+        // What waits behind one of its key that failed comes again.
+        while stage.is_parked(0) {
+            stage.done(1)?;
+        }
         if stage.undone_len() == 0 {
             return Ok(false);
         }
@@ -365,7 +374,12 @@ impl Shim {
         while batch.records < records_max
             && bytes < self.options.batch.bytes
             && let Some(record) = stage.undone_record(batch.records)
+            && !stage.is_parked(batch.records)
         {
+            let goes_alone = self.has_failed_alone && record.failed_attempts() > 0;
+            if goes_alone && batch.records > 0 {
+                break;
+            }
             if record.view.kind == RecordKind::Data {
                 match append_record(framing, stage, &record, &mut batch.feed) {
                     Ok(()) => {
@@ -378,6 +392,9 @@ impl Shim {
                 bytes += record.view.payload_len as u64;
             }
             batch.records += 1;
+            if goes_alone {
+                break;
+            }
         }
         let has_input = batch.has_input;
         let feed = if self.batches == Batches::Files { std::mem::take(&mut batch.feed) } else { Vec::new() };
@@ -492,6 +509,10 @@ impl Shim {
                         crate::LINE_BYTES_MAX
                     ));
                 }
+                Frame::Failed { reason, .. } => {
+                    batch.nonsense =
+                        Some(format!("said that a record failed ({reason}), which cannot be told of one in a batch"));
+                }
                 Frame::Unreadable { reason, .. } => batch.nonsense = Some(format!("wrote what is no record: {reason}")),
                 Frame::Nonsense(text) => batch.nonsense = Some(text),
             }
@@ -548,12 +569,50 @@ impl Shim {
         }
         let nonsense = batch.nonsense.take();
         let records = self.give_up_batch();
+        if records == 1 && self.fail_alone(status, nonsense.as_deref()).await? {
+            return self.report(status, Some((0, nonsense)));
+        }
         self.failures_in_a_row += 1;
-        if self.failures_in_a_row > 1 {
+        let is_declared = self.stage.as_ref().is_some_and(|(stage, _)| stage.has_declared_retries());
+        // Where failures of records are declared, the one that did it is looked for at once.
+        if self.failures_in_a_row > 1 || is_declared {
             self.suspects = self.suspects.max(records);
             self.suspects_max = (records / SUSPECTS_SHARE).max(1);
         }
         self.report(status, Some((records, nonsense)))
+    }
+
+    /// A batch of one record went wrong: if the pipeline declares what becomes of those that fail, this one did.
+    async fn fail_alone(&mut self, status: Option<ExitStatus>, nonsense: Option<&str>) -> Result<bool, ShimError> {
+        let Some((stage, bell)) = self.stage.as_mut().filter(|(stage, _)| stage.has_declared_retries()) else {
+            return Ok(false);
+        };
+        if self.stopping.is_some() {
+            return Ok(false);
+        }
+        let text = nonsense.map_or_else(
+            || status.map_or_else(|| "ended in an unknown way".to_owned(), |status| describe(status).1),
+            |nonsense| format!("was ended because it {nonsense}"),
+        );
+        let reason = format!("its program {text} while it had this record alone");
+        while let Err(error) = stage.fail(0, &reason) {
+            match error {
+                StageError::Full => {
+                    stage.set_wants_input(false);
+                    bell.wait(stage).await?;
+                    stage.set_wants_input(true);
+                }
+                error => return Err(error.into()),
+            }
+        }
+        stage.done(1)?;
+        stage.commit()?;
+        self.failures_in_a_row = 0;
+        self.suspects = self.suspects.saturating_sub(1);
+        // It was the one.
+        self.suspects_max = SUSPECTS_SHARE;
+        self.has_failed_alone = true;
+        Ok(true)
     }
 
     /// Ends what is left of the program and takes what it wrote.
@@ -584,8 +643,11 @@ impl Shim {
             if let Some(nonsense) = nonsense {
                 (code, text) = (1, format!("was ended because it {nonsense}"));
             }
-            let plural = if records == 1 { "record" } else { "records" };
-            text = format!("{text}, with a batch of {records} {plural}, which is tried again");
+            text = match records {
+                0 => format!("{text}, with one record alone, which failed"),
+                1 => format!("{text}, with a batch of 1 record, which is tried again"),
+                _ => format!("{text}, with a batch of {records} records, which is tried again"),
+            };
             if let Batches::Exit { .. } = self.batches
                 && let Some(code) = status.and_then(|status| status.code()).filter(|code| *code == 1)
             {
@@ -619,6 +681,10 @@ impl Shim {
         }
         self.failures_in_a_row = 0;
         self.suspects = self.suspects.saturating_sub(batch.records);
+        if stage.has_declared_retries() {
+            // The next one may be far.
+            self.suspects_max = self.suspects_max.saturating_mul(2);
+        }
         self.good_in_a_row += 1;
         if self.good_in_a_row >= GROWS_AFTER && self.records_max < self.options.batch.records {
             self.good_in_a_row = 0;
@@ -802,6 +868,8 @@ impl Shim {
             _ => Duration::from_secs(1),
         };
         let timer = until_stop.map_or(look_again, |until_stop| until_stop.min(look_again));
+        let may_begin = self.batch.is_none() && self.may_start;
+        let timer = timer.min(until_retry(self.stage.as_ref().filter(|_| may_begin)));
         {
             let (program, batch, files) = (self.program.as_ref(), self.batch.as_ref(), self.files.as_ref());
             let has_feed = batch.is_some_and(|batch| batch.feed_begin < batch.feed.len());

@@ -23,8 +23,11 @@ use tokio::io::Interest;
 use tokio::sync::mpsc::{Receiver, Sender};
 use tokio::task::JoinHandle;
 
+use crate::framing::REASON_BYTES_MAX;
 use crate::program::{Fifos, OutputKind, Program, describe};
-use crate::serve::{GROUP_PATIENCE, LIBRARY, OPEN_TIMEOUT_NS, Options, ShimError, finish_stage, library, nanoseconds};
+use crate::serve::{
+    GROUP_PATIENCE, LIBRARY, OPEN_TIMEOUT_NS, Options, ShimError, finish_stage, library, nanoseconds, until_retry,
+};
 
 /// A record that the program refuses for now is sent again after this time at first, then after twice as long each time ...
 const RETRY_NS_MIN: u64 = 100_000_000;
@@ -34,8 +37,6 @@ const RETRY_NS_MAX: u64 = 5_000_000_000;
 const ATTEMPTS_MAX: u32 = 8;
 /// A connection that broke because its program ended is seen a little before that end is.
 const DEATH_PATIENCE: Duration = Duration::from_millis(200);
-/// A reason for the error output is at most so much of what the program said.
-const REASON_BYTES_MAX: usize = 512;
 
 /// A record on its way to the program.
 #[derive(Clone, Debug)]
@@ -131,6 +132,8 @@ enum State {
     Answered { outputs: Vec<Output>, emitted: usize },
     /// For the error output.
     Refused(String),
+    /// It failed for now, and is tried again as the pipeline says.
+    Failed(String),
     /// Not a data record.
     Control,
 }
@@ -363,7 +366,8 @@ impl Shim {
                 break;
             }
             let State::Waiting { not_before_ns } = entry.state else { continue };
-            if not_before_ns > now_ns {
+            // What waits behind one of its key that failed comes again.
+            if not_before_ns > now_ns || stage.is_parked(place) {
                 continue;
             }
             let Some(record) = stage.undone_record(place) else { break };
@@ -406,6 +410,10 @@ impl Shim {
         };
         let front = self.in_flight.front().map_or(self.next_number, |entry| entry.number);
         let place = number.checked_sub(front).and_then(|place| usize::try_from(place).ok());
+        // Without a key and without a word in the pipeline nothing may overtake it: it is tried again where it stands.
+        let may_park = self.stage.as_ref().zip(place).is_some_and(|((stage, _), place)| {
+            stage.has_declared_retries() || stage.undone_record(place).is_some_and(|record| record.view.keyed)
+        });
         let entry = place.and_then(|place| self.in_flight.get_mut(place));
         let Some(entry) = entry.filter(|entry| matches!(entry.state, State::Sent)) else {
             self.broken.get_or_insert(format!("answered record {number}, which it was not sent or had answered"));
@@ -427,6 +435,7 @@ impl Shim {
                 entry.unanswered += 1;
                 State::Waiting { not_before_ns: monotonic_ns() + wait_ns }
             }
+            Outcome::Later(reason) if may_park => State::Failed(reason),
             Outcome::Later(reason) if entry.attempt + 1 >= ATTEMPTS_MAX => {
                 State::Refused(format!("refused {ATTEMPTS_MAX} times, the last time: {reason}"))
             }
@@ -453,7 +462,11 @@ impl Shim {
         let mut moved = false;
         while let Some(entry) = self.in_flight.front_mut() {
             let settled = match &mut entry.state {
-                State::Waiting { .. } | State::Sent => break,
+                State::Sent => break,
+                // Whatever it was answered: it comes again behind the one of its key that failed.
+                _ if stage.is_parked(0) => Ok(()),
+                State::Waiting { .. } => break,
+                State::Failed(reason) => stage.fail(0, reason).map(drop),
                 State::Control => Ok(()),
                 State::Refused(reason) => stage.reject(0, reason),
                 State::Answered { outputs, emitted } => emit_outputs(stage, outputs, emitted),
@@ -498,6 +511,8 @@ impl Shim {
         }
         self.carrier = None;
         self.is_ready = false;
+        let (mut code, mut text) = status.map_or((1, "ended in an unknown way".to_owned()), describe);
+        self.fail_alone(&text);
         while self.settle()? {}
         let mut unanswered = 0;
         for entry in &mut self.in_flight {
@@ -508,7 +523,6 @@ impl Shim {
             }
         }
         self.sent = 0;
-        let (mut code, mut text) = status.map_or((1, "ended in an unknown way".to_owned()), describe);
         let all_answered =
             self.in_flight.is_empty() && self.stage.as_ref().is_some_and(|(stage, _)| stage.is_input_over());
         if let Some(broken) = self.broken.take() {
@@ -520,7 +534,8 @@ impl Shim {
             code = 0;
         } else if !all_answered && self.stage.is_some() {
             self.deaths_in_a_row += 1;
-            if self.deaths_in_a_row > 1 {
+            // Where failures of records are declared, the one that did it is looked for at once.
+            if self.deaths_in_a_row > 1 || self.stage.as_ref().is_some_and(|(stage, _)| stage.has_declared_retries()) {
                 self.one_by_one = self.in_flight.len();
             }
             if unanswered > 0 {
@@ -532,6 +547,18 @@ impl Shim {
             stage.commit()?;
         }
         self.send(Event::Program(ProgramEvent::Ended { code, text, uncertain_records: 0 }))
+    }
+
+    /// The program ended with one record unanswered: if the pipeline declares what becomes of those that fail, this one did.
+    fn fail_alone(&mut self, text: &str) {
+        let is_declared = self.stage.as_ref().is_some_and(|(stage, _)| stage.has_declared_retries());
+        let mut sent = self.in_flight.iter_mut().filter(|entry| matches!(entry.state, State::Sent));
+        if let (Some(entry), None) = (sent.next(), sent.next())
+            && is_declared
+            && self.stopping.is_none()
+        {
+            entry.state = State::Failed(format!("its program {text} while it had this record alone"));
+        }
     }
 
     /// The order of stopping: nothing more comes, the grace time, SIGTERM, the grace time again, SIGKILL.
@@ -584,6 +611,7 @@ impl Shim {
         });
         let until_ns = due.chain(self.stopping.map(|(deadline_ns, _)| deadline_ns)).min();
         let timer = until_ns.map_or(Duration::from_secs(1), |until| Duration::from_nanos(until.saturating_sub(now)));
+        let timer = timer.min(until_retry(self.stage.as_ref().filter(|_| can_receive)));
         let mut heard = None;
         {
             let (stage, program, carrier) = (&self.stage, &self.program, &mut self.carrier);
@@ -646,7 +674,7 @@ fn request(stage: &Stage, record: &Received, entry: &InFlight) -> Request {
         event_time_ns: view.event_time_ns,
         attributes: attributes_iter(&attributes).map(|(name, value)| (name.to_vec(), value.to_vec())).collect(),
         payload,
-        attempt: entry.attempt,
+        attempt: entry.attempt + record.failed_attempts(),
     }
 }
 

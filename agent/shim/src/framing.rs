@@ -16,6 +16,8 @@ use crate::lines::{LINE_BYTES_MAX, Line, LineSplitter};
 const JSON_BYTES_MAX: usize = 2 * LINE_BYTES_MAX;
 /// A text shorter than this is written as text, whatever is in it: it is for people to read.
 const ESCAPED_BYTES_MIN: usize = 4096;
+/// A reason for the error output is at most so much of what the program said.
+pub(crate) const REASON_BYTES_MAX: usize = 512;
 /// As much of a frame that cannot be read goes into its error.
 const SHOWN_BYTES: usize = 64;
 
@@ -60,6 +62,8 @@ pub(crate) enum AnswerKey {
 pub(crate) enum Frame {
     /// A whole answer.
     Whole(Answer),
+    /// The program says that the record failed: why, for which record, and whether another attempt is of no use.
+    Failed { reason: String, id: Option<String>, is_final: bool },
     /// It is longer than it may be, and its bytes were dropped as they came.
     TooLong { len_bytes: u64 },
     /// It is at its place and cannot be read; what it is, and why.
@@ -142,10 +146,10 @@ fn frame_of_json(line: Line) -> Frame {
     match line {
         Line::TooLong { len_bytes } => Frame::TooLong { len_bytes },
         Line::Whole(bytes) => match read_json(&bytes) {
-            Ok(answer) if answer.payload.len() > LINE_BYTES_MAX => {
+            Ok(Frame::Whole(answer)) if answer.payload.len() > LINE_BYTES_MAX => {
                 Frame::TooLong { len_bytes: answer.payload.len() as u64 }
             }
-            Ok(answer) => Frame::Whole(answer),
+            Ok(frame) => frame,
             Err(reason) => Frame::Unreadable { bytes, reason },
         },
     }
@@ -190,7 +194,8 @@ pub(crate) fn append_record(
                 stage.append_key(record, &mut key);
                 key.as_slice()
             });
-            write_json(&id_of(record), key, record.view.event_time_ns, &attributes, &payload, feed)?;
+            let attempt = record.failed_attempts();
+            write_json((&id_of(record), attempt), key, record.view.event_time_ns, &attributes, &payload, feed)?;
             feed.push(b'\n');
         }
     }
@@ -206,6 +211,9 @@ pub(crate) fn id_of(record: &Received) -> String {
 #[derive(Serialize)]
 struct Written<'a> {
     id: &'a str,
+    /// How often it failed before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    attempt: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     key: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -223,7 +231,7 @@ struct Written<'a> {
 }
 
 fn write_json(
-    id: &str,
+    (id, attempt): (&str, u32),
     key: Option<&[u8]>,
     event_time_ns: i64,
     attributes: &[u8],
@@ -252,6 +260,7 @@ fn write_json(
     let key_text = key.and_then(|key| std::str::from_utf8(key).ok());
     let written = Written {
         id,
+        attempt: Some(attempt).filter(|attempt| *attempt > 0),
         key: key_text,
         key_base64: key.filter(|_| key_text.is_none()).map(|key| BASE64.encode(key)),
         time_ns: event_time_ns.to_string(),
@@ -371,6 +380,10 @@ struct Read<'a> {
     text: Field<String>,
     #[serde(default)]
     base64: Field<String>,
+    #[serde(default)]
+    error: Option<String>,
+    #[serde(default)]
+    retry: Option<bool>,
 }
 
 /// `null` is a payload like any other.
@@ -378,14 +391,25 @@ fn given<'de: 'a, 'a, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'
     <&RawValue>::deserialize(deserializer).map(Some)
 }
 
-fn read_json(line: &[u8]) -> Result<Answer, String> {
+fn read_json(line: &[u8]) -> Result<Frame, String> {
     let shown = || {
         let text = String::from_utf8_lossy(line.get(..line.len().min(SHOWN_BYTES)).unwrap_or_default());
         if line.len() > SHOWN_BYTES { format!("{text:?}...") } else { format!("{text:?}") }
     };
-    let expected = "expected a JSON object on one line with one of `value`, `text`, `base64` and, if you like, `id`, `key`, `key_base64`, `time_ns`, `attributes`";
+    let expected = "expected a JSON object on one line with one of `value`, `text`, `base64`, `error` and, if you like, `id`, `key`, `key_base64`, `time_ns`, `attributes`";
     let read: Read<'_> = serde_json::from_slice(line)
         .map_err(|error| format!("its answer {} is no frame: {error}; {expected}", shown()))?;
+    if let Some(reason) = read.error {
+        let says_more = read.value.is_some() || !matches!((&read.text, &read.base64), (Field::Absent, Field::Absent));
+        if says_more {
+            return Err(format!("its answer {} has an error and a payload; expected one of them", shown()));
+        }
+        let reason = reason.get(..reason.floor_char_boundary(REASON_BYTES_MAX)).unwrap_or_default().to_owned();
+        return Ok(Frame::Failed { reason, id: read.id, is_final: read.retry == Some(false) });
+    }
+    if read.retry.is_some() {
+        return Err(format!("its answer {} has `retry` without `error`; {expected}", shown()));
+    }
     let bytes = |name: &str, text: &str| {
         BASE64.decode(text).map_err(|error| format!("its answer {} has no base64 in `{name}`: {error}", shown()))
     };
@@ -426,7 +450,7 @@ fn read_json(line: &[u8]) -> Result<Answer, String> {
         members.iter().map(|(name, value)| (name.as_str(), value.as_slice())),
         &mut attributes,
     );
-    Ok(Answer { payload, key, event_time_ns, attributes, id: read.id })
+    Ok(Frame::Whole(Answer { payload, key, event_time_ns, attributes, id: read.id }))
 }
 
 #[cfg(test)]
@@ -471,15 +495,30 @@ mod tests {
         for payload in [b"".as_slice(), b"text", b"{\"a\":[1,2.0]}", b" 1 ", b"1\n", b"\xff\0", long_text.as_bytes()] {
             for key in [None, Some(b"k".as_slice()), Some(&[0xff, 0])] {
                 let mut line = Vec::new();
-                write_json("1-2-3", key, i64::MIN, &attributes, payload, &mut line).unwrap();
+                write_json(("1-2-3", 0), key, i64::MIN, &attributes, payload, &mut line).unwrap();
                 assert!(!line.contains(&b'\n'));
-                let answer = read_json(&line).unwrap();
+                let Ok(Frame::Whole(answer)) = read_json(&line) else { panic!("an answer") };
                 assert_eq!(answer.payload, payload);
                 assert_eq!(answer.key, key.map_or(AnswerKey::Unsaid, |key| AnswerKey::Some(key.to_vec())));
                 assert_eq!((answer.event_time_ns, answer.id.as_deref()), (Some(i64::MIN), Some("1-2-3")));
                 assert_eq!(answer.attributes, attributes);
             }
         }
+    }
+
+    #[test]
+    fn an_answer_may_say_that_its_record_failed() {
+        let failed = |line: &str| read_json(line.as_bytes());
+        let frame =
+            |id: Option<&str>, is_final| Frame::Failed { reason: "no".into(), id: id.map(str::to_owned), is_final };
+        assert_eq!(failed(r#"{"error":"no"}"#), Ok(frame(None, false)));
+        assert_eq!(failed(r#"{"error":"no","id":"1-2-3","retry":false}"#), Ok(frame(Some("1-2-3"), true)));
+        for wrong in [r#"{"error":"no","value":1}"#, r#"{"value":1,"retry":true}"#, r#"{"error":1}"#] {
+            assert!(failed(wrong).is_err_and(|reason| reason.starts_with("its answer ")), "{wrong}");
+        }
+        let mut line = Vec::new();
+        write_json(("1-2-3", 2), None, 0, b"", b"x", &mut line).unwrap();
+        assert!(line.starts_with(br#"{"id":"1-2-3","attempt":2,"#), "{}", String::from_utf8_lossy(&line));
     }
 
     #[test]

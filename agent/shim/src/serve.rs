@@ -173,6 +173,8 @@ struct Shim {
     /// As many records go one by one, to find the one that kills the program.
     one_by_one: usize,
     fed_alone_since_ns: u64,
+    /// A record has ended its program: those that are tried again go alone, so that others do not die with them.
+    has_failed_alone: bool,
     /// As declared; `Auto` becomes `Read` when the program shows that it is not `Line`, and stays so.
     acknowledgement: Acknowledgement,
     hinted: bool,
@@ -226,6 +228,7 @@ impl Shim {
             deaths_in_a_row: 0,
             one_by_one: 0,
             fed_alone_since_ns: 0,
+            has_failed_alone: false,
             hinted: false,
             surplus: 0,
             oldest_since_ns: 0,
@@ -472,12 +475,24 @@ impl Shim {
         {
             self.one_by_one = 0;
         }
-        let limit = if self.one_by_one > 0 { 1 } else { UNANSWERED_MAX };
+        let mut limit = if self.one_by_one > 0 { 1 } else { UNANSWERED_MAX };
         if self.fed == 0 {
             self.fed_alone_since_ns = monotonic_ns();
         }
         while self.fed < self.in_flight.len() && self.fed < limit && self.feed.len() < BLOCK_BYTES {
+            if stage.is_parked(self.fed)
+                && let Some(entry) = self.in_flight.get_mut(self.fed)
+            {
+                // It waits behind one of its key that failed, and comes again.
+                *entry = InFlight::Control;
+            }
             let Some(record) = stage.undone_record(self.fed) else { break };
+            if self.has_failed_alone && record.failed_attempts() > 0 {
+                if self.fed > 0 {
+                    break;
+                }
+                limit = 1;
+            }
             let begin = self.feed.len();
             if let Some(entry @ InFlight::Line { .. }) = self.in_flight.get_mut(self.fed) {
                 match append_record(self.options.framing, stage, &record, &mut self.feed) {
@@ -643,7 +658,20 @@ impl Shim {
         let answers =
             !is_read && self.fed > 0 && matches!(self.in_flight.front(), Some(InFlight::Line { end: Some(_) }));
         let emitted = match (&frame, answers) {
-            (Frame::Whole(answer), true) => match misplaced(stage, answer) {
+            // It was fed before one of its key failed that stands before it: it comes again behind that one.
+            (_, true) if stage.is_parked(0) => Ok(()),
+            (Frame::Failed { reason, id, is_final }, true) => match misplaced(stage, id.as_ref()) {
+                Some(reason) => stage.reject(0, &reason),
+                None if *is_final => stage.reject(0, reason),
+                None => stage.fail(0, reason).map(drop),
+            },
+            (Frame::Failed { reason, .. }, false) => {
+                if !is_read {
+                    self.surplus += 1;
+                }
+                emit_surplus(stage, "an error that belongs to no record", reason.as_bytes())
+            }
+            (Frame::Whole(answer), true) => match misplaced(stage, answer.id.as_ref()) {
                 Some(reason) => stage.reject(0, &reason),
                 None => stage.emit(OUTPUT_MAIN, &emit_of(answer, BelongsTo::Oldest), &answer.payload),
             },
@@ -792,8 +820,11 @@ impl Shim {
         if let Some(nonsense) = self.nonsense.take() {
             (code, text) = (1, format!("was ended because it {nonsense}"));
         }
-        let unanswered =
+        let mut unanswered =
             self.in_flight.iter().take(self.fed).filter(|entry| matches!(entry, InFlight::Line { .. })).count();
+        if unanswered == 1 && self.stopping.is_none() && !succeeded && self.fail_alone(&text)? {
+            unanswered = 0;
+        }
         let is_read = self.acknowledgement == Acknowledgement::Read;
         let all_answered =
             self.in_flight.is_empty() && self.stage.as_ref().is_some_and(|(stage, _)| stage.is_input_over());
@@ -802,7 +833,8 @@ impl Shim {
             if is_read && !(succeeded && all_answered) { self.taken_last.len() as u64 } else { 0 };
         if !all_answered && self.stage.is_some() {
             self.deaths_in_a_row += 1;
-            if self.deaths_in_a_row > 1 {
+            // Where failures of records are declared, the one that did it is looked for at once.
+            if self.deaths_in_a_row > 1 || self.stage.as_ref().is_some_and(|(stage, _)| stage.has_declared_retries()) {
                 self.one_by_one = self.in_flight.len();
             }
             uncertain_records = match self.acknowledgement {
@@ -825,6 +857,27 @@ impl Shim {
         }
         self.send(Event::Program(ProgramEvent::Ended { code, text, uncertain_records }))?;
         Ok(())
+    }
+
+    /// The program ended with one record unanswered: if the pipeline declares what becomes of those that fail, this one did. `false`: it does not, or the error
+    /// output has no room now.
+    fn fail_alone(&mut self, text: &str) -> Result<bool, ShimError> {
+        if !self.settle_front()? || self.acknowledgement == Acknowledgement::Read {
+            return Ok(false);
+        }
+        let Some((stage, _)) = self.stage.as_mut().filter(|(stage, _)| stage.has_declared_retries()) else {
+            return Ok(false);
+        };
+        match stage.fail(0, &format!("its program {text} while it had this record alone")) {
+            Ok(_) => {}
+            Err(StageError::Full) => return Ok(false),
+            Err(error) => return Err(error.into()),
+        }
+        stage.done(1)?;
+        self.in_flight.pop_front();
+        self.fed -= 1;
+        self.has_failed_alone = true;
+        Ok(true)
     }
 
     /// Emits everything that was read, waiting for room where there is none. `false` when the stage is being stopped by force.
@@ -917,6 +970,7 @@ impl Shim {
             (Some(stopping), false) => Duration::from_nanos(stopping.deadline_ns.saturating_sub(now)),
             (None, false) => Duration::from_secs(1),
         };
+        let timer = timer.min(until_retry(self.stage.as_ref().filter(|_| can_receive)));
         {
             let program = self.program.as_ref();
             let stdin = program.and_then(Program::stdin).filter(|_| self.feed_begin < self.feed.len());
@@ -986,8 +1040,8 @@ pub(crate) fn finish_stage(stage: &mut Stage, over: &mut bool) -> Result<bool, S
 }
 
 /// With `json` an answer may say for which record it is; that it is this one's is what `ack: line` promises.
-fn misplaced(stage: &Stage, answer: &Answer) -> Option<String> {
-    let said = answer.id.as_ref()?;
+fn misplaced(stage: &Stage, said: Option<&String>) -> Option<String> {
+    let said = said?;
     let due = id_of(&stage.undone_record(0)?);
     (*said != due).then(|| {
         let said: String = said.chars().take(64).collect();
@@ -1014,6 +1068,12 @@ fn emit_surplus(stage: &mut Stage, reason: &str, payload: &[u8]) -> Result<(), S
         &Emit { belongs_to: BelongsTo::Nothing, key: KeyChoice::None, attributes: &attributes, ..Emit::default() },
         payload,
     )
+}
+
+/// How long a stage may sleep before a parked record is due.
+pub(crate) fn until_retry(stage: Option<&(Stage, StageBell)>) -> Duration {
+    let retry_ns = stage.and_then(|(stage, _)| stage.retry_after_ns());
+    retry_ns.map_or(Duration::MAX, Duration::from_nanos)
 }
 
 pub(crate) fn nanoseconds(duration: Duration) -> u64 {

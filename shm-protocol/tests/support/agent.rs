@@ -64,6 +64,7 @@ pub(crate) fn spec(stage: u64, inputs: u32, outputs: u32, (capacity, large_capac
         worker: 0,
         shape: shape(),
         state: StateShape::default(),
+        retry: None,
         is_kept: false,
         record_bytes_max: 64 << 20,
         inputs: (0..inputs)

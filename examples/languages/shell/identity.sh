@@ -1,0 +1,3 @@
+#!/bin/sh
+# The identity: argo-streams conform --strict-bytes -- sh identity.sh
+exec cat

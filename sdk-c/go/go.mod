@@ -1,0 +1,3 @@
+module argostreams
+
+go 1.19
