@@ -216,9 +216,9 @@ fn a_process_for_each_batch_is_tried_and_one_that_drops_a_line_in_a_thousand_fai
     assert!(cases(&run).len() >= 40);
     assert!(cases(&run).iter().any(|case| case["name"] == "killed-behind-its-outputs"));
     let those = ["hundred-records", "same-records-again-and-again", "killed-behind-its-outputs"];
-    conform(&["--ack", "exit", "--expect", "filter"], &those, &["grep", "a"]).expect_code(0);
-    conform(&["--ack", "exit", "--expect", "flatmap"], &those, &["sed", "s/a/a\\na/"]).expect_code(0);
-    conform(&["--ack", "exit", "--framing", "json"], &those, &["cat"]).expect_code(0);
+    let _run = conform(&["--ack", "exit", "--expect", "filter"], &those, &["grep", "a"]).expect_code(0);
+    let _run = conform(&["--ack", "exit", "--expect", "flatmap"], &those, &["sed", "s/a/a\\na/"]).expect_code(0);
+    let _run = conform(&["--ack", "exit", "--framing", "json"], &those, &["cat"]).expect_code(0);
     let run = conform(&["--ack", "exit"], &["hundred-thousand-records"], &["sed", "1000~1000d"]).expect_code(1);
     assert!(cases(&run).iter().all(|case| case["passed"] == false));
     let refused = conform(&["--ack", "exit", "--transport", "http"], &[], &["cat"]).expect_code(2);

@@ -1,7 +1,13 @@
 //! The static shim, and containers in which there is nothing but it and a program. The engines are podman and
 //! Docker, as they are.
 #![forbid(unsafe_code)]
-#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests: a failure is a failed test")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stdout,
+    reason = "tests: a failure is a failed test"
+)]
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
