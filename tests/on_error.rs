@@ -68,6 +68,32 @@ class Handler(http.server.BaseHTTPRequestHandler):
 class Server(socketserver.ThreadingMixIn, http.server.HTTPServer): daemon_threads = True
 Server(("127.0.0.1", int(os.environ["PORT"])), Handler).serve_forever()
 "#;
+/// Requests of several records: one that fails is an error in its line, or with SPOILS makes the whole answer a 500.
+const HTTP_BATCH: &str = r#"
+import http.server, socketserver
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def log_message(self, *_): pass
+    def do_GET(self): self.answer(200, b"")
+    def do_POST(self):
+        lines = [json.loads(line) for line in self.rfile.read(int(self.headers["Content-Length"])).splitlines()]
+        if len(lines) != int(self.headers["Ags-Records"]): os._exit(9)
+        answers = []
+        for line in lines:
+            if not fails(json.dumps(line["value"])): answers.append({"id": line["id"], "value": line["value"]})
+            elif "SPOILS" in os.environ: return self.answer(500, b"not today")
+            else: answers.append({"id": line["id"], "error": "not today"})
+        # In any order, and with a time in which more can come.
+        with open(os.path.join(os.environ["COUNTS"], "requests"), "ab") as requests: requests.write(b"%d\n" % len(lines))
+        self.answer(200, b"".join(json.dumps(answer, separators=(",", ":")).encode() + b"\n" for answer in reversed(answers)))
+    def answer(self, status, body):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+class Server(socketserver.ThreadingMixIn, http.server.HTTPServer): daemon_threads = True
+Server(("127.0.0.1", int(os.environ["PORT"])), Handler).serve_forever()
+"#;
 const SOCKET: &str = r#"
 import socket, struct
 s = socket.socket(socket.AF_UNIX)
@@ -120,8 +146,11 @@ fn through(program: &str, settings: &str, count: usize, containers: usize, kills
 
 fn through_kills(program: &str, settings: &str, count: usize, containers: usize, kill: Kill) {
     let scratch = Scratch::new();
-    let (settings, more) =
-        settings.strip_prefix("DIE").map_or((settings, ""), |rest| (rest, ", {name: DIE, value: yes}"));
+    let (settings, more) = match (settings.strip_prefix("DIE"), settings.strip_prefix("SPOILS")) {
+        (Some(rest), _) => (rest, ", {name: DIE, value: yes}"),
+        (_, Some(rest)) => (rest, ", {name: SPOILS, value: yes}"),
+        _ => (settings, ""),
+    };
     scratch.write("in", records(count));
     std::fs::create_dir(scratch.path("counts")).unwrap();
     let (command, victim) = if program.is_empty() {
@@ -194,6 +223,10 @@ fn through_kills(program: &str, settings: &str, count: usize, containers: usize,
         }
         numbers.push(payload["n"].as_u64().unwrap());
     }
+    if let Ok(requests) = std::fs::read_to_string(scratch.path("counts/requests")) {
+        let most = requests.lines().filter_map(|records| records.parse::<usize>().ok()).max();
+        assert!(most > Some(5), "under load a request has several records: {most:?}");
+    }
     numbers.sort_unstable();
     assert_eq!(numbers, (0..count as u64).collect::<Vec<_>>(), "each record once");
     assert!(dead.len() >= count / 97, "{} dead letters", dead.len());
@@ -224,6 +257,13 @@ fn through_kills(program: &str, settings: &str, count: usize, containers: usize,
 fn what_a_program_refuses_over_http() {
     through(HTTP, "    transport: http\n", 3000, 1, 0);
     through(HTTP, "    transport: http\n", 3000, 2, 4);
+}
+
+#[test]
+fn what_a_program_refuses_over_http_in_batches() {
+    through(HTTP_BATCH, "    transport: http\n    batch: {records: 50}\n", 3000, 1, 0);
+    through(HTTP_BATCH, "    transport: http\n    batch: {records: 50}\n", 3000, 2, 4);
+    through(HTTP_BATCH, "SPOILS    transport: http\n    batch: {records: 20}\n", 1000, 1, 2);
 }
 
 #[test]

@@ -1036,6 +1036,9 @@ impl Run {
         });
         let success: Vec<String> = pardo.success().iter().map(u8::to_string).collect();
         shim.arg("--success").arg(success.join(","));
+        if pardo.has_declared_batch() {
+            shim.arg("--batched");
+        }
         shim.arg("--batch-records").arg(pardo.batch_records().to_string());
         shim.arg("--batch-bytes").arg(pardo.batch_bytes().to_string());
         shim.arg("--buffering").arg(match pardo.buffering() {

@@ -179,6 +179,7 @@ pub struct ParDo {
     pub(crate) success: Vec<u8>,
     pub(crate) batch_records: u64,
     pub(crate) batch_bytes: u64,
+    pub(crate) has_declared_batch: bool,
     pub(crate) framing: Framing,
     pub(crate) buffering: Buffering,
     pub(crate) containers: u16,
@@ -226,6 +227,11 @@ impl ParDo {
     /// No further record in a batch whose payloads have so many bytes, 1 to [`BATCH_BYTES_MAX`](crate::limits::BATCH_BYTES_MAX).
     pub fn batch_bytes(&self) -> u64 {
         self.batch_bytes
+    }
+
+    /// Whether the file says `batch`: with [`Transport::Http`] requests are then of several records.
+    pub fn has_declared_batch(&self) -> bool {
+        self.has_declared_batch
     }
 
     /// How records lie in the program's input and output.

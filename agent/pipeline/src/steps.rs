@@ -672,6 +672,7 @@ impl<'a> Reader<'a, '_> {
             success: success?,
             batch_records,
             batch_bytes,
+            has_declared_batch: self.fields.value("batch").is_some(),
             framing: framing?,
             buffering: buffering?,
             containers: u16::try_from(containers?).ok()?,
@@ -709,10 +710,14 @@ impl<'a> Reader<'a, '_> {
             }
         }
         let is_exit = acknowledgement == Acknowledgement::Exit;
-        let has_batches = is_exit || transport == Transport::File;
+        let has_batches = is_exit || matches!(transport, Transport::File | Transport::Http);
         for (name, has_effect, expected) in [
             ("success", is_exit, "it with `ack: exit` only: other programs are to run until their input ends"),
-            ("batch", has_batches, "it with `ack: exit` or `transport: file` only: others get records as they come"),
+            (
+                "batch",
+                has_batches,
+                "it with `ack: exit`, `transport: file` or `http` only: others get records as they come",
+            ),
             ("buffering", !is_exit, "it without `ack: exit` only: what the program wrote counts when it has ended"),
         ] {
             if let Some(node) = self.fields.value(name)

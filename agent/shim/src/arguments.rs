@@ -34,6 +34,9 @@ pub struct ShimArguments {
     /// Records of a batch at most.
     #[arg(long, default_value_t = 16_384)]
     pub batch_records: usize,
+    /// With `--transport http`: requests of several records.
+    #[arg(long)]
+    pub batched: bool,
     /// Bytes of a batch at most.
     #[arg(long, default_value_t = 256 << 10)]
     pub batch_bytes: u64,
@@ -49,11 +52,12 @@ impl ShimArguments {
     /// As the shim takes them.
     #[must_use]
     pub fn into_options(self) -> Options {
+        let batch = BatchLimits { records: self.batch_records.max(1), bytes: self.batch_bytes.max(1) };
         Options {
             socket: self.socket,
             exchange: match self.transport {
                 ShimTransport::Stdio | ShimTransport::Fifo | ShimTransport::File => None,
-                ShimTransport::Http => Some(Exchange::Http),
+                ShimTransport::Http => Some(Exchange::Http { batch: self.batched.then_some(batch) }),
                 ShimTransport::Socket => Some(Exchange::Socket),
             },
             batches: match (self.transport, self.ack) {
@@ -61,7 +65,7 @@ impl ShimArguments {
                 (_, Ack::Exit) => Some(Batches::Exit { success: self.success }),
                 _ => None,
             },
-            batch: BatchLimits { records: self.batch_records.max(1), bytes: self.batch_bytes.max(1) },
+            batch,
             framing: match self.framing {
                 FramingKind::Lines => Framing::Lines,
                 FramingKind::Json => Framing::Json,

@@ -16,14 +16,15 @@ use argo_streams_shm_protocol::stage::{
     StageError,
 };
 use argo_streams_shm_protocol::{
-    Control, ControlError, Event, Hello, Message, ProgramEvent, RecordKind, Role, attributes_iter, monotonic_ns,
+    Control, ControlError, Event, Hello, Message, ProgramEvent, RecordKind, Role, monotonic_ns,
 };
 use argo_streams_stage::{Backend, StageBell, path_keys, ready_descriptor};
 use tokio::io::Interest;
 use tokio::sync::mpsc::{Receiver, Sender};
 use tokio::task::JoinHandle;
 
-use crate::framing::REASON_BYTES_MAX;
+use crate::batch::BatchLimits;
+use crate::framing::{AnswerKey, REASON_BYTES_MAX};
 use crate::program::{Fifos, OutputKind, Program, describe};
 use crate::serve::{
     GROUP_PATIENCE, LIBRARY, OPEN_TIMEOUT_NS, Options, ShimError, finish_stage, library, nanoseconds, until_retry,
@@ -47,8 +48,8 @@ struct Request {
     id: String,
     key: Option<Vec<u8>>,
     event_time_ns: i64,
-    /// Names and values.
-    attributes: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Encoded.
+    attributes: Vec<u8>,
     payload: Vec<u8>,
     /// 0 for the first attempt.
     attempt: u32,
@@ -57,8 +58,8 @@ struct Request {
 /// One output of a record.
 #[derive(Debug, Default)]
 struct Output {
-    /// `None` = that of its record.
-    key: Option<Vec<u8>>,
+    /// Unsaid = that of its record.
+    key: AnswerKey,
     /// `None` = that of its record.
     event_time_ns: Option<i64>,
     /// Encoded.
@@ -75,6 +76,8 @@ enum Outcome {
     Refused(String),
     /// Not now.
     Later(String),
+    /// Something is wrong with one of those that it was sent with, and nobody knows which: it is sent alone.
+    NotAlone(String),
     /// The connection broke before the answer. If the program ended, nothing is held against the record.
     Unanswered,
 }
@@ -86,6 +89,8 @@ enum Answer {
     Ready,
     /// To the request of this number.
     Record { number: u64, outcome: Outcome },
+    /// To all records that were sent in one request.
+    Batch(Vec<(u64, Outcome)>),
     /// The program cannot be talked to any more; why.
     Broken(String),
 }
@@ -94,10 +99,12 @@ enum Answer {
 #[derive(Debug)]
 struct Carrier {
     /// Closed when nothing more will come.
-    requests: Option<Sender<Request>>,
+    requests: Option<Sender<Vec<Request>>>,
     answers: Receiver<Answer>,
-    /// How many requests may be under way.
+    /// How many records may be under way.
     window: usize,
+    /// How they go in requests of several, if they do.
+    batching: Option<Batching>,
     /// Told to the program when it starts.
     environment: Vec<(String, String)>,
     /// Whether the program ends by itself when nothing more comes; else it is terminated.
@@ -113,11 +120,22 @@ impl Drop for Carrier {
     }
 }
 
+/// Requests of several records.
+#[derive(Clone, Copy, Debug)]
+struct Batching {
+    limits: BatchLimits,
+    /// So many requests under way; what comes meanwhile is the next one.
+    requests_max: usize,
+}
+
 /// Which of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exchange {
     /// The program serves `POST /messages`.
-    Http,
+    Http {
+        /// Several records a request; `None` = one.
+        batch: Option<BatchLimits>,
+    },
     /// The program connects to a unix socket, and frames go both ways.
     Socket,
 }
@@ -144,6 +162,8 @@ struct InFlight {
     attempt: u32,
     /// How often this process broke the connection and lived on.
     unanswered: u32,
+    /// A request of several went wrong that it was in.
+    goes_alone: bool,
     state: State,
 }
 
@@ -161,6 +181,8 @@ struct Shim {
     in_flight: VecDeque<InFlight>,
     next_number: u64,
     sent: usize,
+    /// Requests under way, where they are of several records.
+    requests_sent: usize,
     deaths_in_a_row: u32,
     /// As many records go one by one, to find the one that kills the program.
     one_by_one: usize,
@@ -197,6 +219,7 @@ pub(crate) async fn serve(exchange: Exchange, options: Options, backend: Backend
         in_flight: VecDeque::new(),
         next_number: 0,
         sent: 0,
+        requests_sent: 0,
         deaths_in_a_row: 0,
         one_by_one: 0,
         stopping: None,
@@ -250,7 +273,7 @@ impl Shim {
     fn start(&mut self) -> Result<(), ShimError> {
         (self.stopping, self.over, self.is_ready) = (None, false, false);
         let carrier = match self.exchange {
-            Exchange::Http => http::connect(),
+            Exchange::Http { batch } => http::connect(batch),
             Exchange::Socket => socket::listen(&self.options.socket),
         };
         let not_started = |error: &std::io::Error| {
@@ -345,38 +368,55 @@ impl Shim {
                 RecordKind::Data => State::Waiting { not_before_ns: 0 },
                 _ => State::Control,
             };
-            self.in_flight.push_back(InFlight { number: self.next_number, attempt: 0, unanswered: 0, state });
+            let number = self.next_number;
+            self.in_flight.push_back(InFlight { number, attempt: 0, unanswered: 0, goes_alone: false, state });
             self.next_number += 1;
         }
         Ok(!received.is_empty())
     }
 
-    /// Hands over what waits, the oldest first.
+    /// Hands over what waits, the oldest first; where requests are of several records, as many as wait and fit in one.
     fn dispatch(&mut self) -> bool {
         let window = self.window();
         let Some((stage, _)) = &self.stage else { return false };
-        let Some(requests) = self.carrier.as_ref().and_then(|carrier| carrier.requests.as_ref()) else { return false };
-        if !self.is_ready {
-            return false;
-        }
+        let Some(carrier) = &self.carrier else { return false };
+        let Some(requests) = carrier.requests.as_ref().filter(|_| self.is_ready) else { return false };
+        let batching = carrier.batching;
+        let (records_max, bytes_max) =
+            batching.map_or((1, u64::MAX), |batching| (batching.limits.records, batching.limits.bytes));
         let now_ns = monotonic_ns();
+        let mut next = 0;
         let mut moved = false;
-        for (place, entry) in self.in_flight.iter_mut().enumerate() {
-            if self.sent >= window {
+        while self.sent < window
+            && requests.capacity() > 0
+            && batching.is_none_or(|batching| self.requests_sent < batching.requests_max)
+        {
+            let (mut together, mut bytes) = (Vec::new(), 0);
+            while let Some(entry) = self.in_flight.get_mut(next) {
+                // What waits behind one of its key that failed comes again.
+                let is_due = matches!(entry.state, State::Waiting { not_before_ns } if not_before_ns <= now_ns);
+                if !is_due || stage.is_parked(next) {
+                    next += 1;
+                    continue;
+                }
+                if entry.goes_alone && !together.is_empty() {
+                    break;
+                }
+                let Some(record) = stage.undone_record(next) else { break };
+                together.push(request(stage, &record, entry));
+                entry.state = State::Sent;
+                self.sent += 1;
+                next += 1;
+                bytes += record.view.payload_len as u64;
+                if entry.goes_alone || together.len() >= records_max || bytes >= bytes_max || self.sent >= window {
+                    break;
+                }
+            }
+            // There is room, as was asked above.
+            if together.is_empty() || requests.try_send(together).is_err() {
                 break;
             }
-            let State::Waiting { not_before_ns } = entry.state else { continue };
-            // What waits behind one of its key that failed comes again.
-            if not_before_ns > now_ns || stage.is_parked(place) {
-                continue;
-            }
-            let Some(record) = stage.undone_record(place) else { break };
-            // There is room for a whole window.
-            if requests.try_send(request(stage, &record, entry)).is_err() {
-                break;
-            }
-            entry.state = State::Sent;
-            self.sent += 1;
+            self.requests_sent += usize::from(batching.is_some());
             moved = true;
         }
         moved
@@ -406,8 +446,19 @@ impl Shim {
                 self.broken.get_or_insert(text);
                 return;
             }
+            Answer::Batch(outcomes) => {
+                self.requests_sent = self.requests_sent.saturating_sub(1);
+                for (number, outcome) in outcomes {
+                    self.take_outcome(number, outcome);
+                }
+                return;
+            }
             Answer::Record { number, outcome } => (number, outcome),
         };
+        self.take_outcome(number, outcome);
+    }
+
+    fn take_outcome(&mut self, number: u64, outcome: Outcome) {
         let front = self.in_flight.front().map_or(self.next_number, |entry| entry.number);
         let place = number.checked_sub(front).and_then(|place| usize::try_from(place).ok());
         // Without a key and without a word in the pipeline nothing may overtake it: it is tried again where it stands.
@@ -420,13 +471,18 @@ impl Shim {
             return;
         };
         self.sent -= 1;
-        if !matches!(outcome, Outcome::Unanswered) {
+        if !matches!(outcome, Outcome::Unanswered | Outcome::NotAlone(_)) {
             self.deaths_in_a_row = 0;
             self.one_by_one = self.one_by_one.saturating_sub(1);
         }
         entry.state = match outcome {
             Outcome::Outputs(outputs) => State::Answered { outputs, emitted: 0 },
             Outcome::Refused(reason) => State::Refused(reason),
+            Outcome::NotAlone(reason) => {
+                tracing::debug!(number, reason, "sent again alone");
+                entry.goes_alone = true;
+                State::Waiting { not_before_ns: 0 }
+            }
             Outcome::Unanswered if entry.unanswered + 1 >= ATTEMPTS_MAX => {
                 State::Refused(format!("the connection was closed {ATTEMPTS_MAX} times without an answer to it"))
             }
@@ -522,7 +578,7 @@ impl Shim {
                 unanswered += 1;
             }
         }
-        self.sent = 0;
+        (self.sent, self.requests_sent) = (0, 0);
         let all_answered =
             self.in_flight.is_empty() && self.stage.as_ref().is_some_and(|(stage, _)| stage.is_input_over());
         if let Some(broken) = self.broken.take() {
@@ -643,7 +699,11 @@ fn retry_ns(attempts: u32) -> u64 {
 /// The first `*emitted` are emitted already: `Full` is not the end, and what was emitted stays.
 fn emit_outputs(stage: &mut Stage, outputs: &[Output], emitted: &mut usize) -> Result<(), StageError> {
     while let Some(output) = outputs.get(*emitted) {
-        let key = output.key.as_deref().map_or(KeyChoice::Inherit, KeyChoice::Set);
+        let key = match &output.key {
+            AnswerKey::Unsaid => KeyChoice::Inherit,
+            AnswerKey::None => KeyChoice::None,
+            AnswerKey::Some(key) => KeyChoice::Set(key),
+        };
         let emit = Emit {
             belongs_to: BelongsTo::Oldest,
             key,
@@ -672,7 +732,7 @@ fn request(stage: &Stage, record: &Received, entry: &InFlight) -> Request {
         id: format!("{}-{}-{}", view.origin.shard, view.origin.sequence, view.origin.emit_index),
         key,
         event_time_ns: view.event_time_ns,
-        attributes: attributes_iter(&attributes).map(|(name, value)| (name.to_vec(), value.to_vec())).collect(),
+        attributes,
         payload,
         attempt: entry.attempt + record.failed_attempts(),
     }

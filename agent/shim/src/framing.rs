@@ -142,7 +142,7 @@ fn frame_of_line(line: Line) -> Frame {
     }
 }
 
-fn frame_of_json(line: Line) -> Frame {
+pub(crate) fn frame_of_json(line: Line) -> Frame {
     match line {
         Line::TooLong { len_bytes } => Frame::TooLong { len_bytes },
         Line::Whole(bytes) => match read_json(&bytes) {
@@ -230,7 +230,8 @@ struct Written<'a> {
     base64: Option<String>,
 }
 
-fn write_json(
+/// Appends one line of JSON without its newline.
+pub(crate) fn write_json(
     (id, attempt): (&str, u32),
     key: Option<&[u8]>,
     event_time_ns: i64,

@@ -9,8 +9,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::time::Duration;
 
-use argo_streams_shm_protocol::attributes_encode;
 use argo_streams_shm_protocol::limits::{ATTRIBUTES_BYTES_MAX, KEY_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX};
+use argo_streams_shm_protocol::{attributes_encode, attributes_iter};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
@@ -23,10 +23,15 @@ use tokio::net::TcpStream;
 use tokio::sync::Mutex;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 
-use super::{Answer, Carrier, Outcome, Output, Request, reason_of};
+use super::{Answer, Batching, Carrier, Outcome, Output, Request, reason_of};
+use crate::batch::BatchLimits;
+use crate::framing::{AnswerKey, Frame, frame_of_json, write_json};
+use crate::lines::Line;
 
 /// Connections, each with one request at a time.
 const CONNECTIONS: usize = 8;
+/// Records under way in batches, all together.
+const RECORDS_MAX: usize = 64 << 10;
 /// How long a program may take until `GET /ready` succeeds.
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
 /// Between two looks whether it is ready.
@@ -43,28 +48,33 @@ const HEADER_EVENT_TIME: &str = "ags-event-time";
 const HEADER_ATTRIBUTES: &str = "ags-attributes";
 /// How often it was sent before and refused for now.
 const HEADER_ATTEMPT: &str = "ags-attempt";
+/// In a request of several: how many.
+const HEADER_RECORDS: &str = "ags-records";
+/// The longest answer to a request of several.
+const BATCH_ANSWER_BYTES_MAX: usize = 128 << 20;
 /// In an answer: how the body is cut into outputs.
 const HEADER_FRAMING: &str = "ags-framing";
 /// What stays as it is in percent-encoding (RFC 3986, 2.3).
 const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 /// Picks a port for the program.
-pub(super) fn connect() -> io::Result<Carrier> {
+pub(super) fn connect(batch: Option<BatchLimits>) -> io::Result<Carrier> {
     // Free now; if somebody else takes it before the program does, that ends with an error and is started again on another.
     let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-    let (requests, queue) = channel(CONNECTIONS);
+    let (requests, queue) = channel::<Vec<Request>>(CONNECTIONS);
     let (say, answers) = channel(CONNECTIONS);
     let queue = Rc::new(Mutex::new(queue));
     let mut tasks = vec![tokio::task::spawn_local(await_ready(address, say.clone()))];
     for _ in 0..CONNECTIONS {
-        tasks.push(tokio::task::spawn_local(connection(address, Rc::clone(&queue), say.clone())));
+        tasks.push(tokio::task::spawn_local(connection(address, Rc::clone(&queue), say.clone(), batch.is_some())));
     }
     let environment = [("PORT", port.to_string()), ("AGS_HTTP_PORT", port.to_string())];
     Ok(Carrier {
         requests: Some(requests),
         answers,
-        window: CONNECTIONS,
+        window: batch.map_or(CONNECTIONS, |batch| CONNECTIONS.saturating_mul(batch.records).min(RECORDS_MAX)),
+        batching: batch.map(|limits| Batching { limits, requests_max: CONNECTIONS }),
         environment: environment.map(|(name, value)| (name.to_owned(), value)).to_vec(),
         ends_by_itself: false,
         tasks,
@@ -117,34 +127,192 @@ async fn open(address: SocketAddr) -> Result<Connection, Box<dyn std::error::Err
 }
 
 /// Sends one request after the other over one connection.
-async fn connection(address: SocketAddr, queue: Rc<Mutex<Receiver<Request>>>, say: Sender<Answer>) {
+async fn connection(
+    address: SocketAddr,
+    queue: Rc<Mutex<Receiver<Vec<Request>>>>,
+    say: Sender<Answer>,
+    is_batched: bool,
+) {
     let mut kept: Option<Connection> = None;
     loop {
-        let Some(request) = queue.lock().await.recv().await else { return };
-        let number = request.number;
+        let Some(requests) = queue.lock().await.recv().await else { return };
+        let numbers: Vec<u64> = requests.iter().map(|request| request.number).collect();
         let mut ready = kept.take().filter(|connection| !connection.sender.is_closed());
         if ready.is_none() {
             ready = open(address).await.ok();
         }
-        let outcome = match ready {
-            None => Outcome::Unanswered,
+        let outcomes = match ready {
+            None => None,
             Some(mut open) => {
-                let answered = exchange(&mut open, address, request).await;
+                let answered = if is_batched {
+                    exchange_batch(&mut open, address, &requests).await
+                } else {
+                    match requests.into_iter().next() {
+                        Some(request) => exchange(&mut open, address, request).await.map(|outcome| vec![outcome]),
+                        None => Some(Vec::new()),
+                    }
+                };
                 let is_answered = answered.is_some();
                 // A server that closes after each answer is allowed to.
                 if is_answered && open.sender.ready().await.is_ok() {
                     kept = Some(open);
                 }
-                answered.unwrap_or(Outcome::Unanswered)
+                answered
             }
         };
-        if matches!(outcome, Outcome::Unanswered) {
-            tokio::time::sleep(RECONNECT_AFTER).await;
-        }
-        if say.send(Answer::Record { number, outcome }).await.is_err() {
+        let outcomes = match outcomes {
+            Some(outcomes) => outcomes,
+            None => {
+                tokio::time::sleep(RECONNECT_AFTER).await;
+                unanswered(numbers.len())
+            }
+        };
+        let mut outcomes = numbers.into_iter().zip(outcomes);
+        let answer = match (is_batched, outcomes.len()) {
+            (false, 1) => outcomes.next().map(|(number, outcome)| Answer::Record { number, outcome }),
+            _ => Some(Answer::Batch(outcomes.collect())),
+        };
+        let Some(answer) = answer else { continue };
+        if say.send(answer).await.is_err() {
             return;
         }
     }
+}
+
+/// A connection broke. Of several records nobody knows which one did it.
+fn unanswered(records: usize) -> Vec<Outcome> {
+    match records {
+        1 => vec![Outcome::Unanswered],
+        _ => {
+            (0..records).map(|_| Outcome::NotAlone("the connection was closed without an answer".to_owned())).collect()
+        }
+    }
+}
+
+/// Sends several records in one request, as lines of JSON. `None`: the connection broke, or what came is no HTTP.
+async fn exchange_batch(
+    connection: &mut Connection,
+    address: SocketAddr,
+    requests: &[Request],
+) -> Option<Vec<Outcome>> {
+    let mut body = Vec::new();
+    let mut outcomes: Vec<Option<Outcome>> = Vec::with_capacity(requests.len());
+    for request in requests {
+        let Request { id, attempt, key, event_time_ns, attributes, payload, .. } = request;
+        let written = write_json((id, *attempt), key.as_deref(), *event_time_ns, attributes, payload, &mut body);
+        match written {
+            Ok(()) => {
+                body.push(b'\n');
+                outcomes.push(None);
+            }
+            Err(reason) => outcomes.push(Some(Outcome::Refused(reason.to_owned()))),
+        }
+    }
+    let sent: Vec<&Request> =
+        requests.iter().zip(&outcomes).filter(|(_, outcome)| outcome.is_none()).map(|(request, _)| request).collect();
+    if !sent.is_empty() {
+        let http = HttpRequest::post("/messages")
+            .header(HOST, address.to_string())
+            .header(CONTENT_TYPE, "application/x-ndjson")
+            .header(CONTENT_LENGTH, body.len())
+            .header(HEADER_RECORDS, sent.len().to_string())
+            .body(Full::new(Bytes::from(body)))
+            .ok()?;
+        let response = connection.sender.send_request(http).await.ok()?;
+        let _slow = rustix::net::sockopt::set_tcp_quickack(&connection.socket, true);
+        let status = response.status();
+        let body = match collect(response.into_body(), BATCH_ANSWER_BYTES_MAX).await {
+            Err(Body::Broken) => return None,
+            Err(Body::TooLong) => Err(format!("its answer has more than the limit of {BATCH_ANSWER_BYTES_MAX} bytes")),
+            Ok(body) => Ok(body),
+        };
+        let mut answered = match body {
+            Ok(body) => batch_outcomes(status, &body, &sent),
+            Err(reason) => blame(sent.len(), Outcome::Refused(reason)),
+        }
+        .into_iter();
+        for outcome in outcomes.iter_mut().filter(|outcome| outcome.is_none()) {
+            *outcome = answered.next();
+        }
+    }
+    outcomes.into_iter().collect()
+}
+
+/// Something is wrong with a whole answer: with one record it is that one's fault, of several nobody's yet.
+fn blame(records: usize, outcome: Outcome) -> Vec<Outcome> {
+    match (records, outcome) {
+        (1, outcome) => vec![outcome],
+        (_, Outcome::Refused(reason) | Outcome::Later(reason)) => {
+            (0..records).map(|_| Outcome::NotAlone(reason.clone())).collect()
+        }
+        _ => unanswered(records),
+    }
+}
+
+/// What a program said to a request of several records: lines that name their record by `id`, or one line for each in order.
+fn batch_outcomes(status: StatusCode, body: &[u8], requests: &[&Request]) -> Vec<Outcome> {
+    if status == StatusCode::NO_CONTENT {
+        return requests.iter().map(|_| Outcome::Outputs(Vec::new())).collect();
+    }
+    if !status.is_success() {
+        return blame(requests.len(), failure(status, body));
+    }
+    match read_batch(body, requests) {
+        Ok(outcomes) => outcomes,
+        Err(reason) => blame(requests.len(), Outcome::Refused(reason)),
+    }
+}
+
+fn read_batch(body: &[u8], requests: &[&Request]) -> Result<Vec<Outcome>, String> {
+    let lines: Vec<&[u8]> = body.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).collect();
+    let mut outcomes: Vec<Outcome> = requests.iter().map(|_| Outcome::Outputs(Vec::new())).collect();
+    let places: std::collections::HashMap<&str, usize> =
+        requests.iter().enumerate().map(|(place, request)| (request.id.as_str(), place)).collect();
+    let mut without_id = 0;
+    for (number, line) in lines.iter().enumerate() {
+        let (id, outcome) = match frame_of_json(Line::Whole(line.to_vec())) {
+            Frame::Whole(mut answer) => {
+                let id = answer.id.take();
+                let output = Output {
+                    key: answer.key,
+                    event_time_ns: answer.event_time_ns,
+                    attributes: answer.attributes,
+                    payload: answer.payload,
+                };
+                (id, Outcome::Outputs(vec![output]))
+            }
+            Frame::Failed { reason, id, is_final: true } => (id, Outcome::Refused(reason)),
+            Frame::Failed { reason, id, is_final: false } => (id, Outcome::Later(reason)),
+            Frame::Unreadable { reason, .. } => return Err(format!("line {}: {reason}", number + 1)),
+            Frame::TooLong { len_bytes } => return Err(format!("line {} has {len_bytes} bytes", number + 1)),
+            Frame::Nonsense(text) => return Err(text),
+        };
+        let place = match id {
+            Some(id) => *places
+                .get(id.as_str())
+                .ok_or_else(|| format!("line {} is for the record {id:?}, which was not in the request", number + 1))?,
+            None => {
+                without_id += 1;
+                number
+            }
+        };
+        match (outcomes.get_mut(place), outcome) {
+            (Some(Outcome::Outputs(outputs)), Outcome::Outputs(more)) => outputs.extend(more),
+            (Some(place @ Outcome::Outputs(_)), failed) => *place = failed,
+            // It has failed already.
+            (Some(_), _) => {}
+            (None, _) => {}
+        }
+    }
+    // An answer that was forgotten would be a record without outputs.
+    if without_id > 0 && (without_id != lines.len() || lines.len() != requests.len()) {
+        return Err(format!(
+            "its answer has {} lines, {without_id} of them without `id`, to {} records: expected one line for each in order, or `id` in every line",
+            lines.len(),
+            requests.len()
+        ));
+    }
+    Ok(outcomes)
 }
 
 /// `None`: the connection broke, or what came is no HTTP.
@@ -163,9 +331,7 @@ async fn exchange(connection: &mut Connection, address: SocketAddr, request: Req
         building = building.header(HEADER_KEY, percent_encode(key, ENCODED).to_string());
     }
     if !request.attributes.is_empty() {
-        let pairs = request
-            .attributes
-            .iter()
+        let pairs = attributes_iter(&request.attributes)
             .map(|(name, value)| format!("{}={}", percent_encode(name, ENCODED), percent_encode(value, ENCODED)));
         building = building.header(HEADER_ATTRIBUTES, pairs.collect::<Vec<_>>().join("&"));
         if let Some(parent) = attribute(&request.attributes, b"traceparent") {
@@ -179,7 +345,7 @@ async fn exchange(connection: &mut Connection, address: SocketAddr, request: Req
     // we would do 40 ms later: Python's own served 240 records a second so. A refusal only makes it slow again.
     let _slow = rustix::net::sockopt::set_tcp_quickack(&connection.socket, true);
     let (status, headers) = (response.status(), response.headers().clone());
-    let body = collect(response.into_body()).await;
+    let body = collect(response.into_body(), RECORD_PAYLOAD_BYTES_MAX).await;
     Some(match body {
         Err(Body::Broken) => return None,
         Err(Body::TooLong) => {
@@ -189,8 +355,8 @@ async fn exchange(connection: &mut Connection, address: SocketAddr, request: Req
     })
 }
 
-fn attribute(attributes: &[(Vec<u8>, Vec<u8>)], wanted: &[u8]) -> Option<HeaderValue> {
-    let (_, value) = attributes.iter().find(|(name, _)| name == wanted)?;
+fn attribute(attributes: &[u8], wanted: &[u8]) -> Option<HeaderValue> {
+    let (_, value) = attributes_iter(attributes).find(|(name, _)| *name == wanted)?;
     HeaderValue::from_bytes(value).ok()
 }
 
@@ -199,8 +365,8 @@ enum Body {
     TooLong,
 }
 
-async fn collect(body: Incoming) -> Result<Bytes, Body> {
-    match Limited::new(body, RECORD_PAYLOAD_BYTES_MAX).collect().await {
+async fn collect(body: Incoming, bytes_max: usize) -> Result<Bytes, Body> {
+    match Limited::new(body, bytes_max).collect().await {
         Ok(body) => Ok(body.to_bytes()),
         Err(error) if error.is::<http_body_util::LengthLimitError>() => Err(Body::TooLong),
         Err(_) => Err(Body::Broken),
@@ -217,7 +383,12 @@ fn outcome(status: StatusCode, headers: &HeaderMap, body: Bytes) -> Outcome {
             Err(text) => Outcome::Refused(format!("its answer cannot be taken: {text}")),
         };
     }
-    let reason = reason_of(&body);
+    failure(status, &body)
+}
+
+/// What a status other than success says of a record.
+fn failure(status: StatusCode, body: &[u8]) -> Outcome {
+    let reason = reason_of(body);
     let text = if reason.is_empty() { status.to_string() } else { format!("{status}: {reason}") };
     let is_for_now =
         [StatusCode::REQUEST_TIMEOUT, StatusCode::TOO_EARLY, StatusCode::TOO_MANY_REQUESTS].contains(&status);
@@ -254,7 +425,7 @@ fn outputs(headers: &HeaderMap, body: &[u8]) -> Result<Vec<Output>, String> {
         return Err(format!("the attributes have {} bytes, the limit is {ATTRIBUTES_BYTES_MAX}", attributes.len()));
     }
     let output = |payload: &[u8]| Output {
-        key: key.clone(),
+        key: key.clone().map_or(AnswerKey::Unsaid, AnswerKey::Some),
         event_time_ns,
         attributes: attributes.clone(),
         payload: payload.to_vec(),
@@ -321,11 +492,71 @@ mod tests {
         }
     }
 
+    fn requests(count: u64) -> Vec<Request> {
+        let request = |number| Request {
+            number,
+            id: format!("1-{number}-0"),
+            key: None,
+            event_time_ns: 0,
+            attributes: Vec::new(),
+            payload: Vec::new(),
+            attempt: 0,
+        };
+        (0..count).map(request).collect()
+    }
+
+    #[test]
+    fn an_answer_to_several_names_its_records_or_has_a_line_for_each() {
+        let requests = requests(3);
+        let requests: Vec<&Request> = requests.iter().collect();
+        let said = |status: u16, body: &str| {
+            let outcomes = batch_outcomes(StatusCode::from_u16(status).unwrap(), body.as_bytes(), &requests);
+            outcomes
+                .into_iter()
+                .map(|outcome| match outcome {
+                    Outcome::Outputs(outputs) => outputs
+                        .iter()
+                        .map(|output| String::from_utf8_lossy(&output.payload).into_owned())
+                        .collect::<Vec<_>>()
+                        .join("+"),
+                    Outcome::Refused(reason) => format!("refused {reason}"),
+                    Outcome::Later(reason) => format!("later {reason}"),
+                    Outcome::NotAlone(reason) => format!("alone {reason}"),
+                    Outcome::Unanswered => "unanswered".to_owned(),
+                })
+                .collect::<Vec<String>>()
+        };
+        assert_eq!(said(200, "{\"value\":1}\n{\"error\":\"no\"}\n{\"value\":3}"), ["1", "later no", "3"]);
+        let by_id = "{\"id\":\"1-2-0\",\"value\":1}\n{\"id\":\"1-0-0\",\"error\":\"bad\",\"retry\":false}\n\n{\"id\":\"1-2-0\",\"text\":\"x\"}\n";
+        assert_eq!(said(201, by_id), ["refused bad", "", "1+x"]);
+        assert_eq!(said(204, ""), ["", "", ""]);
+        // What is wrong with all of it is found by sending them one by one.
+        for (status, body, expected) in [
+            (200, "{\"value\":1}\n", "1 lines, 1 of them without `id`, to 3 records"),
+            (200, "{\"id\":\"9\",\"value\":1}", "not in the request"),
+            (200, "{\"value\":1}\nno json\n", "line 2"),
+            (500, "out of order", "out of order"),
+            (422, "wrong", "wrong"),
+        ] {
+            let outcomes = said(status, body);
+            assert!(
+                outcomes.iter().all(|outcome| outcome.starts_with("alone ") && outcome.contains(expected)),
+                "{outcomes:?}"
+            );
+        }
+        let one = [requests[0]];
+        assert!(matches!(batch_outcomes(StatusCode::IM_A_TEAPOT, b"no", &one).as_slice(), [Outcome::Refused(_)]));
+        assert!(matches!(batch_outcomes(StatusCode::BAD_GATEWAY, b"no", &one).as_slice(), [Outcome::Later(_)]));
+        assert!(
+            matches!(batch_outcomes(StatusCode::OK, b"", &one).as_slice(), [Outcome::Outputs(none)] if none.is_empty())
+        );
+    }
+
     #[test]
     fn what_an_answer_says_of_its_outputs() {
         let all = headers(&[("ags-key", "a%00b"), ("ags-event-time", "-5"), ("ags-attributes", "n%3D=v%26&m=")]);
         let Outcome::Outputs(outputs) = outcome(StatusCode::OK, &all, Bytes::from("x")) else { panic!() };
-        assert_eq!((outputs[0].key.as_deref(), outputs[0].event_time_ns), (Some(b"a\0b".as_slice()), Some(-5)));
+        assert_eq!((&outputs[0].key, outputs[0].event_time_ns), (&AnswerKey::Some(b"a\0b".to_vec()), Some(-5)));
         let attributes: Vec<_> = argo_streams_shm_protocol::attributes_iter(&outputs[0].attributes).collect();
         assert_eq!(attributes, [(b"n=".as_slice(), b"v&".as_slice()), (b"m".as_slice(), b"".as_slice())]);
         for (wrong, expected) in [

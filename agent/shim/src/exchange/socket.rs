@@ -8,14 +8,15 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
+use argo_streams_shm_protocol::attributes_iter;
 use argo_streams_shm_protocol::limits::{ATTRIBUTES_BYTES_MAX, KEY_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX};
-use argo_streams_shm_protocol::{attributes_encode, attributes_iter};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixListener;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 
 use super::{Answer, Carrier, Outcome, Output, Request, reason_of};
+use crate::framing::AnswerKey;
 
 /// Names the socket to the program.
 const VARIABLE: &str = "AGS_RECORDS";
@@ -55,7 +56,7 @@ pub(super) fn listen(beside: &Path) -> io::Result<Carrier> {
         _ => {}
     }
     let listener = UnixListener::bind(&path)?;
-    let (requests, queue) = channel(WINDOW);
+    let (requests, queue) = channel::<Vec<Request>>(WINDOW);
     let (say, answers) = channel(WINDOW);
     let environment = vec![(VARIABLE.to_owned(), path.to_string_lossy().into_owned())];
     let task = tokio::task::spawn_local(async move {
@@ -81,6 +82,7 @@ pub(super) fn listen(beside: &Path) -> io::Result<Carrier> {
         requests: Some(requests),
         answers,
         window: WINDOW,
+        batching: None,
         environment,
         ends_by_itself: true,
         tasks: vec![task],
@@ -88,15 +90,15 @@ pub(super) fn listen(beside: &Path) -> io::Result<Carrier> {
 }
 
 /// Writes what comes; at its end the program reads the end of the stream.
-async fn write(mut writer: OwnedWriteHalf, mut queue: Receiver<Request>) {
+async fn write(mut writer: OwnedWriteHalf, mut queue: Receiver<Vec<Request>>) {
     let mut block = Vec::with_capacity(BLOCK_BYTES);
-    while let Some(request) = queue.recv().await {
+    while let Some(requests) = queue.recv().await {
         block.clear();
-        encode(&request, &mut block);
+        requests.iter().for_each(|request| encode(request, &mut block));
         while block.len() < BLOCK_BYTES
-            && let Ok(request) = queue.try_recv()
+            && let Ok(requests) = queue.try_recv()
         {
-            encode(&request, &mut block);
+            requests.iter().for_each(|request| encode(request, &mut block));
         }
         if writer.write_all(&block).await.is_err() {
             // The reading side says what happened.
@@ -117,12 +119,9 @@ fn encode(request: &Request, to: &mut Vec<u8>) {
     let key = request.key.as_deref().unwrap_or_default();
     // Both are within the limits of the protocol, far below 4 GiB.
     to.extend_from_slice(&u32::try_from(key.len()).unwrap_or(0).to_le_bytes());
-    let mut attributes = Vec::new();
-    let named = request.attributes.iter().filter_map(|(name, value)| Some((str::from_utf8(name).ok()?, &**value)));
-    attributes_encode(named, &mut attributes);
-    to.extend_from_slice(&u32::try_from(attributes.len()).unwrap_or(0).to_le_bytes());
+    to.extend_from_slice(&u32::try_from(request.attributes.len()).unwrap_or(0).to_le_bytes());
     to.extend_from_slice(key);
-    to.extend_from_slice(&attributes);
+    to.extend_from_slice(&request.attributes);
     to.extend_from_slice(&request.payload);
     let len = u32::try_from(to.len() - begin - 4).unwrap_or(0);
     if let Some(first) = to.get_mut(begin..).and_then(|frame| frame.first_chunk_mut()) {
@@ -210,7 +209,7 @@ impl Open {
         let outcome = match kind {
             KIND_OUTPUT | KIND_LAST_OUTPUT => {
                 let output = Output {
-                    key: (flags & FLAG_KEY != 0).then(|| key.to_vec()),
+                    key: if flags & FLAG_KEY != 0 { AnswerKey::Some(key.to_vec()) } else { AnswerKey::Unsaid },
                     event_time_ns: (flags & FLAG_EVENT_TIME != 0).then_some(event_time_ns),
                     attributes: attributes.to_vec(),
                     payload: payload.to_vec(),
@@ -248,7 +247,8 @@ impl Open {
     fn finish(&mut self, number: u64) -> Vec<Output> {
         let outputs = self.outputs.remove(&number).unwrap_or_default();
         let bytes = |output: &Output| {
-            HEAD_BYTES + output.key.as_ref().map_or(0, Vec::len) + output.attributes.len() + output.payload.len()
+            let key_len = if let AnswerKey::Some(key) = &output.key { key.len() } else { 0 };
+            HEAD_BYTES + key_len + output.attributes.len() + output.payload.len()
         };
         self.bytes = self.bytes.saturating_sub(outputs.iter().map(bytes).sum());
         outputs
@@ -286,8 +286,8 @@ mod tests {
         let Some(Answer::Record { number: 1, outcome: Outcome::Outputs(outputs) }) = answer else {
             panic!("{answer:?}")
         };
-        assert_eq!((outputs[0].key.as_deref(), outputs[0].event_time_ns), (Some(b"k".as_slice()), None));
-        assert_eq!((outputs[1].key.as_deref(), outputs[1].event_time_ns), (None, Some(7)));
+        assert_eq!((&outputs[0].key, outputs[0].event_time_ns), (&AnswerKey::Some(b"k".to_vec()), None));
+        assert_eq!((&outputs[1].key, outputs[1].event_time_ns), (&AnswerKey::Unsaid, Some(7)));
         assert_eq!((&*outputs[0].payload, &*outputs[1].payload), (b"first".as_slice(), b"second".as_slice()));
         let answer = open.take(&frame(KIND_REFUSED, 0, 2, b"", b"", b" no good \n")).unwrap();
         assert!(
@@ -321,7 +321,7 @@ mod tests {
             id: String::new(),
             key: Some(b"key".to_vec()),
             event_time_ns: -1,
-            attributes: vec![(b"name".to_vec(), b"value".to_vec())],
+            attributes: b"\x04\0\x05\0\0\0namevalue".to_vec(),
             payload: b"payload".to_vec(),
             attempt: 2,
         };
