@@ -4,7 +4,9 @@
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, BufWriter, IsTerminal, Read, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use argo_streams_sdk::Stage;
@@ -110,6 +112,17 @@ impl Sums {
         }
     }
 
+    /// A thread for each connection, as a server would; the sums are everybody's.
+    fn http(self) {
+        let port = std::env::var("PORT").unwrap().parse().unwrap();
+        let sums = Arc::new(Mutex::new(self));
+        for connection in TcpListener::bind((Ipv4Addr::LOCALHOST, port)).unwrap().incoming() {
+            let (connection, sums) = (connection.unwrap(), Arc::clone(&sums));
+            connection.set_nodelay(true).unwrap();
+            std::thread::spawn(move || answer_requests(connection, &sums));
+        }
+    }
+
     fn shm(&mut self) -> Result<(), argo_streams_sdk::Error> {
         let mut stage = Stage::open()?;
         let (mut line, mut out) = (Vec::new(), Vec::new());
@@ -124,6 +137,50 @@ impl Sums {
     }
 }
 
+/// Until the connection ends.
+fn answer_requests(connection: TcpStream, sums: &Mutex<Sums>) {
+    let mut writer = connection.try_clone().unwrap();
+    let mut reader = BufReader::with_capacity(64 << 10, connection);
+    let (mut line, mut body, mut out) = (String::new(), Vec::new(), Vec::new());
+    loop {
+        let (mut len, mut is_batch, mut is_before) = (0, false, true);
+        loop {
+            line.clear();
+            if reader.read_line(&mut line).unwrap_or(0) == 0 {
+                return;
+            }
+            let Some((name, value)) = line.trim_end().split_once(':') else {
+                if line.trim_end().is_empty() && !is_before {
+                    break;
+                }
+                is_before = false;
+                continue;
+            };
+            if name.eq_ignore_ascii_case("content-length") {
+                len = value.trim().parse().unwrap();
+            }
+            is_batch |= name.eq_ignore_ascii_case("ags-records");
+        }
+        body.resize(len, 0);
+        reader.read_exact(&mut body).unwrap();
+        out.clear();
+        let mut sums = sums.lock().unwrap();
+        if is_batch {
+            for line in body.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
+                out.extend_from_slice(b"{\"value\":");
+                sums.step(line, &mut out);
+                out.extend_from_slice(b"}\n");
+            }
+        } else if !body.is_empty() {
+            sums.step(&body, &mut out);
+        }
+        drop(sums);
+        let mut answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", out.len()).into_bytes();
+        answer.extend_from_slice(&out);
+        writer.write_all(&answer).unwrap();
+    }
+}
+
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let one = arguments.get(1).is_some_and(|word| word == "one");
@@ -131,6 +188,7 @@ fn main() {
     match arguments.first().map_or("", String::as_str) {
         "socket" => sums.socket(),
         "file" => sums.file(),
+        "http" => sums.http(),
         "shm" => sums.shm().unwrap(),
         "lines" => match (std::env::var_os("AGS_INPUT"), std::env::var_os("AGS_OUTPUT")) {
             (Some(from), Some(to)) => {
@@ -143,6 +201,6 @@ fn main() {
                 sums.lines(std::io::stdin(), BufWriter::with_capacity(64 << 10, stdout), one);
             }
         },
-        how => panic!("lines, socket, file or shm, and not {how:?}"),
+        how => panic!("lines, socket, file, http or shm, and not {how:?}"),
     }
 }

@@ -3,6 +3,7 @@
  *   lines    standard input to standard output, or $AGS_INPUT to $AGS_OUTPUT (transport: fifo); `one` writes each line by itself
  *   socket   frames over $AGS_RECORDS (transport: socket)
  *   file     batches from $AGS_INPUT_DIRECTORY to $AGS_OUTPUT_DIRECTORY (transport: file)
+ *   http     HTTP/1.1 on $PORT (transport: http), a record or several a request
  *   shm      the C library; `one` receives and finishes each record by itself
  *   terminal COMMAND...   reads what the command writes to a raw pseudo-terminal, and counts it: the bare end of one
  */
@@ -10,11 +11,15 @@
 #include <argo_streams.h>
 #include <dirent.h>
 #include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
 #include <pty.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/uio.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -175,6 +180,92 @@ static int over_socket(void)
     }
 }
 
+#define CONNECTIONS 64
+#define REQUEST_BYTES (1u << 20)
+
+/* Answers the requests that are whole; how many bytes of them are over. */
+static size_t answer_requests(int to, char *in, size_t have)
+{
+    static char body[REQUEST_BYTES];
+    size_t at = 0;
+    const char *end;
+    while ((end = memmem(in + at, have - at, "\r\n\r\n", 4))) {
+        char *head = in + at;
+        size_t head_len = (size_t)(end - head) + 4, len = 0, made = 0;
+        in[at + head_len - 1] = 0;
+        const char *length = strcasestr(head, "\r\nContent-Length:");
+        if (length)
+            len = strtoul(length + 17, NULL, 10);
+        int is_batch = strcasestr(head, "\r\nAgs-Records:") != NULL, is_post = !strncmp(head, "POST", 4);
+        in[at + head_len - 1] = '\n';
+        if (have - at - head_len < len)
+            break;
+        const char *line = head + head_len, *over = line + len;
+        while (is_post && line < over) {
+            const char *newline = is_batch ? memchr(line, '\n', (size_t)(over - line)) : NULL;
+            const char *next = newline ? newline + 1 : over;
+            if (sizeof body - made < 512)
+                exit(1);
+            if (is_batch)
+                made += (size_t)sprintf(body + made, "{\"value\":");
+            made += (size_t)step(line, (size_t)(next - line), body + made, 256);
+            if (is_batch)
+                made += (size_t)sprintf(body + made, "}\n");
+            line = next;
+        }
+        char answer[128];
+        int answer_len = snprintf(answer, sizeof answer, "HTTP/1.1 200 OK\r\nContent-Length: %zu\r\n\r\n", made);
+        struct iovec parts[2] = {{answer, (size_t)answer_len}, {body, made}};
+        if (writev(to, parts, 2) != answer_len + (ssize_t)made)
+            exit(1);
+        at += head_len + len;
+    }
+    return at;
+}
+
+static void http(void)
+{
+    const char *port = getenv("PORT");
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)atoi(port ? port : "")), .sin_addr = {htonl(INADDR_LOOPBACK)}};
+    int listener = socket(AF_INET, SOCK_STREAM, 0), yes = 1;
+    setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
+    if (listener < 0 || bind(listener, (struct sockaddr *)&address, sizeof address) || listen(listener, CONNECTIONS))
+        die("PORT");
+    struct pollfd looks[CONNECTIONS] = {{listener, POLLIN, 0}};
+    static struct { char *bytes; size_t have; } buffers[CONNECTIONS];
+    int count = 1;
+    for (;;) {
+        if (poll(looks, (nfds_t)count, -1) < 0)
+            die("poll");
+        for (int i = count - 1; i > 0; i--) {
+            if (!looks[i].revents)
+                continue;
+            ssize_t got = read(looks[i].fd, buffers[i].bytes + buffers[i].have, REQUEST_BYTES - buffers[i].have);
+            if (got <= 0) {
+                close(looks[i].fd);
+                free(buffers[i].bytes);
+                count--;
+                looks[i] = looks[count];
+                buffers[i] = buffers[count];
+                continue;
+            }
+            buffers[i].have += (size_t)got;
+            size_t over = answer_requests(looks[i].fd, buffers[i].bytes, buffers[i].have);
+            buffers[i].have -= over;
+            memmove(buffers[i].bytes, buffers[i].bytes + over, buffers[i].have);
+        }
+        if (looks[0].revents && count < CONNECTIONS) {
+            looks[count] = (struct pollfd){accept(listener, NULL, NULL), POLLIN, 0};
+            setsockopt(looks[count].fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
+            buffers[count].have = 0;
+            buffers[count].bytes = malloc(REQUEST_BYTES);
+            if (looks[count].fd < 0 || !buffers[count].bytes)
+                die("accept");
+            count++;
+        }
+    }
+}
+
 static void check(const char *what, ags_status status)
 {
     if (status != AGS_OK) {
@@ -265,6 +356,8 @@ int main(int argc, char **argv)
         return terminal(argv + 2);
     if (!strcmp(how, "socket"))
         return over_socket();
+    if (!strcmp(how, "http"))
+        http();
     if (!strcmp(how, "file"))
         return file();
     if (!strcmp(how, "shm"))
@@ -276,6 +369,6 @@ int main(int argc, char **argv)
             die(in);
         return lines(from, to, one);
     }
-    fprintf(stderr, "n1 lines|socket|file|shm [one], or n1 terminal COMMAND...\n");
+    fprintf(stderr, "n1 lines|socket|file|http|shm [one], or n1 terminal COMMAND...\n");
     return 2;
 }

@@ -8,7 +8,10 @@ sums = {}
 
 
 def step(line):
-    record = orjson.loads(line)
+    return answer(orjson.loads(line))
+
+
+def answer(record):
     key = record["licenseId"]
     total = sums[key] = sums.get(key, 0) + record["amount"]
     return orjson.dumps({"licenseId": key, "sum": total})
@@ -72,7 +75,11 @@ def http():
             self.answer(b"")
 
         def do_POST(self):
-            self.answer(step(self.rfile.read(int(self.headers["Content-Length"]))))
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if "Ags-Records" in self.headers:
+                self.answer(b"".join(b'{"value":%b}\n' % answer(orjson.loads(line)["value"]) for line in body.splitlines()))
+            else:
+                self.answer(step(body))
 
         def log_message(self, *_):
             pass
