@@ -13,7 +13,7 @@
 //! that nobody looks at a record after that. Records are received and finished in batches; a batch is as long as what 1 ms of work was
 //! before, so that a slow program still finishes each record by itself.
 //!
-//! ```compile_fail
+//! ```compile_fail,E0499
 //! let mut stage = argo_streams_sdk::Stage::open()?;
 //! let kept = stage.next()?.map(|record| record.payload());
 //! stage.next()?;
