@@ -89,7 +89,7 @@ fn sums(program: &[&str]) {
 }
 
 /// What `conform` does not try, by a program of tests/languages in two steps: a wait that is interrupted (nothing comes before it was),
-/// two inputs, attributes, and what became of bytes that were kept too long.
+/// two inputs, attributes, a record that fails once, and what became of bytes that were kept too long.
 fn features(program: &[&str], kept: &str) {
     let scratch = Scratch::new();
     let interrupted = scratch.path("interrupted");
@@ -104,7 +104,7 @@ fn features(program: &[&str], kept: &str) {
         "  - file: {{path: a}}\n    name: a\n  - file: {{path: b}}\n    name: b\n    from: []\n  - parDo: one\n    name: one\n    command: [{0}]\n    transport: shm\n    from: [a, b]\n  - parDo: two\n    name: two\n    command: [{0}]\n    transport: shm\n  - file: {{path: out}}\n",
         words.join(", ")
     ));
-    let mut run = scratch.start(&pipeline, &[]);
+    let mut run = scratch.start(&pipeline, &["--output", "json"]);
     wait_for("the interrupted wait", || {
         assert!(run.child.try_wait().unwrap().is_none(), "the run has ended");
         interrupted.exists().then_some(())
@@ -112,7 +112,8 @@ fn features(program: &[&str], kept: &str) {
     for (mut pipe, lines) in pipes.into_iter().zip(["a1\na2\n", "b1\n"]) {
         pipe.write_all(lines.as_bytes()).unwrap();
     }
-    let _good = run.finish().expect_code(0);
+    let good = run.finish().expect_code(0);
+    assert_eq!(good.summary()["steps"][3]["retries"]["failed_attempts_total"], 1);
     let mut lines: Vec<String> = scratch.text("out").lines().map(str::to_owned).collect();
     lines.sort_unstable();
     let expected =

@@ -111,6 +111,15 @@ static ags_status session_reject(session *self, uint64_t nth, const char *reason
 	return leave(self, status);
 }
 
+static ags_status session_fail(session *self, const char *reason)
+{
+	ags_status status;
+	while ((status = ags_stage_fail(self->stage, reason)) == AGS_AGAIN)
+		if ((status = ags_stage_wait(self->stage, AGS_FOREVER)) != AGS_OK)
+			break;
+	return leave(self, status);
+}
+
 static ags_status session_get(session *self, const char *key, uint64_t key_len)
 {
 	return leave(self, ags_stage_get(self->stage, (ags_bytes){ key, key_len }, &self->value));
@@ -197,6 +206,7 @@ type Stage struct {
 	pendingBytes          int
 	number                uint64 // of the current record, for those that were kept
 	hasCurrent, isOver    bool
+	isTouched             bool // something was emitted or put for the current record
 	err                   error
 	interrupt             sync.Mutex // held by Interrupt and Close
 	attributes            []byte
@@ -279,6 +289,7 @@ func (s *Stage) advance() (bool, error) {
 			}
 			s.next++
 			s.hasCurrent = true
+			s.isTouched = false
 			return true, nil
 		}
 		s.next++
@@ -389,6 +400,7 @@ func (s *Stage) EmitWith(payload []byte, options Options) error {
 		return err
 	}
 	belongsTo, nth := s.belongs()
+	s.isTouched = true
 	for {
 		key, attributes, bytes := some(options.Key), some(s.attributes), some(payload)
 		status := C.session_emit(s.c, output, belongsTo, nth, keyChoice, flags, eventTime,
@@ -446,9 +458,38 @@ func (s *Stage) Reject(reason string) error {
 	text := C.CString(reason)
 	defer C.free(unsafe.Pointer(text))
 	_, nth := s.belongs()
+	s.isTouched = true
 	status := C.session_reject(s.c, nth, text)
 	if status == C.AGS_OK {
 		s.pendingBytes += int(s.records[s.next-1].len_bytes) + recordHeadBytes
+	}
+	return s.check(status)
+}
+
+// Fail says that the current record failed, for now: as the step's onError says it comes again later, or goes to the error output; the loop over
+// Next goes on. Call it before anything is emitted, put or deleted for the record.
+func (s *Stage) Fail(reason string) error {
+	if err := s.open(); err != nil {
+		return err
+	}
+	if !s.hasCurrent {
+		return failure(C.AGS_STATE, "there is no record to fail outside of the loop over Next")
+	}
+	if s.isTouched {
+		return failure(C.AGS_STATE, "something was emitted, put or deleted for the record: fail it before")
+	}
+	// Those before it are finished; those behind it are given back, and come again.
+	s.hasCurrent = false
+	s.number++
+	s.next--
+	if err := s.flush(); err != nil {
+		return err
+	}
+	text := C.CString(reason)
+	defer C.free(unsafe.Pointer(text))
+	status := C.session_fail(s.c, text)
+	if status == C.AGS_OK {
+		s.count, s.next, s.finished = 0, 0, 0
 	}
 	return s.check(status)
 }
@@ -473,6 +514,7 @@ func (s *Stage) Put(key, value []byte) error { return s.change(0, key, value) }
 func (s *Stage) Delete(key []byte) error { return s.change(1, key, nil) }
 
 func (s *Stage) change(isDelete C.int, key, value []byte) error {
+	s.isTouched = true
 	if err := s.open(); err != nil {
 		return err
 	}

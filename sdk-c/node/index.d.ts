@@ -35,6 +35,8 @@ export class Stage implements AsyncIterable<Record> {
   /** A promise when there is no room: await it. */
   emit(payload: Bytes, options?: EmitOptions): Promise<void> | undefined;
   reject(reason: string): Promise<void> | undefined;
+  /** Before anything is emitted, put or deleted for the record. */
+  fail(reason: string): Promise<void> | undefined;
   get(key: Bytes): Buffer | null;
   put(key: Bytes, value: Bytes): void;
   delete(key: Bytes): void;

@@ -254,6 +254,38 @@ class Stage {
     return this.#later(record);
   }
 
+  /**
+   * The record of the loop failed, for now: as the step's onError says it comes again later, or goes to the error output; the loop goes on. Call it
+   * before anything is emitted, put or deleted for the record. Returns undefined, or a promise while there is no room: await it.
+   */
+  fail(reason) {
+    this.#open();
+    const at = this.#next - 1;
+    if (!this.#current) throw new AgsError(STATE, 'AGS_STATE', 'there is no record to fail outside of the loop over the stage');
+    if (this.#touched >= at) throw new AgsError(STATE, 'AGS_STATE', 'something was emitted, put or deleted for the record: fail it before');
+    const text = Buffer.from(`${String(reason).replaceAll('\0', ' ')}\0`);
+    this.#current = false;
+    this.#next = at;
+    if (this.#queue.length === 0 && this.#failNow(text)) return undefined;
+    return this.#failLater(text);
+  }
+
+  /** Those before the record are finished; those behind it are given back, and come again. False: there is no room now. */
+  #failNow(text) {
+    this.#flush();
+    const status = native.fail(this.#session, text);
+    if (status === AGAIN) return false;
+    if (status !== 0) throw failure(status);
+    this.#count = this.#next = this.#finished = 0;
+    this.#touched = -1;
+    return true;
+  }
+
+  async #failLater(text) {
+    while (this.#queue.length > 0 || this.#draining) await this.#drain();
+    while (!this.#failNow(text)) await this.#wait();
+  }
+
   /** False: there is no room now. */
   #emitNow(record) {
     // What was queued for a whole batch would fill a ring: the records before this one are finished first. Only while nothing was emitted or

@@ -34,7 +34,13 @@ try {
         }
         stage.emit("inputs " + std::to_string(inputs.size()) + " kept unchecked", how);
     } else {
+        bool has_failed = false;
         for (const ags::Record &record : stage) {
+            if (!has_failed) { /* it comes again, and those behind it wait */
+                has_failed = true;
+                stage.fail("not yet");
+                continue;
+            }
             std::string line(record.attribute("hop").value_or("none"));
             line += record.attribute("empty") == std::string_view() ? " true" : " false";
             line += record.attribute("missing") ? " false " : " true ";

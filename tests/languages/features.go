@@ -46,7 +46,15 @@ func one(stage *argostreams.Stage) error {
 }
 
 func other(stage *argostreams.Stage) error {
+	hasFailed := false
 	for stage.Next() {
+		if !hasFailed { // it comes again, and those behind it wait
+			hasFailed = true
+			if err := stage.Fail("not yet"); err != nil {
+				return err
+			}
+			continue
+		}
 		record := stage.Record()
 		empty := record.Attribute("empty")
 		line := fmt.Sprintf("%s %t %t %s %d %s", record.Attribute("hop"), empty != nil && len(empty) == 0, record.Attribute("missing") == nil,

@@ -33,7 +33,14 @@ async function one(stage) {
 }
 
 async function other(stage) {
+  let hasFailed = false;
   for await (const record of stage) {
+    if (!hasFailed) {
+      // It comes again, and those behind it wait.
+      hasFailed = true;
+      await stage.fail('not yet');
+      continue;
+    }
     const empty = record.attribute('empty');
     const words = [record.attribute('hop'), empty !== null && empty.length === 0, record.attribute('missing') === null, record.key, record.eventTimeNs, record.payload];
     await stage.emit(words.join(' '));

@@ -37,7 +37,12 @@ if stage.name == "one":
         stage.emit(record.payload, **more)
     stage.emit(f"inputs {len(inputs)} kept {'refused' if refused == 3 else refused}", **more)
 else:
+    has_failed = False
     for record in stage:
+        if not has_failed:  # it comes again, and those behind it wait
+            has_failed = True
+            stage.fail("not yet")
+            continue
         attribute = record.attribute
         words = [attribute("hop"), attribute("empty"), attribute("missing"), record.key, record.event_time_ns]
         stage.emit(f"{words[0].decode()} {words[1] == b''} {words[2] is None} {words[3].decode()} {words[4]} {bytes(record.payload).decode()}".lower())

@@ -25,16 +25,16 @@
 //! path and claims are one piece of code for all languages. `border` is the only file with unsafe code.
 #![deny(unsafe_code)]
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 pub use argo_streams::status;
 use argo_streams::status::{
-    AGS_AGAIN, AGS_BATCH_FULL, AGS_CLOSED, AGS_INPUT_OVER, AGS_INTERRUPTED, AGS_INVALID, AGS_OK,
+    AGS_AGAIN, AGS_BATCH_FULL, AGS_CLOSED, AGS_INPUT_OVER, AGS_INTERRUPTED, AGS_INVALID, AGS_OK, AGS_STATE,
 };
 use argo_streams::types::{
     AGS_BELONGS_TO_NOTHING, AGS_BELONGS_TO_NTH, AGS_CURSOR_OVER, AGS_EMIT_EVENT_TIME, AGS_KEY_INHERIT, AGS_KEY_NONE,
@@ -127,6 +127,10 @@ pub struct Stage {
     finished: usize,
     begin: Instant,
     pending_bytes: Cell<u64>,
+    /// Something was emitted or put for the current record.
+    is_touched: Cell<bool>,
+    /// The current record failed; the library hears of it when the record is given back.
+    failed: RefCell<Option<CString>>,
     has_current: bool,
     is_over: bool,
     is_closed: bool,
@@ -161,6 +165,8 @@ impl Stage {
             finished: 0,
             begin: Instant::now(),
             pending_bytes: Cell::new(0),
+            is_touched: Cell::new(false),
+            failed: RefCell::new(None),
             has_current: false,
             is_over: false,
             is_closed: false,
@@ -175,6 +181,9 @@ impl Stage {
     #[expect(clippy::should_implement_trait, reason = "a record ends with the next one, which an Iterator cannot say")]
     pub fn next(&mut self) -> Result<Option<Record<'_>>, Error> {
         self.has_current = false;
+        if let Some(reason) = self.failed.take() {
+            self.fail_current(&reason)?;
+        }
         if self.pending_bytes.get() >= PENDING_BYTES_MAX {
             self.flush()?;
         }
@@ -190,10 +199,20 @@ impl Stage {
                 let base = self.base(&record)?;
                 self.next += 1;
                 self.has_current = true;
+                self.is_touched.set(false);
                 return Ok(Some(Record { stage: self, parts: parts(base, &record), record }));
             }
             self.next += 1;
         }
+    }
+
+    /// Those before it are finished; those behind it are given back, and come again.
+    fn fail_current(&mut self, reason: &CStr) -> Result<(), Error> {
+        self.next -= 1;
+        self.flush()?;
+        self.patiently(|| self.handle.fail(reason))?;
+        (self.count, self.next, self.finished) = (0, 0, 0);
+        Ok(())
     }
 
     fn flush(&mut self) -> Result<(), Error> {
@@ -286,6 +305,7 @@ impl Stage {
             event_time_ns: how.event_time_ns.unwrap_or(0),
             attributes: Bytes::from(&attributes),
         };
+        self.is_touched.set(true);
         let output = if how.to_errors { AGS_OUTPUT_ERRORS } else { AGS_OUTPUT_MAIN };
         loop {
             match self.handle.emit(output, &parts, payload) {
@@ -341,6 +361,7 @@ impl Stage {
     /// The state is full (`AGS_NO_MEMORY`), the value is too large, or the session is over. Nothing was changed then.
     pub fn put<'a, 'b>(&self, key: impl Into<Bytes<'a>>, value: impl Into<Bytes<'b>>) -> Result<(), Error> {
         let (key, value) = (key.into(), value.into());
+        self.is_touched.set(true);
         self.patiently(|| self.handle.put(key, value))
     }
 
@@ -350,6 +371,7 @@ impl Stage {
     /// As [`Stage::put`].
     pub fn delete<'a>(&self, key: impl Into<Bytes<'a>>) -> Result<(), Error> {
         let key = key.into();
+        self.is_touched.set(true);
         self.patiently(|| self.handle.delete(key))
     }
 
@@ -458,12 +480,27 @@ impl<'a> Record<'a> {
         self.record.position
     }
 
+    /// This record failed, for now: as the step's `onError` says it comes again later, or goes to the error output; the loop goes on. Call it before
+    /// anything is emitted, put or deleted for the record.
+    ///
+    /// # Errors
+    /// Something was (`AGS_STATE`), or the reason has a zero byte in it.
+    pub fn fail(self, reason: &str) -> Result<(), Error> {
+        if self.stage.is_touched.get() {
+            let sentence = "something was emitted, put or deleted for the record: fail it before".to_owned();
+            return Err(Error::new(AGS_STATE, "AGS_STATE".to_owned(), sentence));
+        }
+        *self.stage.failed.borrow_mut() = Some(c_string(reason.as_bytes(), "the reason")?);
+        Ok(())
+    }
+
     /// Sends this record as it came to the error output, with the reason as an attribute. Blocks while there is no room.
     ///
     /// # Errors
     /// The session is over, or the reason has a zero byte in it.
     pub fn reject(&self, reason: &str) -> Result<(), Error> {
         let reason = c_string(reason.as_bytes(), "the reason")?;
+        self.stage.is_touched.set(true);
         self.stage.patiently(|| self.stage.handle.reject(self.stage.nth(), &reason))?;
         self.stage.add_pending(self.payload().len());
         Ok(())

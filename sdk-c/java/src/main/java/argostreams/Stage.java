@@ -65,6 +65,7 @@ public final class Stage implements Iterable<Stage.Record>, AutoCloseable {
     private long beginNs;
     private long pendingBytes;
     private boolean hasCurrent;
+    private boolean isTouched; // something was emitted, put or deleted for the record of the loop
     private boolean isOver;
     private boolean hasLoopFailed;
 
@@ -251,6 +252,7 @@ public final class Stage implements Iterable<Stage.Record>, AutoCloseable {
                 MemorySegment mapping = mapping(record.get(JAVA_INT, 96));
                 next++;
                 hasCurrent = true;
+                isTouched = false;
                 hasLoopFailed = false;
                 return new Record(record, mapping);
             }
@@ -364,6 +366,7 @@ public final class Stage implements Iterable<Stage.Record>, AutoCloseable {
 
     private void emitBytes(MemorySegment payload, long len, Emit how) {
         opened();
+        isTouched = true;
         emit.set(JAVA_INT, 0, (int) Native.EMIT_BYTES);
         emit.set(JAVA_INT, 4, how.hasEventTime ? Native.EMIT_EVENT_TIME : 0);
         emit.set(JAVA_INT, 8, hasCurrent ? Native.BELONGS_TO_NTH : Native.BELONGS_TO_NOTHING);
@@ -410,6 +413,7 @@ public final class Stage implements Iterable<Stage.Record>, AutoCloseable {
         if (!hasCurrent) {
             throw new StageException(Native.STATE, "AGS_STATE: there is no record to reject outside of the loop over the stage");
         }
+        isTouched = true;
         byte[] text = (reason.replace('\0', ' ') + '\0').getBytes(StandardCharsets.UTF_8);
         MemorySegment string = valueBytes.of(text);
         try {
@@ -422,6 +426,35 @@ public final class Stage implements Iterable<Stage.Record>, AutoCloseable {
             throw Native.broken(thrown);
         }
         pendingBytes += records.get(JAVA_LONG, (next - 1) * Native.RECORD_BYTES + 8) + RECORD_HEAD_BYTES;
+    }
+
+    /**
+     * The record of the loop failed, for now: as the step's onError says it comes again later, or goes to the error output; the loop goes on. Call it
+     * before anything is emitted, put or deleted for the record.
+     */
+    public void fail(String reason) {
+        opened();
+        if (!hasCurrent || isTouched) {
+            throw new StageException(Native.STATE, hasCurrent ? "AGS_STATE: something was emitted, put or deleted for the record: fail it before"
+                    : "AGS_STATE: there is no record to fail outside of the loop over the stage");
+        }
+        hasCurrent = false;
+        // Those before it are finished; those behind it are given back, and come again.
+        next--;
+        flush();
+        MemorySegment string = valueBytes.of((reason.replace('\0', ' ') + '\0').getBytes(StandardCharsets.UTF_8));
+        try {
+            int status;
+            while ((status = (int) Native.FAIL.invokeExact(stage, string)) == Native.AGAIN) {
+                await();
+            }
+            check(status);
+        } catch (Throwable thrown) {
+            throw Native.broken(thrown);
+        }
+        count = 0;
+        next = 0;
+        finished = 0;
     }
 
     /** A copy of the value of a key in the keyed state, as of the last put; null if there is none. */
@@ -439,6 +472,7 @@ public final class Stage implements Iterable<Stage.Record>, AutoCloseable {
     /** Sets the value of a key; counts with the record of the loop. Blocks while the state grows, which is rare. */
     public void put(byte[] key, byte[] value) {
         opened();
+        isTouched = true;
         set(this.key, 0, keyBytes.of(key), key.length);
         set(this.value, 0, valueBytes.of(value), value.length);
         try {
@@ -455,6 +489,7 @@ public final class Stage implements Iterable<Stage.Record>, AutoCloseable {
     /** Takes a key away; counts with the record of the loop. */
     public void delete(byte[] key) {
         opened();
+        isTouched = true;
         set(this.key, 0, keyBytes.of(key), key.length);
         try {
             int status;
