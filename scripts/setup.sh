@@ -3,7 +3,8 @@
 #
 #   setup.sh build    what `cargo build` and the demo need (the default)
 #   setup.sh test     that, and what the tests need: Java and Apache Kafka,
-#                     Python, Valgrind, Clang, podman, Docker
+#                     Python, Valgrind, Clang, podman, Docker, Go, Node, and
+#                     Java 22 or later
 #   setup.sh peers    what `make bench-peers` needs beside `build`: Clang, the
 #                     headers that Aeron's C sources want, and their cmake
 #   setup.sh aarch64  what `make test-aarch64` needs beside `build`: a cross
@@ -20,7 +21,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
-usage() { sed -n '4,10s/^# //p' "$0" >&2; exit 2; }
+usage() { sed -n '4,12s/^# //p' "$0" >&2; exit 2; }
 
 as_root() {
     if [[ $(id -u) == 0 ]]; then
@@ -95,6 +96,12 @@ if [[ ${1:-build} == test ]]; then
     java_is_new_enough || die "Kafka needs Java 17 or later, and this one is older"
     command -v mvn >/dev/null || packages maven
     "$here/kafka.sh" fetch
+    # The bindings of other languages, each with its own client.
+    command -v go >/dev/null || packages golang-go
+    command -v node >/dev/null || packages nodejs
+    command -v npm >/dev/null || packages npm
+    [[ -f $(dirname "$(readlink -f "$(command -v node)")")/../include/node/node_api.h ]] || packages libnode-dev
+    "$here/java22.sh" fetch
 fi
 if [[ ${1:-} == peers ]]; then
     packages clang libclang-dev libbsd-dev uuid-dev

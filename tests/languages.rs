@@ -3,10 +3,11 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests: a failure is a failed test")]
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::Command;
 
-use argo_streams_tests::{Running, Scratch, binary, repository, target_directory};
+use argo_streams_tests::{Running, Scratch, binary, repository, target_directory, wait_for};
 
 /// Runs a command that must be good.
 fn good(command: &mut Command) {
@@ -87,6 +88,43 @@ fn sums(program: &[&str]) {
     assert!(scratch.text("errors").contains("no whole number n"), "{}", scratch.text("errors"));
 }
 
+/// What `conform` does not try, by a program of tests/languages in two steps: a wait that is interrupted (nothing comes before it was),
+/// two inputs, attributes, and what became of bytes that were kept too long.
+fn features(program: &[&str], kept: &str) {
+    let scratch = Scratch::new();
+    let interrupted = scratch.path("interrupted");
+    let words = program.iter().copied().chain([interrupted.to_str().unwrap()]);
+    let words: Vec<String> = words.map(|word| serde_json::to_string(word).unwrap()).collect();
+    let pipes = ["a", "b"].map(|name| {
+        let path = scratch.path(name);
+        good(Command::new("mkfifo").arg(&path));
+        std::fs::File::options().read(true).write(true).open(path).unwrap()
+    });
+    let pipeline = scratch.pipeline(&format!(
+        "  - file: {{path: a}}\n    name: a\n  - file: {{path: b}}\n    name: b\n    from: []\n  - parDo: one\n    name: one\n    command: [{0}]\n    transport: shm\n    from: [a, b]\n  - parDo: two\n    name: two\n    command: [{0}]\n    transport: shm\n  - file: {{path: out}}\n",
+        words.join(", ")
+    ));
+    let mut run = scratch.start(&pipeline, &[]);
+    wait_for("the interrupted wait", || {
+        assert!(run.child.try_wait().unwrap().is_none(), "the run has ended");
+        interrupted.exists().then_some(())
+    });
+    for (mut pipe, lines) in pipes.into_iter().zip(["a1\na2\n", "b1\n"]) {
+        pipe.write_all(lines.as_bytes()).unwrap();
+    }
+    let _good = run.finish().expect_code(0);
+    let mut lines: Vec<String> = scratch.text("out").lines().map(str::to_owned).collect();
+    lines.sort_unstable();
+    let expected =
+        ["a1", "a2", "b1", &format!("inputs 2 kept {kept}")].map(|payload| format!("one true true k 5 {payload}"));
+    assert_eq!(lines, expected);
+}
+
+/// A program of tests/languages.
+fn feature(name: &str) -> String {
+    repository().join("tests/languages").join(name).to_str().unwrap().to_owned()
+}
+
 #[test]
 fn python_by_pip() {
     let scratch = Scratch::new();
@@ -107,12 +145,14 @@ fn python_by_pip() {
     conforms(&[python.to_str().unwrap(), program.to_str().unwrap()]);
     let sum = repository().join("examples/languages/python/sum.py");
     sums(&[python.to_str().unwrap(), sum.to_str().unwrap()]);
+    features(&[python.to_str().unwrap(), &feature("features.py")], "refused");
 }
 
 #[test]
 fn cpp_by_the_header() {
     let scratch = Scratch::new();
-    for name in ["identity", "sum"] {
+    let sources = [example("cpp/identity.cpp"), example("cpp/sum.cpp"), feature("features.cpp")];
+    for (name, source) in ["identity", "sum", "features"].iter().zip(sources) {
         good(
             Command::new("c++")
                 .args(["-std=c++17", "-O2", "-Wall", "-Wextra", "-Wpedantic", "-Werror"])
@@ -120,13 +160,14 @@ fn cpp_by_the_header() {
                 .arg(format!("-I{}", repository().join("sdk-c/cpp").display()))
                 .arg("-o")
                 .arg(scratch.path(name))
-                .arg(repository().join(format!("examples/languages/cpp/{name}.cpp")))
+                .arg(source)
                 .arg(target_directory().join("libargo_streams.a"))
                 .args(["-lgcc_s", "-lpthread", "-ldl", "-lm"]),
         );
     }
     conforms(&[scratch.path("identity").to_str().unwrap()]);
     sums(&[scratch.path("sum").to_str().unwrap()]);
+    features(&[scratch.path("features").to_str().unwrap()], "unchecked");
 }
 
 #[test]
@@ -137,6 +178,7 @@ fn rust_by_cargo() {
     for name in ["identity.rs", "sum.rs"] {
         std::fs::copy(example(&format!("rust/{name}")), project.join("src/bin").join(name)).unwrap();
     }
+    std::fs::copy(feature("features.rs"), project.join("src/bin/features.rs")).unwrap();
     let sdk = repository().join("sdk-c/rust");
     let manifest = format!(
         "[package]\nname = \"program\"\nversion = \"0.1.0\"\nedition = \"2024\"\n\n[dependencies]\nargo-streams-sdk = {{ path = {:?} }}\nserde_json = \"1\"\n",
@@ -153,6 +195,7 @@ fn rust_by_cargo() {
     );
     conforms(&[target.join("release/identity").to_str().unwrap()]);
     sums(&[target.join("release/sum").to_str().unwrap()]);
+    features(&[target.join("release/features").to_str().unwrap()], "unchecked");
 }
 
 #[test]
@@ -163,16 +206,18 @@ fn go_by_a_module() {
         good(Command::new("go").args(arguments).current_dir(folder).env("PKG_CONFIG_PATH", &pkgconfig));
     };
     let replace = format!("-replace=argostreams={}", repository().join("sdk-c/go").display());
-    for name in ["identity", "sum", "identity_stdio"] {
+    let examples = ["identity", "sum", "identity_stdio"].map(|name| (name, example(&format!("go/{name}/main.go"))));
+    for (name, file) in examples.into_iter().chain([("features", feature("features.go"))]) {
         let module = scratch.path(&format!("source-{name}"));
         std::fs::create_dir(&module).unwrap();
-        std::fs::copy(example(&format!("go/{name}/main.go")), module.join("main.go")).unwrap();
+        std::fs::copy(file, module.join("main.go")).unwrap();
         go(&module, &["mod", "init", "example"]);
         go(&module, &["mod", "edit", "-require=argostreams@v0.0.0", &replace]);
         go(&module, &["build", "-o", scratch.path(name).to_str().unwrap()]);
     }
     conforms(&[scratch.path("identity").to_str().unwrap()]);
     sums(&[scratch.path("sum").to_str().unwrap()]);
+    features(&[scratch.path("features").to_str().unwrap()], "refused");
     tried(&["--strict-bytes"], &[], &[scratch.path("identity_stdio").to_str().unwrap()]);
 }
 
@@ -187,10 +232,18 @@ fn python_and_shell_on_standard_input_and_output() {
 #[test]
 fn java_on_standard_input_and_output() {
     let scratch = Scratch::new();
+    let (java, script) = java();
     let classes = scratch.path("classes");
-    good(Command::new("javac").arg("-d").arg(&classes).arg(example("java/IdentityStdio.java")));
+    good(Command::new(script).args(["javac", "-d"]).arg(&classes).arg(example("java/IdentityStdio.java")));
     let classes = classes.to_str().unwrap();
-    tried(&["--strict-bytes"], &[], &["java", "-XX:TieredStopAtLevel=1", "-cp", classes, "IdentityStdio"]);
+    tried(&["--strict-bytes"], &[], &[&java, "-XX:TieredStopAtLevel=1", "-cp", classes, "IdentityStdio"]);
+}
+
+#[test]
+fn python_over_http() {
+    // Python's own server takes two minutes for all of them.
+    let path = repository().join("examples/transports/identity_http.py");
+    tried(&["--transport", "http"], &SOME, &["python3", path.to_str().unwrap()]);
 }
 
 #[test]
@@ -212,11 +265,58 @@ fn node_by_npm() {
     for name in ["identity.js", "sum.js"] {
         std::fs::copy(example(&format!("node/{name}")), program.join(name)).unwrap();
     }
+    std::fs::copy(feature("features.js"), program.join("features.js")).unwrap();
     let npm = |arguments: &[&str]| {
         good(Command::new("npm").args(arguments).current_dir(&program).env("PKG_CONFIG_PATH", &pkgconfig));
     };
     npm(&["init", "-y"]);
-    npm(&["install", source.to_str().unwrap()]);
+    npm(&["install", "--offline", "--no-audit", "--no-fund", source.to_str().unwrap()]);
     conforms(&["node", program.join("identity.js").to_str().unwrap()]);
     sums(&["node", program.join("sum.js").to_str().unwrap()]);
+    features(&["node", program.join("features.js").to_str().unwrap()], "refused");
+}
+
+/// A Java of 22 or later: its program, and what compiles for it. `scripts/setup.sh test` sees to it.
+fn java() -> (String, PathBuf) {
+    let script = repository().join("scripts/java22.sh");
+    let output = Command::new(&script).arg("home").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    (format!("{}/bin/java", String::from_utf8(output.stdout).unwrap().trim()), script)
+}
+
+#[test]
+fn java_by_its_compiler() {
+    let scratch = Scratch::new();
+    let (java, script) = java();
+    let library = scratch.path("libargo_streams.so.0");
+    good(
+        Command::new(repository().join("sdk-c/link-shared.sh"))
+            .arg(target_directory().join("libargo_streams.a"))
+            .arg(&library),
+    );
+    let classes = scratch.path("classes");
+    let sources = repository().join("sdk-c/java/src/main/java/argostreams");
+    good(
+        Command::new(&script)
+            .args(["javac", "-d"])
+            .arg(&classes)
+            .args(["Emit.java", "Native.java", "Stage.java", "StageException.java"].map(|name| sources.join(name))),
+    );
+    good(Command::new(&script).args(["javac", "-cp"]).arg(&classes).arg("-d").arg(&classes).args([
+        example("java/Identity.java"),
+        example("java/Sum.java"),
+        feature("Features.java"),
+    ]));
+    let library = format!("-Dargostreams.library={}", library.display());
+    let program = [
+        java.as_str(),
+        "-XX:TieredStopAtLevel=1",
+        "--enable-native-access=ALL-UNNAMED",
+        &library,
+        "-cp",
+        classes.to_str().unwrap(),
+    ];
+    conforms(&[&program[..], &["Identity"]].concat());
+    sums(&[&program[..], &["Sum"]].concat());
+    features(&[&program[..], &["Features"]].concat(), "refused");
 }

@@ -107,6 +107,7 @@ class Stage {
   #begin = 0;
   #pendingBytes = 0;
   #current = false;
+  #touched = -1; // the last record of this batch that something was emitted or put for
   #over = false;
   #queue = []; // what found no room, in order
   #queueBytes = 0;
@@ -171,6 +172,7 @@ class Stage {
     }
     let finished = this.#next - this.#finished;
     this.#count = this.#next = this.#finished = this.#pendingBytes = 0;
+    this.#touched = -1;
     for (;;) {
       const count = native.fill(this.#session, finished, this.#batchMax);
       finished = 0;
@@ -254,6 +256,13 @@ class Stage {
 
   /** False: there is no room now. */
   #emitNow(record) {
+    // What was queued for a whole batch would fill a ring: the records before this one are finished first. Only while nothing was emitted or
+    // put for this one, which would be published with them.
+    if (record.at > this.#finished && this.#touched < record.at && this.#pendingBytes >= PENDING_BYTES_MAX) {
+      check(native.done(this.#session, record.at - this.#finished));
+      this.#finished = record.at;
+      this.#pendingBytes = 0;
+    }
     for (;;) {
       const nth = record.at < 0 ? -1 : record.at - this.#finished;
       const status = record.reason
@@ -262,14 +271,13 @@ class Stage {
       if (status === 0) {
         const len = record.reason ? this._words[record.at * RECORD_WORDS + LEN] : record.payload.byteLength;
         this.#pendingBytes += len + RECORD_HEAD_BYTES;
+        this.#touched = Math.max(this.#touched, record.at);
         return true;
       }
       if (status === AGAIN) return false;
-      // What is pending fills a ring: the records before this one are finished, whose outputs are all emitted.
-      const before = record.at < 0 ? this.#next - this.#finished : nth;
-      if (status !== BATCH_FULL || this.#pendingBytes === 0 || (before === 0 && record.at >= 0)) throw failure(status);
-      check(native.done(this.#session, before));
-      this.#finished += before;
+      // Last results that fill a ring are published as they come.
+      if (status !== BATCH_FULL || record.at >= 0 || this.#next > this.#finished || this.#pendingBytes === 0) throw failure(status);
+      check(native.done(this.#session, 0));
       this.#pendingBytes = 0;
     }
   }
@@ -311,12 +319,14 @@ class Stage {
   put(key, value) {
     this.#open();
     if (value === undefined || value === null) throw new TypeError('argo-streams: a value is a Buffer, a Uint8Array or a string');
+    if (this.#current) this.#touched = this.#next - 1;
     check(native.put(this.#session, bytes(key), bytes(value)));
   }
 
   /** Takes a key away; counts with the record of the loop. */
   delete(key) {
     this.#open();
+    if (this.#current) this.#touched = this.#next - 1;
     check(native.put(this.#session, bytes(key), undefined));
   }
 

@@ -13,6 +13,14 @@
 //! that nobody looks at a record after that. Records are received and finished in batches; a batch is as long as what 1 ms of work was
 //! before, so that a slow program still finishes each record by itself.
 //!
+//! ```compile_fail,E0499
+//! let mut stage = argo_streams_sdk::Stage::open()?;
+//! let kept = stage.next()?.map(|record| record.payload());
+//! stage.next()?;
+//! println!("{kept:?}"); // refused: its record is finished
+//! # Ok::<(), argo_streams_sdk::Error>(())
+//! ```
+//!
 //! It lies over the calls of the C library (package `argo-streams-sdk-c`, linked into the program), so that the end of a stream, keys by
 //! path and claims are one piece of code for all languages. `border` is the only file with unsafe code.
 #![deny(unsafe_code)]
