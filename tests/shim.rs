@@ -18,7 +18,7 @@ use argo_streams_tests::{
 };
 use rustix::process::{Pid, Signal, kill_process};
 
-/// The shim has some 2.8 MB; it is carried into every container.
+/// The shim has some 2.9 MB; it is carried into every container.
 const SHIM_BYTES_MAX: usize = 4 << 20;
 const SHIM_IN_CONTAINERS: &str = "/run/argo-streams/shim";
 
