@@ -111,6 +111,15 @@ static ags_status session_reject(session *self, uint64_t nth, const char *reason
 	return leave(self, status);
 }
 
+static ags_status session_fail(session *self, const char *reason)
+{
+	ags_status status;
+	while ((status = ags_stage_fail(self->stage, reason)) == AGS_AGAIN)
+		if ((status = ags_stage_wait(self->stage, AGS_FOREVER)) != AGS_OK)
+			break;
+	return leave(self, status);
+}
+
 static ags_status session_get(session *self, const char *key, uint64_t key_len)
 {
 	return leave(self, ags_stage_get(self->stage, (ags_bytes){ key, key_len }, &self->value));
@@ -188,18 +197,18 @@ func failure(status C.ags_status, sentence string) error {
 
 // Stage is the stage of this program. It belongs to one goroutine at a time; only Interrupt may come from another.
 type Stage struct {
-	c                     *C.session
-	records               []C.ags_record
-	mappings              []mapping
-	batchMax              int
-	count, next, finished int
-	begin                 time.Time
-	pendingBytes          int
-	number                uint64 // of the current record, for those that were kept
-	hasCurrent, isOver    bool
-	err                   error
-	interrupt             sync.Mutex // held by Interrupt and Close
-	attributes            []byte
+	c                             *C.session
+	records                       []C.ags_record
+	mappings                      []mapping
+	batchMax                      int
+	count, next, finished         int
+	begin                         time.Time
+	pendingBytes                  int
+	number                        uint64 // of the current record, for those that were kept
+	hasCurrent, isOver, isTouched bool
+	err                           error
+	interrupt                     sync.Mutex // held by Interrupt and Close
+	attributes                    []byte
 }
 
 type mapping struct {
@@ -278,7 +287,7 @@ func (s *Stage) advance() (bool, error) {
 				return false, err
 			}
 			s.next++
-			s.hasCurrent = true
+			s.hasCurrent, s.isTouched = true, false
 			return true, nil
 		}
 		s.next++
@@ -404,6 +413,7 @@ func (s *Stage) EmitWith(payload []byte, options Options) error {
 		}
 		if status == C.AGS_OK {
 			s.pendingBytes += len(payload) + recordHeadBytes
+			s.isTouched = true
 		}
 		return s.check(status)
 	}
@@ -449,8 +459,38 @@ func (s *Stage) Reject(reason string) error {
 	status := C.session_reject(s.c, nth, text)
 	if status == C.AGS_OK {
 		s.pendingBytes += int(s.records[s.next-1].len_bytes) + recordHeadBytes
+		s.isTouched = true
 	}
 	return s.check(status)
+}
+
+// Fail says that the current record failed, for now: as the step's onError says it comes again later or goes to the error output, and the
+// loop goes on. Call it before anything was emitted, put or deleted for the record. It blocks while the error output is full.
+func (s *Stage) Fail(reason string) error {
+	if err := s.open(); err != nil {
+		return err
+	}
+	if !s.hasCurrent {
+		return failure(C.AGS_STATE, "there is no record to fail outside of the loop over Next")
+	}
+	if s.isTouched {
+		return failure(C.AGS_STATE, "something was emitted, put or deleted for the record: fail it before")
+	}
+	text := C.CString(reason)
+	defer C.free(unsafe.Pointer(text))
+	// Those before it are finished. If the wait is interrupted, this one comes again with Next.
+	s.hasCurrent = false
+	s.number++
+	s.next--
+	if err := s.flush(); err != nil {
+		return err
+	}
+	if err := s.check(C.session_fail(s.c, text)); err != nil {
+		return err
+	}
+	// Those behind it were given back, and come again.
+	s.count, s.next, s.finished = 0, 0, 0
+	return nil
 }
 
 // Get is a copy of the value of a key in the stage's keyed state, as of the last Put; nil if there is none.
@@ -476,6 +516,7 @@ func (s *Stage) change(isDelete C.int, key, value []byte) error {
 	if err := s.open(); err != nil {
 		return err
 	}
+	s.isTouched = true
 	at, to := some(key), some(value)
 	return s.check(C.session_put(s.c, isDelete, (*C.char)(unsafe.Pointer(&at[0])), C.uint64_t(len(key)),
 		(*C.char)(unsafe.Pointer(&to[0])), C.uint64_t(len(value))))
@@ -603,6 +644,9 @@ func (r Record) Attribute(name string) []byte {
 
 // EventTime is when it happened.
 func (r Record) EventTime() time.Time { return time.Unix(0, int64(r.raw().event_time_ns)) }
+
+// Attempts is how often it failed before, see Stage.Fail.
+func (r Record) Attempts() uint32 { return uint32(r.raw().attempts) }
 
 // Input is the number of the input that it came from.
 func (r Record) Input() uint32 { return uint32(r.raw().input) }

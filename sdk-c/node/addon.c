@@ -259,6 +259,19 @@ static napi_value reject(napi_env env, napi_callback_info info)
     return number(env, ags_stage_reject(session->stage, (uint64_t)nth, reason.data));
 }
 
+/* fail(session, reason as bytes with a zero at the end) -> status. Never blocks. */
+static napi_value fail(napi_env env, napi_callback_info info)
+{
+    napi_value args[2];
+    Session *session;
+    ags_bytes reason;
+    if (!take(env, info, 2, args, &session) || !bytes_of(env, args[1], &reason))
+        return NULL;
+    if (!reason.len_bytes || ((const char *)reason.data)[reason.len_bytes - 1] != 0)
+        return number(env, AGS_INVALID);
+    return number(env, ags_stage_fail(session->stage, reason.data));
+}
+
 static napi_value copy_of(napi_env env, ags_bytes bytes)
 {
     napi_value result = NULL;
@@ -427,7 +440,7 @@ NAPI_MODULE_INIT()
         napi_callback call;
     } calls[] = {
         { "last", last }, { "open", open_stage }, { "records", records }, { "fill", fill }, { "done", done }, { "map", map }, { "detach", detach },
-        { "emit", emit }, { "reject", reject }, { "get", get }, { "put", put }, { "items", items }, { "attribute", attribute },
+        { "emit", emit }, { "reject", reject }, { "fail", fail }, { "get", get }, { "put", put }, { "items", items }, { "attribute", attribute },
         { "wait", wait_for }, { "interrupt", interrupt }, { "stepName", name_of }, { "close", close_stage },
     };
     for (size_t at = 0; at < sizeof calls / sizeof calls[0]; at++) {

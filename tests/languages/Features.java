@@ -71,9 +71,17 @@ public final class Features {
         }
     }
 
+    private static void fails(Stage stage) {
+        for (var record : stage) {
+            if (record.attempts() < Integer.parseInt(text(record.bytes()).split(" ")[0])) stage.fail("not today");
+            else stage.emit(record.payload());
+        }
+    }
+
     public static void main(String[] arguments) throws Exception {
         try (var stage = Stage.open()) {
             if (stage.name().equals("one")) one(stage, Path.of(arguments[0]));
+            else if (stage.name().equals("fails")) fails(stage);
             else other(stage);
             stage.finish();
         }

@@ -33,6 +33,13 @@ try {
             stage.emit(record.payload(), how);
         }
         stage.emit("inputs " + std::to_string(inputs.size()) + " kept unchecked", how);
+    } else if (stage.name() == "fails") {
+        for (const ags::Record &record : stage) {
+            if (record.attempts() < std::stoul(std::string(record.payload())))
+                stage.fail("not today");
+            else
+                stage.emit(record.payload());
+        }
     } else {
         for (const ags::Record &record : stage) {
             std::string line(record.attribute("hop").value_or("none"));

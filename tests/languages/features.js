@@ -40,9 +40,16 @@ async function other(stage) {
   }
 }
 
+async function fails(stage) {
+  for await (const record of stage) {
+    if (record.attempts < parseInt(record.payload, 10)) await stage.fail('not today');
+    else await stage.emit(record.payload);
+  }
+}
+
 async function main() {
   const stage = open();
-  await (stage.name === 'one' ? one : other)(stage);
+  await ({ one, fails }[stage.name] ?? other)(stage);
   await stage.close();
 }
 

@@ -36,6 +36,12 @@ if stage.name == "one":
                 refused += 1
         stage.emit(record.payload, **more)
     stage.emit(f"inputs {len(inputs)} kept {'refused' if refused == 3 else refused}", **more)
+elif stage.name == "fails":
+    for record in stage:
+        if record.attempts < int(bytes(record.payload).split()[0]):
+            stage.fail("not today")
+        else:
+            stage.emit(record.payload)
 else:
     for record in stage:
         attribute = record.attribute

@@ -236,6 +236,11 @@ impl Handle {
         unsafe { calls::ags_stage_reject(self.stage.as_ptr(), nth, reason.as_ptr()) }
     }
 
+    pub(crate) fn fail(&self, reason: &CStr) -> i32 {
+        // SAFETY: open, and a string.
+        unsafe { calls::ags_stage_fail(self.stage.as_ptr(), reason.as_ptr()) }
+    }
+
     pub(crate) fn get(&self, key: Bytes<'_>, out: &mut Vec<u8>) -> Result<bool, Error> {
         let mut value = AgsBytes { data: std::ptr::null(), len_bytes: 0 };
         // SAFETY: open, and the output is a local.

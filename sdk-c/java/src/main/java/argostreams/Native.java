@@ -56,6 +56,7 @@ final class Native {
     static final MethodHandle DONE = call("ags_stage_done", FunctionDescriptor.of(JAVA_INT, ADDRESS, JAVA_INT));
     static final MethodHandle EMIT = call("ags_stage_emit", FunctionDescriptor.of(JAVA_INT, ADDRESS, JAVA_INT, ADDRESS));
     static final MethodHandle REJECT = call("ags_stage_reject", FunctionDescriptor.of(JAVA_INT, ADDRESS, JAVA_LONG, ADDRESS));
+    static final MethodHandle FAIL = call("ags_stage_fail", FunctionDescriptor.of(JAVA_INT, ADDRESS, ADDRESS));
     static final MethodHandle GET = call("ags_stage_get", FunctionDescriptor.of(JAVA_INT, ADDRESS, BYTES, ADDRESS));
     static final MethodHandle PUT = call("ags_stage_put", FunctionDescriptor.of(JAVA_INT, ADDRESS, BYTES, BYTES));
     static final MethodHandle DELETE = call("ags_stage_delete", FunctionDescriptor.of(JAVA_INT, ADDRESS, BYTES));

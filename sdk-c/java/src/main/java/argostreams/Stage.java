@@ -65,6 +65,8 @@ public final class Stage implements Iterable<Stage.Record>, AutoCloseable {
     private long beginNs;
     private long pendingBytes;
     private boolean hasCurrent;
+    /** Something was emitted or put for the current record. */
+    private boolean isTouched;
     private boolean isOver;
     private boolean hasLoopFailed;
 
@@ -167,6 +169,11 @@ public final class Stage implements Iterable<Stage.Record>, AutoCloseable {
             return fields().get(JAVA_LONG, 72);
         }
 
+        /** How often it failed before, see {@link Stage#fail}. */
+        public int attempts() {
+            return fields().get(JAVA_INT, 120);
+        }
+
         /** Number of the input that it came from. */
         public int input() {
             return fields().get(JAVA_INT, 96);
@@ -251,6 +258,7 @@ public final class Stage implements Iterable<Stage.Record>, AutoCloseable {
                 MemorySegment mapping = mapping(record.get(JAVA_INT, 96));
                 next++;
                 hasCurrent = true;
+                isTouched = false;
                 hasLoopFailed = false;
                 return new Record(record, mapping);
             }
@@ -384,6 +392,7 @@ public final class Stage implements Iterable<Stage.Record>, AutoCloseable {
                 int status = (int) Native.EMIT.invokeExact(stage, how.output, emit);
                 if (status == Native.OK) {
                     pendingBytes += len + RECORD_HEAD_BYTES;
+                    isTouched = true;
                     return;
                 }
                 if (status == Native.BATCH_FULL && !hasCurrent && next == finished && pendingBytes > 0) {
@@ -422,6 +431,37 @@ public final class Stage implements Iterable<Stage.Record>, AutoCloseable {
             throw Native.broken(thrown);
         }
         pendingBytes += records.get(JAVA_LONG, (next - 1) * Native.RECORD_BYTES + 8) + RECORD_HEAD_BYTES;
+        isTouched = true;
+    }
+
+    /**
+     * The record of the loop failed, for now: as the step's onError says it comes again later or goes to the error output, and the loop goes
+     * on. Before anything was emitted, put or deleted for it. Blocks while the error output is full.
+     */
+    public void fail(String reason) {
+        opened();
+        if (!hasCurrent || isTouched) {
+            throw new StageException(Native.STATE, hasCurrent ? "AGS_STATE: something was emitted, put or deleted for the record: fail it before"
+                    : "AGS_STATE: there is no record to fail outside of the loop over the stage");
+        }
+        // Those before it are finished. If the wait is interrupted, this one comes again.
+        hasCurrent = false;
+        next--;
+        flush();
+        MemorySegment string = valueBytes.of((reason.replace('\0', ' ') + '\0').getBytes(StandardCharsets.UTF_8));
+        try {
+            int status;
+            while ((status = (int) Native.FAIL.invokeExact(stage, string)) == Native.AGAIN) {
+                await();
+            }
+            check(status);
+        } catch (Throwable thrown) {
+            throw Native.broken(thrown);
+        }
+        // Those behind it were given back, and come again.
+        count = 0;
+        next = 0;
+        finished = 0;
     }
 
     /** A copy of the value of a key in the keyed state, as of the last put; null if there is none. */
@@ -439,6 +479,7 @@ public final class Stage implements Iterable<Stage.Record>, AutoCloseable {
     /** Sets the value of a key; counts with the record of the loop. Blocks while the state grows, which is rare. */
     public void put(byte[] key, byte[] value) {
         opened();
+        isTouched = true;
         set(this.key, 0, keyBytes.of(key), key.length);
         set(this.value, 0, valueBytes.of(value), value.length);
         try {
@@ -455,6 +496,7 @@ public final class Stage implements Iterable<Stage.Record>, AutoCloseable {
     /** Takes a key away; counts with the record of the loop. */
     public void delete(byte[] key) {
         opened();
+        isTouched = true;
         set(this.key, 0, keyBytes.of(key), key.length);
         try {
             int status;
