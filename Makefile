@@ -8,7 +8,7 @@ BINARY := target/release/argo-streams
 SDK_SHARED := target/release/sdk/libargo_streams.so.0
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 
-.PHONY: shim sdk sdk-install sdk-memory demo test test-rust test-loom check build examples install crash kills hostile-rate test-aarch64 single-step fuzz bench bench-peers setup-build setup-test setup-peers setup-aarch64 clean
+.PHONY: bench-n1 shim sdk sdk-install sdk-memory demo test test-rust test-loom check build examples install crash kills hostile-rate test-aarch64 single-step fuzz bench bench-peers setup-build setup-test setup-peers setup-aarch64 clean
 
 build: setup-build
 	cargo build --release --workspace
@@ -63,6 +63,7 @@ test-loom:
 check:
 	cargo fmt --all --check
 	cargo clippy --release --workspace --all-targets -- -D warnings
+	cargo clippy --release -p argo-streams-shim --features program --all-targets -- -D warnings
 	# The C library's documentation is its header.
 	RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --no-deps --exclude argo-streams-sdk-c
 
@@ -95,6 +96,11 @@ fuzz:
 
 bench: examples
 	cargo bench
+
+# N1 of the numbers: JSON in, key, sum, out, through each transport in C, Rust and Python; some ten minutes.
+bench-n1: build
+	cargo build --release -p argo-streams-benches --example n1
+	python3 benches/n1.py --json target/n1.json
 
 # The binary with iceoryx2 and Aeron as peers of `argo-streams bench ring`, in a target folder of its own: it links libraries
 # that the ordinary binary does without.

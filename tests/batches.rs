@@ -1,9 +1,17 @@
 //! Programs that are given records in batches: a process for each (`ack: exit`), and a file for each (`transport: file`).
 //! A batch counts as a whole, once, whatever is killed.
 #![forbid(unsafe_code)]
-#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests: a failure is a failed test")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stdout,
+    reason = "tests: a failure is a failed test"
+)]
 
-use argo_streams_tests::{Scratch, kill_while_running, processes_with, shims_of};
+use std::process::Command;
+
+use argo_streams_tests::{Running, Scratch, binary, kill_while_running, processes_with, shims_of};
 
 fn exit_steps(command: &str, more: &str) -> String {
     format!(
@@ -109,6 +117,67 @@ fn killed_shims_leave_each_line_once_and_in_order() {
     assert!(scratch.text("out") == input, "{kills} kills: {} lines", scratch.text("out").lines().count());
     assert!(kills >= 5, "only {kills} kills");
     assert!(processes_with(program).is_empty(), "a program does not outlive its shim");
+}
+
+/// A process for each batch, on named pipes: what is in a pipe of a killed process is nobody's.
+#[test]
+fn killed_programs_and_shims_on_named_pipes_leave_each_line_of_a_batch_once() {
+    let text = SLOW.replace("sys.stdin", "open(os.environ['AGS_INPUT'])").replace("sys.stdout", "target");
+    let text = text.replace("import sys, time\n", "import os, time\ntarget = open(os.environ['AGS_OUTPUT'], 'w')\n");
+    for is_shim in [false, true] {
+        let scratch = Scratch::new();
+        let input = lines(20_000);
+        scratch.write("in", &input);
+        let program = scratch.write("slow.py", &text);
+        let program = program.to_str().unwrap();
+        let more = "    transport: fifo\n    batch: {records: 500}\n";
+        let pipeline = scratch.pipeline(&exit_steps(&format!("[python3, {program}]"), more));
+        let mut run = scratch.start(&pipeline, &[]);
+        let agent = run.child.id();
+        let victims = || if is_shim { shims_of(agent) } else { processes_with(program) };
+        let kills = kill_while_running(&scratch, &mut run, 10, victims);
+        let _run = run.finish().expect_code(0);
+        assert!(scratch.text("out") == input, "{kills} kills: {} lines", scratch.text("out").lines().count());
+        assert!(kills >= 5, "only {kills} kills");
+        assert!(processes_with(program).is_empty(), "a program does not outlive its shim");
+    }
+}
+
+/// The directories of batches lie in a file system that is smaller than a batch with its outputs, and in one that is full.
+#[test]
+fn a_full_disk_makes_batches_smaller_or_ends_the_step_with_the_path() {
+    if !rustix::process::geteuid().is_root() {
+        println!("1 skipped: a small file system (only root can mount one)");
+        return;
+    }
+    let scratch = Scratch::new();
+    let program = scratch.write("program.py", FILE_PROGRAM);
+    let input: String = (0..20_000).map(|id| format!("id {id} {}\n", "x".repeat(100))).collect();
+    scratch.write("in", &input);
+    let pipeline = scratch.pipeline(&file_steps(program.to_str().unwrap(), ""));
+    let small = scratch.path("small");
+    std::fs::create_dir(&small).unwrap();
+    // Mounted for the run alone, and gone with it.
+    let run = |ballast_bytes: u32, more: &[&str]| {
+        let mut command = Command::new("unshare");
+        let script = format!(
+            "mount -t tmpfs -o size=256k,mode=0700 none \"$0\" && head -c {ballast_bytes} /dev/zero >\"$0/ballast\" && exec \"$@\""
+        );
+        command.args(["--mount", "sh", "-c", &script]).arg(&small).arg(binary()).arg("run").arg(&pipeline).args(more);
+        command.env("XDG_RUNTIME_DIR", &small);
+        let mut running = Running::start(command);
+        drop(running.child.stdin.take());
+        running.finish()
+    };
+    let finished = run(0, &[]).expect_code(0);
+    assert!(scratch.text("out") == input.to_uppercase(), "{}", finished.words());
+    assert!(finished.words().contains("No space left on device"), "it was not too small: {}", finished.words());
+    std::fs::remove_file(scratch.path("out")).unwrap();
+    let finished = run(250 << 10, &["--grace", "2s"]);
+    let words = finished.words();
+    assert_ne!(finished.code(), 0, "{words}");
+    assert!(words.contains(small.to_str().unwrap()) && words.contains("No space left on device"), "{words}");
+    assert_eq!(scratch.text("out"), "");
 }
 
 #[test]

@@ -211,6 +211,21 @@ fn a_small_program_on_files_passes_and_one_that_drops_a_line_in_a_thousand_fails
 }
 
 #[test]
+fn a_process_for_each_batch_is_tried_and_one_that_drops_a_line_in_a_thousand_fails() {
+    let run = conform(&["--ack", "exit"], &[], &["cat"]).expect_code(0);
+    assert!(cases(&run).len() >= 40);
+    assert!(cases(&run).iter().any(|case| case["name"] == "killed-behind-its-outputs"));
+    let those = ["hundred-records", "same-records-again-and-again", "killed-behind-its-outputs"];
+    let _run = conform(&["--ack", "exit", "--expect", "filter"], &those, &["grep", "a"]).expect_code(0);
+    let _run = conform(&["--ack", "exit", "--expect", "flatmap"], &those, &["sed", "s/a/a\\na/"]).expect_code(0);
+    let _run = conform(&["--ack", "exit", "--framing", "json"], &those, &["cat"]).expect_code(0);
+    let run = conform(&["--ack", "exit"], &["hundred-thousand-records"], &["sed", "1000~1000d"]).expect_code(1);
+    assert!(cases(&run).iter().all(|case| case["passed"] == false));
+    let refused = conform(&["--ack", "exit", "--transport", "http"], &[], &["cat"]).expect_code(2);
+    assert!(refused.words().contains("`--ack exit` is for the transports auto and stdio"), "{}", refused.words());
+}
+
+#[test]
 fn cat_passes_every_case_in_each_framing_and_a_program_of_lines_does_not() {
     for framing in ["json", "length"] {
         let run = conform(&["--framing", framing], &[], &["cat"]).expect_code(0);

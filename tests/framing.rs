@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests: a failure is a failed test")]
 
-use argo_streams_tests::{Scratch, kill_while_running, processes_with};
+use argo_streams_tests::{Scratch, kill_while_running, processes_with, shims_of};
 
 /// Makes payloads that no line can carry.
 const MAKER: &str = r#"
@@ -137,21 +137,55 @@ fn a_length_that_cannot_be_ends_the_program_with_what_was_wrong() {
     }
 }
 
+/// Writes frames in pieces, so that a kill tears one.
+const PIECES: &str = r#"
+import os, time
+source = os.open(os.environ["AGS_INPUT"], os.O_RDONLY) if "AGS_INPUT" in os.environ else 0
+target = os.open(os.environ["AGS_OUTPUT"], os.O_WRONLY) if "AGS_OUTPUT" in os.environ else 1
+n = 0
+while block := os.read(source, 5000):
+  os.write(target, block[:2500])
+  n += 1
+  if n % 20 == 0: time.sleep(0.002)
+  os.write(target, block[2500:])
+"#;
+
+fn go_through_kills(framing: &str, transport: &str, is_shim: bool) {
+    let scratch = Scratch::new();
+    let input: String = (0..100_000).map(|id| format!("{{\"id\":{id}}}\n")).collect();
+    scratch.write("in", &input);
+    let program = scratch.write("pieces.py", PIECES);
+    let program = program.to_str().unwrap();
+    let more = format!("    framing: {framing}\n    transport: {transport}\n");
+    let pipeline = scratch.pipeline(&json_steps(&format!("[python3, {program}]"), &more));
+    let mut run = scratch.start(&pipeline, &[]);
+    let agent = run.child.id();
+    let victims = || if is_shim { shims_of(agent) } else { processes_with(program) };
+    let kills = kill_while_running(&scratch, &mut run, 10, victims);
+    let _run = run.finish().expect_code(0);
+    let what = format!("{framing} over {transport}, {kills} kills (of the shim: {is_shim})");
+    assert!(scratch.text("out") == input, "{what}: {}", scratch.text("out").lines().count());
+    assert!(kills >= 5, "{what}");
+    assert!(processes_with(program).is_empty(), "{what}");
+}
+
 #[test]
 fn killed_programs_answer_each_frame_once_and_in_order() {
     for framing in ["json", "length"] {
-        let scratch = Scratch::new();
-        let input: String = (0..100_000).map(|id| format!("{{\"id\":{id}}}\n")).collect();
-        scratch.write("in", &input);
-        // Writes frames in pieces, so that a kill tears one.
-        let program = scratch.write("pieces.py", "import os, time\nn = 0\nwhile block := os.read(0, 5000):\n  os.write(1, block[:2500])\n  n += 1\n  if n % 20 == 0: time.sleep(0.002)\n  os.write(1, block[2500:])\n");
-        let program = program.to_str().unwrap();
-        let pipeline =
-            scratch.pipeline(&json_steps(&format!("[python3, {program}]"), &format!("    framing: {framing}\n")));
-        let mut run = scratch.start(&pipeline, &[]);
-        let kills = kill_while_running(&scratch, &mut run, 10, || processes_with(program));
-        let _run = run.finish().expect_code(0);
-        assert!(scratch.text("out") == input, "{framing}, {kills} kills: {}", scratch.text("out").lines().count());
-        assert!(kills >= 5, "{framing}: only {kills} kills");
+        go_through_kills(framing, "stdio", false);
+    }
+}
+
+#[test]
+fn killed_shims_leave_each_frame_once_and_in_order() {
+    for framing in ["json", "length"] {
+        go_through_kills(framing, "stdio", true);
+    }
+}
+
+#[test]
+fn frames_go_over_named_pipes_through_kills() {
+    for is_shim in [false, true] {
+        go_through_kills("length", "fifo", is_shim);
     }
 }

@@ -1,7 +1,13 @@
 //! The static shim, and containers in which there is nothing but it and a program. The engines are podman and
 //! Docker, as they are.
 #![forbid(unsafe_code)]
-#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests: a failure is a failed test")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stdout,
+    reason = "tests: a failure is a failed test"
+)]
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -390,6 +396,48 @@ fn a_killed_agent_leaves_no_container() {
     let run = rig.run(&pipeline, &[]).expect_code(0);
     assert!(rig.scratch.text("out") == lines(30_000), "{}", run.words());
     wait_for("the removal of the container", || rig.containers().is_empty().then_some(()));
+}
+
+/// With `--state` a container goes on beside its keeper, and the next agent takes it over and can begin it again.
+#[test]
+fn a_container_outlives_its_agent() {
+    if !can_contain() {
+        return;
+    }
+    let rig = Rig::new(Engine::Podman);
+    let mark = mark("outlives");
+    let source = rig.scratch.write("lines.c", LINES);
+    let program = rig.compile("lines", &source, &[]);
+    let entry = format!("ENTRYPOINT [\"/program\", \"{mark}\"]");
+    rig.image("localhost/lines:1", &program, &[&entry]);
+    let count = 60_000;
+    rig.scratch.write("in", lines(count));
+    let pipeline = rig.scratch.pipeline(&steps("localhost/lines:1", ""));
+    let state = rig.scratch.path("state");
+    let state = ["--state", state.to_str().unwrap()];
+    let run = rig.start(&pipeline, &state);
+    wait_for("outputs", || std::fs::metadata(rig.scratch.path("out")).is_ok_and(|out| out.len() > 0).then_some(()));
+    let before = processes("/program", &mark);
+    kill_process(Pid::from_child(&run.child), Signal::KILL).unwrap();
+    drop(run);
+    let mut run = rig.start(&pipeline, &state);
+    drop(run.child.stdin.take());
+    let asked = wait_for("the run that took over", || {
+        assert!(run.child.try_wait().unwrap().is_none(), "it is over before it was asked");
+        let mut ctl = Command::new(binary());
+        ctl.arg("ctl").arg(&pipeline).args(["status"]).env("XDG_RUNTIME_DIR", rig.scratch.path(""));
+        ctl.output().unwrap().status.success().then(|| processes("/program", &mark))
+    });
+    assert_eq!(asked, before, "the program went on");
+    let mut ctl = Command::new(binary());
+    ctl.arg("ctl").arg(&pipeline).args(["restart", "step"]).env("XDG_RUNTIME_DIR", rig.scratch.path(""));
+    let restarted = ctl.output().unwrap();
+    assert!(restarted.status.success(), "{}", String::from_utf8_lossy(&restarted.stderr));
+    assert_ne!(processes("/program", &mark), before, "another process");
+    let run = run.finish().expect_code(0);
+    assert!(run.words().contains("took over the run of an agent that is gone"), "{}", run.words());
+    assert!(rig.scratch.text("out") == lines(count), "{}", run.words());
+    assert_eq!(rig.containers(), "");
 }
 
 #[test]

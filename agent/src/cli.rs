@@ -178,6 +178,9 @@ pub struct ConformArguments {
     /// How records lie in what the program reads and writes.
     #[arg(long, value_name = "NAME", default_value = "lines")]
     pub framing: FramingKind,
+    /// `exit`: a process for each batch, on standard input and output. Without it `line`, and `read` for filters and flatmaps.
+    #[arg(long, value_name = "exit")]
+    pub ack: Option<ConformAck>,
     /// What the program does with a record.
     #[arg(long, value_name = "WHAT", default_value = "identity")]
     pub expect: ConformExpect,
@@ -218,6 +221,13 @@ pub enum ConformTransport {
     Socket,
     /// By files in a directory.
     File,
+}
+
+/// How `conform` takes a program's answers, where that is not what it is by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ConformAck {
+    /// When the process of a batch has ended.
+    Exit,
 }
 
 /// What `conform` expects.

@@ -26,10 +26,17 @@ pub fn conform_command(arguments: &ConformArguments) -> Result<bool, Failure> {
         let text = "`--framing` is for the transports auto, stdio, fifo and file: others have frames of their own";
         return Err((BAD_USAGE, text.to_owned()));
     }
+    if arguments.ack.is_some() && !matches!(arguments.transport, ConformTransport::Auto | ConformTransport::Stdio) {
+        return Err((
+            BAD_USAGE,
+            "`--ack exit` is for the transports auto and stdio: a process for each batch".to_owned(),
+        ));
+    }
     let request = Request {
         binary: std::env::current_exe().map_err(|error| (FAILED, format!("where this program is: {error}")))?,
         command: arguments.command.clone(),
         transport: match arguments.transport {
+            ConformTransport::Auto | ConformTransport::Stdio if arguments.ack.is_some() => Transport::Exit,
             ConformTransport::Auto => Transport::Auto,
             ConformTransport::Stdio => Transport::Stdio,
             ConformTransport::Shm => Transport::Shm,

@@ -2416,7 +2416,7 @@ impl Stage {
             return true;
         }
         self.wants_input
-            && !(self.has_parking && self.parking.as_ref().is_some_and(Parking::is_crowded))
+            && !(self.has_parking && (self.holds_back() || self.parking.as_ref().is_some_and(Parking::is_crowded)))
             && self.inputs.iter().any(|input| match (&input.consumer, &input.neighbour) {
                 (Some(consumer), Some(neighbour)) if !input.ended && input.held.is_none() => {
                     consumer.depth() > 0 || neighbour.page.tail(neighbour.index).max(input.final_tail) > consumer.tail()

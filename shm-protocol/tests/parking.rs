@@ -424,7 +424,9 @@ fn a_death_alone_with_a_record_is_an_attempt() {
     agent.recover(WORKER);
     let mut collector = open(&mut agent, WORKER, Role::Stage);
     publish_all(&mut source, &[("x", "x1"), ("y", "y1")]);
-    let mut collected = Vec::new();
+    let mut collected = texts(&mut collector);
+    assert_eq!(collected, ["x1"], "alone");
+    assert_eq!(collector.wait(1).unwrap(), Waited::TimedOut, "what is held back is no reason to wake up");
     while collected.len() < 2 {
         collected.extend(texts(&mut collector));
         collector.wait(SECOND).unwrap();

@@ -35,6 +35,10 @@ pub(crate) const GRACE: Duration = Duration::from_secs(40);
 /// How the program is joined.
 #[derive(Clone, Debug)]
 pub(crate) struct Setup {
+    /// What is started in place of the program.
+    pub(crate) command: Option<Vec<String>>,
+    /// Exit codes that are success, where they decide.
+    pub(crate) success: Option<&'static [u8]>,
     pub(crate) transport: &'static str,
     /// None: as it is without `ack`, which a stage on shared memory does not need.
     pub(crate) ack: Option<&'static str>,
@@ -208,6 +212,11 @@ impl Attempt {
     /// Goes on for so long, whatever comes.
     pub(crate) fn pass(&mut self, time: Duration) -> Result<(), Finding> {
         self.until(Some(time), |_| false).map(|_| ())
+    }
+
+    /// Whatever ends it from now on was caused by us.
+    pub(crate) fn expect_ends(&mut self) {
+        self.caused = u32::MAX;
     }
 
     /// Sends the program a signal that ends it, and waits until it was started again.
@@ -569,11 +578,14 @@ fn without_time(line: &str) -> String {
 
 fn pipeline_text(place: &Place, setup: &Setup) -> String {
     let mut step = serde_json::json!({
-        "parDo": "program", "name": "program", "command": place.command, "transport": setup.transport,
+        "parDo": "program", "name": "program", "command": setup.command.as_ref().unwrap_or(&place.command), "transport": setup.transport,
     });
     if let Some(fields) = step.as_object_mut() {
         if let Some(ack) = setup.ack {
             fields.insert("ack".to_owned(), ack.into());
+        }
+        if let Some(success) = setup.success {
+            fields.insert("success".to_owned(), success.into());
         }
         if setup.framing != "lines" {
             fields.insert("framing".to_owned(), setup.framing.into());

@@ -65,6 +65,7 @@ impl Trier {
             Trial::Twice => numbered(2000),
             Trial::AtOnceAndSlowly => numbered(300),
             Trial::TwoProcesses => numbered(20_000),
+            Trial::KilledBehindOutputs => numbered(5000),
         });
         let (sent, mut expected) = (sequence.describe(), self.expected(clause, &sequence));
         let result = match clause.trial {
@@ -154,6 +155,7 @@ impl Trier {
             Trial::Pipe => self.send(sequence, Setup { is_block_buffered: true, ..self.setup() }),
             Trial::AckRead => self.send(sequence, Setup { ack: Some("read"), ..self.setup() }),
             Trial::TwoProcesses => self.two_processes(sequence),
+            Trial::KilledBehindOutputs => self.killed_behind_outputs(sequence),
             Trial::Twice => self.alike(sequence, Attempt::finish, Attempt::finish),
             Trial::AtOnceAndSlowly => self.alike(sequence, Attempt::finish, |attempt| {
                 for record in (0..=300).step_by(15) {
@@ -167,13 +169,17 @@ impl Trier {
 
     fn setup(&self) -> Setup {
         let ack = match (self.transport, self.expect) {
+            (Transport::Exit, _) => Some("exit"),
             (Transport::Shm | Transport::Http | Transport::Socket | Transport::File, _) => None,
             (_, Expect::Identity) => Some("line"),
             (_, Expect::Filter | Expect::Flatmap) => Some("read"),
         };
         Setup {
-            transport: self.transport.name(),
+            command: None,
+            transport: if self.transport == Transport::Exit { "stdio" } else { self.transport.name() },
             ack,
+            // `grep` says 1 when nothing of a batch is left.
+            success: (self.transport == Transport::Exit && self.expect == Expect::Filter).then_some(&[0, 1]),
             framing: self.framing.name(),
             is_block_buffered: false,
             containers: 1,
@@ -241,7 +247,9 @@ impl Trier {
         let seen = format!("not demanded of a program that works on text; seen: {}", finding.got);
         let (Expect::Identity, Some(as_text)) = (self.expect, as_text) else { return Ok(seen) };
         // Text is read line by line, and then each end of a line is a newline: no more than that may have changed.
-        let setup = Setup { ack: Some("read"), ..self.setup() };
+        let setup = self.setup();
+        let ack = if self.transport == Transport::Exit { setup.ack } else { Some("read") };
+        let setup = Setup { ack, ..setup };
         let judge = Judge::of_reading(Arc::new(as_text()));
         let attempt = Attempt::start(&self.place, &setup, Arc::clone(sequence), judge);
         let Ok(mut attempt) = attempt else { return Err(finding) };
@@ -319,6 +327,33 @@ impl Trier {
             attempt.finish()
         });
         result
+    }
+
+    /// A shell runs the program in the place of itself, or, one time in three, kills itself behind it.
+    fn killed_behind_outputs(&mut self, sequence: &Arc<Sequence>) -> Result<String, Finding> {
+        const KILLING: &str = "count=0; [ ! -e \"$0\" ] || read -r count <\"$0\"; echo $((count + 1)) >\"$0\"; [ $((count % 3)) = 0 ] || exec \"$@\"; \"$@\"; kill -KILL $$";
+        let count = self.place.scratch.join("starts");
+        // Not there is as well.
+        let _of_an_earlier_attempt = std::fs::remove_file(&count);
+        let mut command: Vec<String> = ["sh", "-c", KILLING].map(str::to_owned).to_vec();
+        command.push(count.to_string_lossy().into_owned());
+        command.extend(self.place.command.iter().cloned());
+        let setup = Setup { command: Some(command), ..self.setup() };
+        self.with(sequence, setup, Loss::None, |attempt| {
+            attempt.expect_ends();
+            // In parts, so that there are batches of several lengths.
+            for part in (500..=5000).step_by(500) {
+                attempt.allow(part);
+                attempt.pass(Duration::from_millis(15))?;
+            }
+            let got = attempt.finish()?;
+            match attempt.ends() {
+                0 => {
+                    Err(Finding::new("no process was killed".to_owned(), "This is no fault of the program: try again."))
+                }
+                ends => Ok(format!("{got}; {ends} processes were killed behind their outputs")),
+            }
+        })
     }
 
     /// Two attempts that must come to the same.

@@ -43,6 +43,8 @@ pub enum Transport {
     Socket,
     /// By files in a directory.
     File,
+    /// By standard input and output, a process for each batch: `ack: exit`.
+    Exit,
 }
 
 /// How records lie in what it reads and writes, where that is a stream of bytes.
@@ -81,6 +83,7 @@ impl Transport {
             Self::Http => "http",
             Self::Socket => "socket",
             Self::File => "file",
+            Self::Exit => "exit",
         }
     }
 }
@@ -127,6 +130,8 @@ pub(crate) enum Trial {
     AckRead,
     /// Two processes at the same time.
     TwoProcesses,
+    /// One process in three is killed when it has written all its outputs.
+    KilledBehindOutputs,
 }
 
 /// A clause of the contract, and the case that tries it.
@@ -141,13 +146,16 @@ pub(crate) struct Clause {
 }
 
 use Expect::{Filter, Flatmap, Identity};
-use Transport::{Auto, Fifo, File, Http, Shm, Socket, Stdio};
+use Transport::{Auto, Exit, Fifo, File, Http, Shm, Socket, Stdio};
 
 const EVERY: &[Expect] = &[Identity, Filter, Flatmap];
 const IDENTITY: &[Expect] = &[Identity];
 const FILTER: &[Expect] = &[Filter];
 const UNCHANGED: &[Expect] = &[Identity, Filter];
-const ANY: &[Transport] = &[Auto, Stdio, Shm, Fifo, Http, Socket, File];
+const ANY: &[Transport] = &[Auto, Stdio, Shm, Fifo, Http, Socket, File, Exit];
+/// Where a process stays while nothing comes.
+const STAYING: &[Transport] = &[Auto, Stdio, Shm, Fifo, Http, Socket, File];
+const BATCH: &[Transport] = &[Exit];
 const TERMINAL: &[Transport] = &[Auto, Stdio];
 const LINES: &[Transport] = &[Auto, Stdio, Fifo];
 
@@ -171,7 +179,7 @@ pub(crate) const CLAUSES: &[Clause] = &[
         ANY,
         Trial::Send(|| Sequence::Listed(Vec::new())),
     ),
-    clause("silent-before-the-first", "nothing is written before the first record", EVERY, ANY, Trial::Silent),
+    clause("silent-before-the-first", "nothing is written before the first record", EVERY, STAYING, Trial::Silent),
     clause(
         "one-record",
         "a single record is answered",
@@ -595,7 +603,7 @@ pub(crate) const CLAUSES: &[Clause] = &[
         "one-at-a-time",
         "a record is answered before the next one comes, or all of them when the input ends",
         IDENTITY,
-        ANY,
+        STAYING,
         Trial::OneByOne,
     ),
     clause("bursts", "bursts of records with pauses between them", EVERY, ANY, Trial::Bursts),
@@ -606,8 +614,8 @@ pub(crate) const CLAUSES: &[Clause] = &[
         ANY,
         Trial::Idle,
     ),
-    clause("backlog", "records that have piled up while the program stood still", EVERY, ANY, Trial::Backlog),
-    clause("stays-until-the-end", "the program goes on until its input ends", EVERY, ANY, Trial::Stays),
+    clause("backlog", "records that have piled up while the program stood still", EVERY, STAYING, Trial::Backlog),
+    clause("stays-until-the-end", "the program goes on until its input ends", EVERY, STAYING, Trial::Stays),
     clause(
         "ends-when-its-input-does",
         "at the end of its input the program ends by itself; with success, but for a filter",
@@ -622,7 +630,7 @@ pub(crate) const CLAUSES: &[Clause] = &[
         ANY,
         Trial::Drain,
     ),
-    clause("two-processes", "two processes of it work side by side", IDENTITY, ANY, Trial::TwoProcesses),
+    clause("two-processes", "two processes of it work side by side", IDENTITY, STAYING, Trial::TwoProcesses),
     clause(
         "output-through-a-pipe",
         "with `buffering: block` the output is a pipe: the same records",
@@ -638,23 +646,36 @@ pub(crate) const CLAUSES: &[Clause] = &[
         "killed-in-the-middle",
         "killed (SIGKILL) again and again: nothing is lost or doubled with `ack: line`, nothing doubled with `ack: read`",
         EVERY,
-        ANY,
+        STAYING,
         Trial::Killed,
     ),
-    clause("killed-before-the-first-answer", "killed before it has answered anything", EVERY, ANY, Trial::KilledFirst),
+    clause(
+        "killed-before-the-first-answer",
+        "killed before it has answered anything",
+        EVERY,
+        STAYING,
+        Trial::KilledFirst,
+    ),
     clause(
         "killed-while-idle",
         "killed with nothing to do: the next process begins with nothing and answers the next record like any other",
         EVERY,
-        ANY,
+        STAYING,
         Trial::KilledIdle,
     ),
     clause(
         "terminated-in-the-middle",
         "asked to end by SIGTERM, it may end at once or not at all; as after a kill",
         EVERY,
-        ANY,
+        STAYING,
         Trial::Terminated,
+    ),
+    clause(
+        "killed-behind-its-outputs",
+        "a process that is killed when it has written all its outputs counts for nothing: the next one gets the same batch",
+        EVERY,
+        BATCH,
+        Trial::KilledBehindOutputs,
     ),
 ];
 

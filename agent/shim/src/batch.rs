@@ -10,22 +10,15 @@ use std::collections::VecDeque;
 use std::process::ExitStatus;
 use std::time::Duration;
 
-use argo_streams_shm_protocol::stage::{
-    BelongsTo, Emit, KeyChoice, OUTPUT_MAIN, OpenError, PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MIN, Received, Stage,
-    StageError,
-};
-use argo_streams_shm_protocol::{
-    Control, ControlError, Event, Hello, Message, ProgramEvent, RecordKind, Role, monotonic_ns,
-};
-use argo_streams_stage::{Backend, StageBell, path_keys, ready_descriptor};
-use tokio::io::Interest;
+use argo_streams_shm_protocol::stage::{BelongsTo, Emit, KeyChoice, OUTPUT_MAIN, Received, Stage, StageError};
+use argo_streams_shm_protocol::{Event, Message, RecordKind};
+use argo_streams_stage::Backend;
 
 use crate::batch::files::{Files, Taken};
 use crate::framing::{Answer, AnswerKey, Frame, FrameSplitter, append_record};
 use crate::program::{Fifos, OutputKind, Program, describe};
-use crate::serve::{
-    GROUP_PATIENCE, LIBRARY, OPEN_TIMEOUT_NS, Options, ShimError, finish_stage, library, nanoseconds, until_retry,
-};
+use crate::serve::{GROUP_PATIENCE, Options, ShimError, finish_stage};
+use crate::supervisor::{self, Serve, Supervisor, Wake};
 
 /// Output is read in blocks of this size.
 const BLOCK_BYTES: usize = 64 << 10;
@@ -96,13 +89,9 @@ enum Emitted {
 #[derive(Debug)]
 struct Shim {
     batches: Batches,
-    options: Options,
-    backend: Backend,
-    control: Control,
-    stage: Option<(Stage, StageBell)>,
+    supervisor: Supervisor,
     /// The agent wants the program to run.
     may_start: bool,
-    program: Option<Program>,
     files: Option<Files>,
     batch: Option<Batch>,
     /// At most so many records a batch, since larger ones were too much.
@@ -114,8 +103,6 @@ struct Shim {
     suspects: usize,
     /// ... of at most so many records.
     suspects_max: usize,
-    /// When the next step of ending the program is due, and whether it was terminated already.
-    stopping: Option<(u64, bool)>,
     /// The stage is to be finished.
     over: bool,
     has_said_too_much: bool,
@@ -125,87 +112,65 @@ struct Shim {
 
 /// Serves a worker until the agent ends it.
 pub(crate) async fn serve(batches: Batches, options: Options, backend: Backend) -> Result<(), ShimError> {
-    let failed = |source| ShimError::Control { socket: options.socket.clone(), source };
-    let control = Control::connect(&options.socket).map_err(failed)?;
-    let hello = Hello {
-        version_min: PROTOCOL_VERSION_MIN,
-        version_max: PROTOCOL_VERSION_MAX,
-        role: Role::Supervisor,
-        features: 0,
-        pid: std::process::id(),
-        library: library(backend),
-    };
-    control.send(&Message::Hello(hello), &[]).map_err(failed)?;
-    let mut shim = Shim {
+    supervisor::serve(Shim {
         batches,
         records_max: options.batch.records,
-        options,
-        backend,
-        control,
-        stage: None,
+        supervisor: Supervisor::connect(options, backend)?,
         may_start: false,
-        program: None,
         files: None,
         batch: None,
         good_in_a_row: 0,
         failures_in_a_row: 0,
         suspects: 0,
         suspects_max: 1,
-        stopping: None,
         over: false,
         has_said_too_much: false,
         has_failed_alone: false,
-    };
-    shim.run().await
+    })
+    .await
 }
 
-impl Shim {
-    fn control_error(&self, source: ControlError) -> ShimError {
-        ShimError::Control { socket: self.options.socket.clone(), source }
+impl Serve for Shim {
+    fn supervisor(&mut self) -> &mut Supervisor {
+        &mut self.supervisor
     }
 
-    fn send(&self, event: Event) -> Result<(), ShimError> {
-        self.control.send(&Message::Event(event), &[]).map_err(|source| self.control_error(source))
-    }
-
-    async fn run(&mut self) -> Result<(), ShimError> {
-        let control_ready = ready_descriptor(self.control.descriptor().try_clone_to_owned()?, Interest::READABLE)?;
-        loop {
-            loop {
-                match self.control.try_receive() {
-                    Ok(Some((Message::Event(Event::Start { .. }), _))) => self.start()?,
-                    Ok(Some((Message::Event(Event::Yield), _))) => {
-                        self.send(Event::Yielded { given_up: false, taken_bytes: 0 })?;
-                    }
-                    Ok(Some((Message::Event(Event::Stop { grace_ms }), _))) => {
-                        self.begin_stop(Duration::from_millis(grace_ms));
-                    }
-                    Ok(Some(_)) => {}
-                    Ok(None) => break,
-                    // The stage has finished, or the agent is gone: so is our reason to be. A batch that is under way counts
-                    // for nothing.
-                    Err(ControlError::Closed) => {
-                        if let Some(mut program) = self.program.take() {
-                            program.end_group(GROUP_PATIENCE).await;
-                        }
-                        return Ok(());
-                    }
-                    Err(source) => return Err(self.control_error(source)),
+    async fn hear(&mut self, message: Message) -> Result<(), ShimError> {
+        match message {
+            Message::Event(Event::Start { .. }) => self.start(),
+            Message::Event(Event::Yield) => self.supervisor.send(Event::Yielded { given_up: false, taken_bytes: 0 }),
+            Message::Event(Event::Stop { grace_ms }) => {
+                if self.supervisor.stopping.is_none() {
+                    self.supervisor.stop_after(Duration::from_millis(grace_ms), false);
                 }
+                Ok(())
             }
-            if self.turn().await? {
-                // Let the runtime's driver run, but do not sleep.
-                tokio::task::yield_now().await;
-            } else {
-                self.sleep(&control_ready).await?;
-            }
+            _ => Ok(()),
         }
     }
 
+    /// A batch that is under way counts for nothing.
+    async fn closed(&mut self) -> Result<(), ShimError> {
+        if let Some(mut program) = self.supervisor.program.take() {
+            program.end_group(GROUP_PATIENCE).await;
+        }
+        Ok(())
+    }
+
+    async fn turn(&mut self) -> Result<bool, ShimError> {
+        self.work().await
+    }
+
+    async fn sleep(&mut self) -> Result<(), ShimError> {
+        self.rest().await
+    }
+}
+
+impl Shim {
     /// The agent wants a program. With `exit` a process begins with its batch; the agent is not told of each, because it takes
     /// them for deaths and restarts: it hears of those that fail.
     fn start(&mut self) -> Result<(), ShimError> {
-        (self.stopping, self.over, self.may_start) = (None, false, true);
+        (self.supervisor.stopping, self.over, self.may_start) = (None, false, true);
         if self.batches == Batches::Files {
             if !self.start_program()? {
                 return Ok(());
@@ -213,74 +178,54 @@ impl Shim {
         } else {
             // What the agent may kill is this shim: its program dies with it, and the number of a process that has ended with
             // its batch could be another one's.
-            self.send(Event::Program(ProgramEvent::Started { pid: std::process::id() }))?;
+            self.supervisor.say_started(std::process::id())?;
         }
-        if self.stage.is_none() {
-            let control = Control::connect(&self.options.socket).map_err(|source| self.control_error(source))?;
-            match Stage::open(control, Role::ShimStage, LIBRARY, path_keys, OPEN_TIMEOUT_NS) {
-                Ok(stage) => {
-                    let bell = StageBell::new(&stage)?;
-                    self.stage = Some((stage, bell));
-                }
-                Err(OpenError::Refused { .. }) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(())
+        self.supervisor.open_stage()
     }
 
     /// `false`: it cannot be started, and the agent knows.
     fn start_program(&mut self) -> Result<bool, ShimError> {
-        let name = self.options.command.first().map_or("", String::as_str);
         let is_files = self.batches == Batches::Files;
         // The old ones remove their directories, which are those of the new ones.
         self.files = None;
         let started = if is_files {
-            Files::new(&self.options.socket.with_extension("files")).map(|files| {
+            Files::new(&self.supervisor.options.socket.with_extension("files")).map(|files| {
                 let environment = files.environment();
                 self.files = Some(files);
                 (environment, OutputKind::Log)
             })
         } else {
             // What it writes counts when it has ended: it need not flush, and a pipe is faster than a terminal.
-            Ok((Vec::new(), if self.options.has_fifos { OutputKind::Fifos } else { OutputKind::Pipe }))
+            Ok((Vec::new(), if self.supervisor.options.has_fifos { OutputKind::Fifos } else { OutputKind::Pipe }))
         };
         let started = started.and_then(|(environment, output)| {
             Program::start(
-                self.backend,
-                &self.options.command,
+                self.supervisor.backend,
+                &self.supervisor.options.command,
                 &environment,
                 output,
-                &Fifos::beside(&self.options.socket),
+                &Fifos::beside(&self.supervisor.options.socket),
             )
         });
         match started {
             Ok(program) => {
                 if is_files {
-                    self.send(Event::Program(ProgramEvent::Started { pid: program.pid() }))?;
+                    self.supervisor.say_started(program.pid())?;
                 }
-                self.program = Some(program);
+                self.supervisor.program = Some(program);
                 Ok(true)
             }
             Err(error) => {
-                let text = format!("{name:?} cannot be started: {error}");
                 self.may_start = false;
-                self.send(Event::Program(ProgramEvent::NotStarted { text }))?;
+                self.supervisor.say_not_started(&error)?;
                 Ok(false)
             }
         }
     }
 
-    fn begin_stop(&mut self, grace: Duration) {
-        if self.stopping.is_some() {
-            return;
-        }
-        self.stopping = Some((monotonic_ns() + nanoseconds(grace), false));
-    }
-
     /// One round of work; whether anything moved.
-    async fn turn(&mut self) -> Result<bool, ShimError> {
-        if self.stop_step() {
+    async fn work(&mut self) -> Result<bool, ShimError> {
+        if self.supervisor.stop_step() {
             return Ok(true);
         }
         if self.batch.is_none() {
@@ -328,7 +273,7 @@ impl Shim {
     }
 
     fn program_has_ended(&mut self) -> Result<bool, ShimError> {
-        Ok(match &mut self.program {
+        Ok(match &mut self.supervisor.program {
             Some(program) => program.try_status()?.is_some(),
             None => false,
         })
@@ -336,8 +281,8 @@ impl Shim {
 
     /// Receives what is there, and makes a batch of it. `false`: nothing is there, or no program may run.
     fn begin(&mut self) -> Result<bool, ShimError> {
-        let Some((stage, _)) = &mut self.stage else { return Ok(false) };
-        if !self.may_start || self.stopping.is_some() {
+        let Some((stage, _)) = &mut self.supervisor.stage else { return Ok(false) };
+        if !self.may_start || self.supervisor.stopping.is_some() {
             return Ok(false);
         }
         let records_max = if self.suspects > 0 { self.suspects_max.min(self.records_max) } else { self.records_max };
@@ -357,7 +302,7 @@ impl Shim {
         if stage.undone_len() == 0 {
             return Ok(false);
         }
-        let framing = self.options.framing;
+        let framing = self.supervisor.options.framing;
         let mut batch = Batch {
             records: 0,
             event_time_ns: None,
@@ -372,7 +317,7 @@ impl Shim {
         };
         let mut bytes = 0;
         while batch.records < records_max
-            && bytes < self.options.batch.bytes
+            && bytes < self.supervisor.options.batch.bytes
             && let Some(record) = stage.undone_record(batch.records)
             && !stage.is_parked(batch.records)
         {
@@ -416,10 +361,10 @@ impl Shim {
 
     /// Writes what the program's input takes; closes it behind the last record.
     async fn feed(&mut self) -> Result<bool, ShimError> {
-        let (Some(batch), Some(program)) = (&mut self.batch, &mut self.program) else { return Ok(false) };
+        let (Some(batch), Some(program)) = (&mut self.batch, &mut self.supervisor.program) else { return Ok(false) };
         if batch.feed_begin == batch.feed.len() {
             // A named pipe that nobody has open loses what is in it: our end stays until the program has begun to read.
-            let is_fed = program.stdin().is_some() && !(self.options.has_fifos && program.is_untouched());
+            let is_fed = program.stdin().is_some() && !(self.supervisor.options.has_fifos && program.is_untouched());
             if is_fed {
                 program.close_stdin();
             }
@@ -445,7 +390,7 @@ impl Shim {
 
     /// Reads the program's output, if there is some and room for it.
     async fn read_output(&mut self) -> Result<bool, ShimError> {
-        let (Some(batch), Some(program)) = (&mut self.batch, &mut self.program) else { return Ok(false) };
+        let (Some(batch), Some(program)) = (&mut self.batch, &mut self.supervisor.program) else { return Ok(false) };
         if batch.held.is_some() {
             return Ok(false);
         }
@@ -469,7 +414,9 @@ impl Shim {
 
     /// Emits what is there, pending until the batch is done.
     fn emit(&mut self) -> Result<Emitted, ShimError> {
-        let (Some((stage, _)), Some(batch)) = (&mut self.stage, &mut self.batch) else { return Ok(Emitted::All) };
+        let (Some((stage, _)), Some(batch)) = (&mut self.supervisor.stage, &mut self.batch) else {
+            return Ok(Emitted::All);
+        };
         for _ in 0..FRAMES_PER_TURN {
             if batch.too_much.is_some() || batch.nonsense.is_some() {
                 return Ok(Emitted::All);
@@ -526,12 +473,7 @@ impl Shim {
             match self.emit()? {
                 Emitted::All => return Ok(()),
                 Emitted::Some => {}
-                Emitted::Blocked => {
-                    let Some((stage, bell)) = &mut self.stage else { return Ok(()) };
-                    stage.set_wants_input(false);
-                    bell.wait(stage).await?;
-                    stage.set_wants_input(true);
-                }
+                Emitted::Blocked => self.supervisor.wait_for_room().await?,
             }
         }
     }
@@ -573,7 +515,7 @@ impl Shim {
             return self.report(status, Some((0, nonsense)));
         }
         self.failures_in_a_row += 1;
-        let is_declared = self.stage.as_ref().is_some_and(|(stage, _)| stage.has_declared_retries());
+        let is_declared = self.supervisor.has_declared_retries();
         // Where failures of records are declared, the one that did it is looked for at once.
         if self.failures_in_a_row > 1 || is_declared {
             self.suspects = self.suspects.max(records);
@@ -584,10 +526,7 @@ impl Shim {
 
     /// A batch of one record went wrong: if the pipeline declares what becomes of those that fail, this one did.
     async fn fail_alone(&mut self, status: Option<ExitStatus>, nonsense: Option<&str>) -> Result<bool, ShimError> {
-        let Some((stage, bell)) = self.stage.as_mut().filter(|(stage, _)| stage.has_declared_retries()) else {
-            return Ok(false);
-        };
-        if self.stopping.is_some() {
+        if !self.supervisor.has_declared_retries() || self.supervisor.stopping.is_some() {
             return Ok(false);
         }
         let text = nonsense.map_or_else(
@@ -595,18 +534,7 @@ impl Shim {
             |nonsense| format!("was ended because it {nonsense}"),
         );
         let reason = format!("its program {text} while it had this record alone");
-        while let Err(error) = stage.fail(0, &reason) {
-            match error {
-                StageError::Full => {
-                    stage.set_wants_input(false);
-                    bell.wait(stage).await?;
-                    stage.set_wants_input(true);
-                }
-                error => return Err(error.into()),
-            }
-        }
-        stage.done(1)?;
-        stage.commit()?;
+        self.finish_oldest(|stage| stage.fail(0, &reason).map(drop)).await?;
         self.failures_in_a_row = 0;
         self.suspects = self.suspects.saturating_sub(1);
         // It was the one.
@@ -617,12 +545,12 @@ impl Shim {
 
     /// Ends what is left of the program and takes what it wrote.
     async fn end_program(&mut self) -> Result<Option<ExitStatus>, ShimError> {
-        let Some(mut program) = self.program.take() else { return Ok(None) };
+        let Some(mut program) = self.supervisor.program.take() else { return Ok(None) };
         if !program.end_group(GROUP_PATIENCE).await {
             tracing::warn!(pid = program.pid(), "its process group did not end after SIGKILL; going on without it");
         }
         let status = program.try_status()?;
-        self.program = Some(program);
+        self.supervisor.program = Some(program);
         // All that it wrote is in the pipe. A helper that escaped may hold it open: then the first time that nothing is there
         // is the end.
         loop {
@@ -632,7 +560,7 @@ impl Shim {
             }
         }
         self.emit_all().await?;
-        self.program = None;
+        self.supervisor.program = None;
         Ok(status)
     }
 
@@ -657,12 +585,12 @@ impl Shim {
             }
         }
         self.may_start = false;
-        self.send(Event::Program(ProgramEvent::Ended { code, text, uncertain_records: 0 }))
+        self.supervisor.say_ended(code, text, 0)
     }
 
     /// Forgets the batch and what it emitted; its records stay. How many they are.
     fn give_up_batch(&mut self) -> usize {
-        if let Some((stage, _)) = &mut self.stage {
+        if let Some((stage, _)) = &mut self.supervisor.stage {
             stage.abort();
         }
         if let Some(files) = &mut self.files {
@@ -673,7 +601,7 @@ impl Shim {
 
     /// Publishes the outputs of the batch and acknowledges its records.
     fn succeed(&mut self) -> Result<(), ShimError> {
-        let (Some((stage, _)), Some(batch)) = (&mut self.stage, self.batch.take()) else { return Ok(()) };
+        let (Some((stage, _)), Some(batch)) = (&mut self.supervisor.stage, self.batch.take()) else { return Ok(()) };
         stage.done(batch.records)?;
         stage.commit()?;
         if let Some(files) = &mut self.files {
@@ -686,25 +614,25 @@ impl Shim {
             self.suspects_max = self.suspects_max.saturating_mul(2);
         }
         self.good_in_a_row += 1;
-        if self.good_in_a_row >= GROWS_AFTER && self.records_max < self.options.batch.records {
+        if self.good_in_a_row >= GROWS_AFTER && self.records_max < self.supervisor.options.batch.records {
             self.good_in_a_row = 0;
-            self.records_max = self.records_max.saturating_mul(2).min(self.options.batch.records);
+            self.records_max = self.records_max.saturating_mul(2).min(self.supervisor.options.batch.records);
         }
         Ok(())
     }
 
     /// The outputs cannot be carried together: half of the records are tried; a single one goes to the error output.
     async fn make_smaller(&mut self) -> Result<(), ShimError> {
-        if let Some(mut program) = self.program.take() {
+        if let Some(mut program) = self.supervisor.program.take() {
             if matches!(self.batches, Batches::Files) {
-                self.program = Some(program);
+                self.supervisor.program = Some(program);
             } else {
                 program.end_group(GROUP_PATIENCE).await;
             }
         }
         let why = self.batch.as_mut().and_then(|batch| batch.too_much.take()).unwrap_or_default();
         let records = self.give_up_batch();
-        let Some((stage, bell)) = &mut self.stage else { return Ok(()) };
+        let Some((stage, _)) = &mut self.supervisor.stage else { return Ok(()) };
         if records > 1 {
             self.records_max = records / 2;
             self.good_in_a_row = 0;
@@ -718,20 +646,22 @@ impl Shim {
         let reason = format!(
             "the outputs of this record alone cannot be committed as one: {why}; with `ack: read` they need not be, and over `transport: socket` or `shm` large ones can be split"
         );
+        self.finish_oldest(|stage| stage.reject(0, &reason)).await
+    }
+
+    /// Finishes the oldest record by itself, with what goes to the error output for it.
+    async fn finish_oldest(&mut self, say: impl Fn(&mut Stage) -> Result<(), StageError>) -> Result<(), ShimError> {
         loop {
-            match stage.reject(0, &reason) {
-                Ok(()) => break,
-                Err(StageError::Full) => {
-                    stage.set_wants_input(false);
-                    bell.wait(stage).await?;
-                    stage.set_wants_input(true);
+            let Some((stage, _)) = &mut self.supervisor.stage else { return Ok(()) };
+            match say(stage) {
+                Ok(()) => {
+                    stage.done(1)?;
+                    return Ok(stage.commit()?);
                 }
+                Err(StageError::Full) => self.supervisor.wait_for_room().await?,
                 Err(error) => return Err(error.into()),
             }
         }
-        stage.done(1)?;
-        stage.commit()?;
-        Ok(())
     }
 
     /// With `file`: whether the input file is gone.
@@ -747,7 +677,7 @@ impl Shim {
             Ok(Taken::Outputs(outputs)) => {
                 for output in outputs {
                     let Some(batch) = &mut self.batch else { return Ok(()) };
-                    let mut splitter = FrameSplitter::new(self.options.framing);
+                    let mut splitter = FrameSplitter::new(self.supervisor.options.framing);
                     splitter.put_buffer(output);
                     batch.splitter = splitter;
                     self.emit_all().await?;
@@ -782,49 +712,29 @@ impl Shim {
     /// With `file`: the program ended with no batch.
     async fn end_idle(&mut self) -> Result<(), ShimError> {
         let status = self.end_program().await?;
-        let is_over = self.stage.as_ref().is_some_and(|(stage, _)| stage.is_input_over() && stage.undone_len() == 0);
+        let is_over =
+            self.supervisor.stage.as_ref().is_some_and(|(stage, _)| stage.is_input_over() && stage.undone_len() == 0);
         if is_over {
             // We ended it, or it is no loss any more.
             self.over = true;
-            return self.send(Event::Program(ProgramEvent::Ended {
-                code: 0,
-                text: "ended at the end of its input".to_owned(),
-                uncertain_records: 0,
-            }));
+            return self.supervisor.say_ended(0, "ended at the end of its input".to_owned(), 0);
         }
         self.report(status, None)
     }
 
-    /// Grace time, SIGTERM, the grace time again, SIGKILL.
-    fn stop_step(&mut self) -> bool {
-        let (Some((deadline_ns, terminated)), Some(program)) = (&mut self.stopping, &self.program) else {
-            return false;
-        };
-        if monotonic_ns() < *deadline_ns {
-            return false;
-        }
-        if *terminated {
-            program.kill();
-        } else {
-            program.terminate();
-        }
-        (*deadline_ns, *terminated) = (monotonic_ns() + nanoseconds(self.options.grace), true);
-        true
-    }
-
     /// Ends the program when everything is answered and nothing more comes, and then the stage.
     async fn finish(&mut self) -> Result<bool, ShimError> {
-        let Some((stage, _)) = &mut self.stage else { return Ok(false) };
+        let Some((stage, _)) = &mut self.supervisor.stage else { return Ok(false) };
         if !stage.is_input_over() || stage.undone_len() > 0 {
             return Ok(false);
         }
-        if let Some(program) = &self.program {
+        if let Some(program) = &self.supervisor.program {
             // Nothing tells a program that no file will come any more.
-            if self.stopping.is_some_and(|(_, terminated)| terminated) {
+            if self.supervisor.stopping.is_some_and(|stopping| stopping.terminated) {
                 return Ok(false);
             }
             program.terminate();
-            self.stopping = Some((monotonic_ns() + nanoseconds(self.options.grace), true));
+            self.supervisor.stop_after(self.supervisor.options.grace, true);
             return Ok(true);
         }
         if matches!(self.batches, Batches::Exit { .. }) && self.may_start {
@@ -836,59 +746,43 @@ impl Shim {
 
     /// Told to stop, a program has ended when its batch has; one that waits for files is asked to.
     fn stop_between_batches(&mut self) -> Result<bool, ShimError> {
-        if !self.may_start || self.stopping.is_none_or(|(_, terminated)| terminated) {
+        if !self.may_start || self.supervisor.stopping.is_none_or(|stopping| stopping.terminated) {
             return Ok(false);
         }
-        if let Some(program) = &self.program {
+        if let Some(program) = &self.supervisor.program {
             program.terminate();
-            self.stopping = Some((monotonic_ns() + nanoseconds(self.options.grace), true));
+            self.supervisor.stop_after(self.supervisor.options.grace, true);
             return Ok(true);
         }
         self.may_start = false;
         let text = "was stopped between two batches".to_owned();
-        self.send(Event::Program(ProgramEvent::Ended { code: 0, text, uncertain_records: 0 }))?;
+        self.supervisor.say_ended(0, text, 0)?;
         Ok(true)
     }
 
-    async fn sleep(&mut self, control_ready: &tokio::io::unix::AsyncFd<std::os::fd::OwnedFd>) -> Result<(), ShimError> {
-        if let Some((stage, _)) = &mut self.stage {
-            stage.set_wants_input(self.batch.is_none() && self.may_start);
-            if !stage.prepare_sleep()? {
-                return Ok(());
-            }
-        }
-        let until_stop = self
-            .stopping
-            .filter(|_| self.program.is_some())
-            .map(|(deadline_ns, _)| Duration::from_nanos(deadline_ns.saturating_sub(monotonic_ns())));
-        let is_untouched = self.options.has_fifos && self.program.as_ref().is_some_and(Program::is_untouched);
-        let look_again = match (&self.batch, &self.files) {
-            (Some(_), Some(_)) => files::LOOK_INTERVAL,
-            (Some(_), None) if is_untouched => UNTOUCHED_INTERVAL,
-            _ => Duration::from_secs(1),
-        };
-        let timer = until_stop.map_or(look_again, |until_stop| until_stop.min(look_again));
+    async fn rest(&mut self) -> Result<(), ShimError> {
         let may_begin = self.batch.is_none() && self.may_start;
-        let timer = timer.min(until_retry(self.stage.as_ref().filter(|_| may_begin)));
-        {
-            let (program, batch, files) = (self.program.as_ref(), self.batch.as_ref(), self.files.as_ref());
-            let has_feed = batch.is_some_and(|batch| batch.feed_begin < batch.feed.len());
-            let stdin = program.and_then(Program::stdin).filter(|_| has_feed);
-            let stdout = program.and_then(Program::stdout).filter(|_| batch.is_some_and(|batch| batch.held.is_none()));
-            tokio::select! {
-                () = async { match &self.stage { Some((_, bell)) => bell.rung().await, None => std::future::pending().await } } => {}
-                guard = control_ready.readable() => { if let Ok(mut guard) = guard { guard.clear_ready(); } }
-                () = async { match stdin { Some(stdin) => stdin.writable().await, None => std::future::pending().await } } => {}
-                () = async { match stdout { Some(stdout) => stdout.readable().await, None => std::future::pending().await } } => {}
-                () = async { match files { Some(files) => files.changed().await, None => std::future::pending().await } } => {}
-                () = async { match program { Some(program) => program.ended().await, None => std::future::pending().await } } => {}
-                () = tokio::time::sleep(timer) => {}
+        if !self.supervisor.prepare_sleep(may_begin)? {
+            return Ok(());
+        }
+        let is_untouched =
+            self.supervisor.options.has_fifos && self.supervisor.program.as_ref().is_some_and(Program::is_untouched);
+        let time = match (&self.batch, &self.files) {
+            (Some(_), Some(_)) => Some(files::LOOK_INTERVAL),
+            (Some(_), None) if is_untouched => Some(UNTOUCHED_INTERVAL),
+            _ => None,
+        };
+        let (batch, files) = (self.batch.as_ref(), self.files.as_ref());
+        let has_feed = batch.is_some_and(|batch| batch.feed_begin < batch.feed.len());
+        let may_be_read = batch.is_some_and(|batch| batch.held.is_none());
+        let changed = async {
+            match files {
+                Some(files) => files.changed().await,
+                None => std::future::pending().await,
             }
-        }
-        if let Some((stage, _)) = &mut self.stage {
-            stage.end_sleep();
-            stage.set_wants_input(true);
-        }
+        };
+        let wake = Wake { wants_input: may_begin, time };
+        self.supervisor.rest((has_feed, may_be_read), wake, changed).await;
         Ok(())
     }
 }

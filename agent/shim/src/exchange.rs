@@ -11,24 +11,17 @@ mod socket;
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use argo_streams_shm_protocol::stage::{
-    BelongsTo, Emit, KeyChoice, OUTPUT_MAIN, OpenError, PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MIN, Received, Stage,
-    StageError,
-};
-use argo_streams_shm_protocol::{
-    Control, ControlError, Event, Hello, Message, ProgramEvent, RecordKind, Role, monotonic_ns,
-};
-use argo_streams_stage::{Backend, StageBell, path_keys, ready_descriptor};
-use tokio::io::Interest;
+use argo_streams_shm_protocol::stage::{BelongsTo, Emit, KeyChoice, OUTPUT_MAIN, Received, Stage, StageError};
+use argo_streams_shm_protocol::{Event, Message, RecordKind, monotonic_ns};
+use argo_streams_stage::Backend;
 use tokio::sync::mpsc::{Receiver, Sender};
 use tokio::task::JoinHandle;
 
 use crate::batch::BatchLimits;
 use crate::framing::{AnswerKey, REASON_BYTES_MAX};
 use crate::program::{Fifos, OutputKind, Program, describe};
-use crate::serve::{
-    GROUP_PATIENCE, LIBRARY, OPEN_TIMEOUT_NS, Options, ShimError, finish_stage, library, nanoseconds, until_retry,
-};
+use crate::serve::{GROUP_PATIENCE, Options, ShimError, finish_stage};
+use crate::supervisor::{self, Serve, Supervisor, Wake};
 
 /// A record that the program refuses for now is sent again after this time at first, then after twice as long each time ...
 const RETRY_NS_MIN: u64 = 100_000_000;
@@ -170,11 +163,7 @@ struct InFlight {
 #[derive(Debug)]
 struct Shim {
     exchange: Exchange,
-    options: Options,
-    backend: Backend,
-    control: Control,
-    stage: Option<(Stage, StageBell)>,
-    program: Option<Program>,
+    supervisor: Supervisor,
     carrier: Option<Carrier>,
     is_ready: bool,
     /// As received; the front is the oldest record that is not done.
@@ -186,8 +175,6 @@ struct Shim {
     deaths_in_a_row: u32,
     /// As many records go one by one, to find the one that kills the program.
     one_by_one: usize,
-    /// When the next step of ending the program is due, and whether it was terminated already.
-    stopping: Option<(u64, bool)>,
     over: bool,
     /// Why the carrier broke.
     broken: Option<String>,
@@ -196,24 +183,9 @@ struct Shim {
 
 /// Serves a worker until the agent ends it.
 pub(crate) async fn serve(exchange: Exchange, options: Options, backend: Backend) -> Result<(), ShimError> {
-    let failed = |source| ShimError::Control { socket: options.socket.clone(), source };
-    let control = Control::connect(&options.socket).map_err(failed)?;
-    let hello = Hello {
-        version_min: PROTOCOL_VERSION_MIN,
-        version_max: PROTOCOL_VERSION_MAX,
-        role: Role::Supervisor,
-        features: 0,
-        pid: std::process::id(),
-        library: library(backend),
-    };
-    control.send(&Message::Hello(hello), &[]).map_err(failed)?;
-    let mut shim = Shim {
+    supervisor::serve(Shim {
         exchange,
-        options,
-        backend,
-        control,
-        stage: None,
-        program: None,
+        supervisor: Supervisor::connect(options, backend)?,
         carrier: None,
         is_ready: false,
         in_flight: VecDeque::new(),
@@ -222,99 +194,74 @@ pub(crate) async fn serve(exchange: Exchange, options: Options, backend: Backend
         requests_sent: 0,
         deaths_in_a_row: 0,
         one_by_one: 0,
-        stopping: None,
         over: false,
         broken: None,
         has_said_later: false,
-    };
-    shim.run().await
+    })
+    .await
+}
+
+impl Serve for Shim {
+    fn supervisor(&mut self) -> &mut Supervisor {
+        &mut self.supervisor
+    }
+
+    async fn hear(&mut self, message: Message) -> Result<(), ShimError> {
+        match message {
+            Message::Event(Event::Start { .. }) => self.start(),
+            Message::Event(Event::Yield) => self.supervisor.send(Event::Yielded { given_up: false, taken_bytes: 0 }),
+            Message::Event(Event::Stop { grace_ms }) => {
+                self.begin_stop(Duration::from_millis(grace_ms));
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    async fn closed(&mut self) -> Result<(), ShimError> {
+        self.end_program().await
+    }
+
+    async fn turn(&mut self) -> Result<bool, ShimError> {
+        self.work().await
+    }
+
+    async fn sleep(&mut self) -> Result<(), ShimError> {
+        self.rest().await
+    }
 }
 
 impl Shim {
-    fn control_error(&self, source: ControlError) -> ShimError {
-        ShimError::Control { socket: self.options.socket.clone(), source }
-    }
-
-    fn send(&self, event: Event) -> Result<(), ShimError> {
-        self.control.send(&Message::Event(event), &[]).map_err(|source| self.control_error(source))
-    }
-
-    async fn run(&mut self) -> Result<(), ShimError> {
-        let control_ready = ready_descriptor(self.control.descriptor().try_clone_to_owned()?, Interest::READABLE)?;
-        loop {
-            loop {
-                match self.control.try_receive() {
-                    Ok(Some((Message::Event(Event::Start { .. }), _))) => self.start()?,
-                    Ok(Some((Message::Event(Event::Yield), _))) => {
-                        self.send(Event::Yielded { given_up: false, taken_bytes: 0 })?;
-                    }
-                    Ok(Some((Message::Event(Event::Stop { grace_ms }), _))) => {
-                        self.begin_stop(Duration::from_millis(grace_ms));
-                    }
-                    Ok(Some(_)) => {}
-                    Ok(None) => break,
-                    // The stage has finished, or the agent is gone: so is our reason to be.
-                    Err(ControlError::Closed) => {
-                        self.end_program().await?;
-                        return Ok(());
-                    }
-                    Err(source) => return Err(self.control_error(source)),
-                }
-            }
-            if self.turn().await? {
-                // Let the connections work, but do not sleep.
-                tokio::task::yield_now().await;
-            } else {
-                self.sleep(&control_ready).await?;
-            }
-        }
-    }
-
     fn start(&mut self) -> Result<(), ShimError> {
-        (self.stopping, self.over, self.is_ready) = (None, false, false);
+        (self.supervisor.stopping, self.over, self.is_ready) = (None, false, false);
         let carrier = match self.exchange {
             Exchange::Http { batch } => http::connect(batch),
-            Exchange::Socket => socket::listen(&self.options.socket),
-        };
-        let not_started = |error: &std::io::Error| {
-            let name = self.options.command.first().map_or("", String::as_str);
-            Event::Program(ProgramEvent::NotStarted { text: format!("{name:?} cannot be started: {error}") })
+            Exchange::Socket => socket::listen(&self.supervisor.options.socket),
         };
         let carrier = match carrier {
             Ok(carrier) => carrier,
-            Err(error) => return self.send(not_started(&error)),
+            Err(error) => return self.supervisor.say_not_started(&error),
         };
         match Program::start(
-            self.backend,
-            &self.options.command,
+            self.supervisor.backend,
+            &self.supervisor.options.command,
             &carrier.environment,
             OutputKind::Log,
-            &Fifos::beside(&self.options.socket),
+            &Fifos::beside(&self.supervisor.options.socket),
         ) {
             Ok(program) => {
-                self.send(Event::Program(ProgramEvent::Started { pid: program.pid() }))?;
-                self.program = Some(program);
+                self.supervisor.say_started(program.pid())?;
+                self.supervisor.program = Some(program);
                 self.carrier = Some(carrier);
             }
-            Err(error) => return self.send(not_started(&error)),
+            Err(error) => return self.supervisor.say_not_started(&error),
         }
-        if self.stage.is_none() {
-            let control = Control::connect(&self.options.socket).map_err(|source| self.control_error(source))?;
-            match Stage::open(control, Role::ShimStage, LIBRARY, path_keys, OPEN_TIMEOUT_NS) {
-                Ok(stage) => {
-                    let bell = StageBell::new(&stage)?;
-                    self.stage = Some((stage, bell));
-                }
-                Err(OpenError::Refused { .. }) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(())
+        self.supervisor.open_stage()
     }
 
     /// Nothing more is sent to the program; it has the grace time to end.
     fn begin_stop(&mut self, grace: Duration) {
-        if self.program.is_none() || self.stopping.is_some() {
+        if self.supervisor.program.is_none() || self.supervisor.stopping.is_some() {
             return;
         }
         let mut terminated = false;
@@ -322,19 +269,19 @@ impl Shim {
             carrier.requests = None;
             terminated = !carrier.ends_by_itself;
         }
-        if terminated && let Some(program) = &self.program {
+        if terminated && let Some(program) = &self.supervisor.program {
             program.terminate();
         }
-        self.stopping = Some((monotonic_ns() + nanoseconds(grace), terminated));
+        self.supervisor.stop_after(grace, terminated);
     }
 
     /// One round of work; whether anything moved.
-    async fn turn(&mut self) -> Result<bool, ShimError> {
+    async fn work(&mut self) -> Result<bool, ShimError> {
         let mut moved = self.receive()?;
         moved |= self.hear_program();
         moved |= self.dispatch();
         moved |= self.settle()?;
-        if let Some(program) = &mut self.program {
+        if let Some(program) = &mut self.supervisor.program {
             if self.broken.is_some() && tokio::time::timeout(DEATH_PATIENCE, program.ended()).await.is_ok() {
                 // Its connection broke because it ended.
                 self.broken = None;
@@ -344,7 +291,7 @@ impl Shim {
                 return Ok(true);
             }
         }
-        moved |= self.stop_step();
+        moved |= self.supervisor.stop_step();
         moved |= self.finish()?;
         Ok(moved)
     }
@@ -357,8 +304,8 @@ impl Shim {
 
     fn receive(&mut self) -> Result<bool, ShimError> {
         let window = self.window();
-        let Some((stage, _)) = &mut self.stage else { return Ok(false) };
-        if self.in_flight.len() >= window || self.program.is_none() {
+        let Some((stage, _)) = &mut self.supervisor.stage else { return Ok(false) };
+        if self.in_flight.len() >= window || self.supervisor.program.is_none() {
             return Ok(false);
         }
         let mut received: Vec<Received> = Vec::new();
@@ -378,7 +325,7 @@ impl Shim {
     /// Hands over what waits, the oldest first; where requests are of several records, as many as wait and fit in one.
     fn dispatch(&mut self) -> bool {
         let window = self.window();
-        let Some((stage, _)) = &self.stage else { return false };
+        let Some((stage, _)) = &self.supervisor.stage else { return false };
         let Some(carrier) = &self.carrier else { return false };
         let Some(requests) = carrier.requests.as_ref().filter(|_| self.is_ready) else { return false };
         let batching = carrier.batching;
@@ -438,7 +385,7 @@ impl Shim {
                 return;
             }
             // A program that was told that nothing more comes may close its connection before it ends.
-            Answer::Broken(_) if self.stopping.is_some() => {
+            Answer::Broken(_) if self.supervisor.stopping.is_some() => {
                 self.carrier = None;
                 return;
             }
@@ -462,7 +409,7 @@ impl Shim {
         let front = self.in_flight.front().map_or(self.next_number, |entry| entry.number);
         let place = number.checked_sub(front).and_then(|place| usize::try_from(place).ok());
         // Without a key and without a word in the pipeline nothing may overtake it: it is tried again where it stands.
-        let may_park = self.stage.as_ref().zip(place).is_some_and(|((stage, _), place)| {
+        let may_park = self.supervisor.stage.as_ref().zip(place).is_some_and(|((stage, _), place)| {
             stage.has_declared_retries() || stage.undone_record(place).is_some_and(|record| record.view.keyed)
         });
         let entry = place.and_then(|place| self.in_flight.get_mut(place));
@@ -499,7 +446,7 @@ impl Shim {
                 let wait_ns = retry_ns(entry.attempt);
                 entry.attempt += 1;
                 if !std::mem::replace(&mut self.has_said_later, true)
-                    && let Some((stage, _)) = &self.stage
+                    && let Some((stage, _)) = &self.supervisor.stage
                 {
                     let text = format!(
                         "refused a record for now ({reason}); it is sent up to {ATTEMPTS_MAX} times, then it goes to the error output"
@@ -514,7 +461,7 @@ impl Shim {
 
     /// Finishes what is answered, from the front. `true` when anything moved.
     fn settle(&mut self) -> Result<bool, ShimError> {
-        let Some((stage, _)) = &mut self.stage else { return Ok(false) };
+        let Some((stage, _)) = &mut self.supervisor.stage else { return Ok(false) };
         let mut moved = false;
         while let Some(entry) = self.in_flight.front_mut() {
             let settled = match &mut entry.state {
@@ -547,7 +494,7 @@ impl Shim {
 
     /// Ends the process group, keeps what it answered, and reports.
     async fn end_program(&mut self) -> Result<(), ShimError> {
-        let Some(mut program) = self.program.take() else { return Ok(()) };
+        let Some(mut program) = self.supervisor.program.take() else { return Ok(()) };
         // What it answered before it ended is in the socket; the connections read on until its end.
         if !program.end_group(GROUP_PATIENCE).await {
             tracing::warn!(pid = program.pid(), "its process group did not end after SIGKILL; going on without it");
@@ -579,19 +526,18 @@ impl Shim {
             }
         }
         (self.sent, self.requests_sent) = (0, 0);
-        let all_answered =
-            self.in_flight.is_empty() && self.stage.as_ref().is_some_and(|(stage, _)| stage.is_input_over());
+        let all_answered = self.in_flight.is_empty() && self.supervisor.is_input_over();
         if let Some(broken) = self.broken.take() {
             text = format!("was ended because it {broken}");
             code = 1;
         }
-        if all_answered && self.stopping.is_some() {
+        if all_answered && self.supervisor.stopping.is_some() {
             // We ended it; how is no fault of its.
             code = 0;
-        } else if !all_answered && self.stage.is_some() {
+        } else if !all_answered && self.supervisor.stage.is_some() {
             self.deaths_in_a_row += 1;
             // Where failures of records are declared, the one that did it is looked for at once.
-            if self.deaths_in_a_row > 1 || self.stage.as_ref().is_some_and(|(stage, _)| stage.has_declared_retries()) {
+            if self.deaths_in_a_row > 1 || self.supervisor.has_declared_retries() {
                 self.one_by_one = self.in_flight.len();
             }
             if unanswered > 0 {
@@ -599,50 +545,33 @@ impl Shim {
             }
         }
         self.over = all_answered;
-        if let Some((stage, _)) = &mut self.stage {
+        if let Some((stage, _)) = &mut self.supervisor.stage {
             stage.commit()?;
         }
-        self.send(Event::Program(ProgramEvent::Ended { code, text, uncertain_records: 0 }))
+        self.supervisor.say_ended(code, text, 0)
     }
 
     /// The program ended with one record unanswered: if the pipeline declares what becomes of those that fail, this one did.
     fn fail_alone(&mut self, text: &str) {
-        let is_declared = self.stage.as_ref().is_some_and(|(stage, _)| stage.has_declared_retries());
+        let is_declared = self.supervisor.has_declared_retries();
         let mut sent = self.in_flight.iter_mut().filter(|entry| matches!(entry.state, State::Sent));
         if let (Some(entry), None) = (sent.next(), sent.next())
             && is_declared
-            && self.stopping.is_none()
+            && self.supervisor.stopping.is_none()
         {
             entry.state = State::Failed(format!("its program {text} while it had this record alone"));
         }
     }
 
-    /// The order of stopping: nothing more comes, the grace time, SIGTERM, the grace time again, SIGKILL.
-    fn stop_step(&mut self) -> bool {
-        let (Some((deadline_ns, terminated)), Some(program)) = (&mut self.stopping, &self.program) else {
-            return false;
-        };
-        if monotonic_ns() < *deadline_ns {
-            return false;
-        }
-        if *terminated {
-            program.kill();
-        } else {
-            program.terminate();
-        }
-        (*deadline_ns, *terminated) = (monotonic_ns() + nanoseconds(self.options.grace), true);
-        true
-    }
-
     /// Ends the program when everything is answered and nothing more comes, and then the stage.
     fn finish(&mut self) -> Result<bool, ShimError> {
-        let Some((stage, _)) = &mut self.stage else { return Ok(false) };
+        let Some((stage, _)) = &mut self.supervisor.stage else { return Ok(false) };
         if !stage.is_input_over() || !self.in_flight.is_empty() {
             return Ok(false);
         }
-        if self.program.is_some() {
-            if self.stopping.is_none() {
-                let grace = self.options.grace;
+        if self.supervisor.program.is_some() {
+            if self.supervisor.stopping.is_none() {
+                let grace = self.supervisor.options.grace;
                 self.begin_stop(grace);
                 return Ok(true);
             }
@@ -651,42 +580,28 @@ impl Shim {
         if self.over { finish_stage(stage, &mut self.over) } else { Ok(false) }
     }
 
-    async fn sleep(&mut self, control_ready: &tokio::io::unix::AsyncFd<std::os::fd::OwnedFd>) -> Result<(), ShimError> {
-        let can_receive = self.program.is_some() && self.in_flight.len() < self.window();
-        if let Some((stage, _)) = &mut self.stage {
-            stage.set_wants_input(can_receive);
-            if !stage.prepare_sleep()? {
-                return Ok(());
-            }
+    async fn rest(&mut self) -> Result<(), ShimError> {
+        let wants_input = self.supervisor.program.is_some() && self.in_flight.len() < self.window();
+        if !self.supervisor.prepare_sleep(wants_input)? {
+            return Ok(());
         }
-        let now = monotonic_ns();
+        let now_ns = monotonic_ns();
         let due = self.in_flight.iter().filter_map(|entry| match entry.state {
             // What could be sent now waits for the program, and not for a time.
-            State::Waiting { not_before_ns } => Some(not_before_ns).filter(|due| *due > now),
+            State::Waiting { not_before_ns } => not_before_ns.checked_sub(now_ns).filter(|left_ns| *left_ns > 0),
             _ => None,
         });
-        let until_ns = due.chain(self.stopping.map(|(deadline_ns, _)| deadline_ns)).min();
-        let timer = until_ns.map_or(Duration::from_secs(1), |until| Duration::from_nanos(until.saturating_sub(now)));
-        let timer = timer.min(until_retry(self.stage.as_ref().filter(|_| can_receive)));
-        let mut heard = None;
-        {
-            let (stage, program, carrier) = (&self.stage, &self.program, &mut self.carrier);
-            tokio::select! {
-                () = async { match stage { Some((_, bell)) => bell.rung().await, None => std::future::pending().await } } => {}
-                guard = control_ready.readable() => { if let Ok(mut guard) = guard { guard.clear_ready(); } }
-                answer = async { match carrier { Some(carrier) => carrier.answers.recv().await, None => std::future::pending().await } } => {
-                    heard = Some(answer.unwrap_or_else(|| Answer::Broken("closed its connection".to_owned())));
-                }
-                () = async { match program { Some(program) => program.ended().await, None => std::future::pending().await } } => {}
-                () = tokio::time::sleep(timer) => {}
+        let time = due.min().map(Duration::from_nanos);
+        let carrier = &mut self.carrier;
+        let answer = async {
+            match carrier {
+                Some(carrier) => carrier.answers.recv().await,
+                None => std::future::pending().await,
             }
-        }
-        if let Some((stage, _)) = &mut self.stage {
-            stage.end_sleep();
-            stage.set_wants_input(true);
-        }
-        if let Some(answer) = heard {
-            self.take(answer);
+        };
+        let wake = Wake { wants_input, time };
+        if let Some(answer) = self.supervisor.rest((false, false), wake, answer).await {
+            self.take(answer.unwrap_or_else(|| Answer::Broken("closed its connection".to_owned())));
         }
         Ok(())
     }

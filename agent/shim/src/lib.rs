@@ -2,7 +2,7 @@
 //!
 //! The agent starts one shim for each worker of a `parDo`; the shim starts and ends the program, and is its stage unless
 //! the program opens the C library itself. Reading order: `program` starts and ends a process group; `lines` cuts its
-//! output; `serve` is the loop that joins them to the stage and to the agent;
+//! output; `supervisor` is what every loop has in common, `serve` the loop for lines and frames;
 //! `exchange` is that loop for transports in which each record has an answer of its own, `batch` for batches that are
 //! answered as a whole; `framing` is how records lie in a stream of bytes.
 #![deny(unsafe_code)]
@@ -15,6 +15,7 @@ mod lines;
 mod program;
 mod serve;
 mod spawn;
+mod supervisor;
 
 pub use arguments::{Ack, BufferingKind, FramingKind, ShimArguments, ShimTransport};
 pub use batch::{BatchLimits, Batches};

@@ -10,32 +10,17 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use argo_streams_shm_protocol::stage::{
-    BelongsTo, Emit, KeyChoice, OUTPUT_ERRORS, OUTPUT_MAIN, OpenError, PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MIN,
-    Received, Stage, StageError, encode_error,
+    BelongsTo, Emit, KeyChoice, OUTPUT_ERRORS, OUTPUT_MAIN, OpenError, Received, Stage, StageError, encode_error,
 };
-use argo_streams_shm_protocol::{
-    Control, ControlError, Event, Hello, Message, ProgramEvent, RecordKind, Role, monotonic_ns,
-};
-use argo_streams_stage::{Backend, StageBell, block_on, choose_backend, path_keys, ready_descriptor};
-use tokio::io::Interest;
+use argo_streams_shm_protocol::{ControlError, Event, Message, RecordKind, monotonic_ns};
+use argo_streams_stage::{Backend, block_on, choose_backend};
 
 use crate::batch::{self, BatchLimits, Batches};
 use crate::exchange::{self, Exchange};
 use crate::framing::{Answer, AnswerKey, Frame, FrameSplitter, Framing, append_record, id_of};
 use crate::program::{Fifos, OutputKind, Program, describe};
+use crate::supervisor::{self, Serve, Supervisor, Wake, nanoseconds};
 
-pub(crate) const LIBRARY: &str = concat!("argo-streams-shim ", env!("CARGO_PKG_VERSION"));
-
-/// What the agent is told of this shim; behind its name, why it does not use io_uring: containers' profiles forbid that.
-pub(crate) fn library(backend: Backend) -> String {
-    match (backend, choose_backend()) {
-        (Backend::Epoll, (Backend::Epoll, reason)) => format!("{LIBRARY}; epoll: {reason}"),
-        _ => LIBRARY.to_owned(),
-    }
-}
-
-/// How long the agent may take to answer; it does so at once unless the machine is very busy.
-pub(crate) const OPEN_TIMEOUT_NS: u64 = 30_000_000_000;
 /// Input is fed in blocks of this size: the size of a pipe.
 const BLOCK_BYTES: usize = 64 << 10;
 /// Records that are fed and unanswered, so that a program that never answers holds a bounded number.
@@ -124,7 +109,7 @@ pub fn run(options: Options) -> Result<(), ShimError> {
         let served = match (options.exchange, options.batches.clone()) {
             (Some(exchange), _) => exchange::serve(exchange, options, backend).await,
             (None, Some(batches)) => batch::serve(batches, options, backend).await,
-            (None, None) => Shim::connect(options, backend)?.serve().await,
+            (None, None) => supervisor::serve(Shim::connect(options, backend)?).await,
         };
         match served {
             // The agent ended the run, by force or because it is gone itself: nothing that a shim could add to what it says.
@@ -149,11 +134,7 @@ enum InFlight {
 
 #[derive(Debug)]
 struct Shim {
-    options: Options,
-    backend: Backend,
-    control: Control,
-    stage: Option<(Stage, StageBell)>,
-    program: Option<Program>,
+    supervisor: Supervisor,
     in_flight: VecDeque<InFlight>,
     /// How many of `in_flight` were fed to this process.
     fed: usize,
@@ -180,7 +161,6 @@ struct Shim {
     hinted: bool,
     surplus: u64,
     oldest_since_ns: u64,
-    stopping: Option<Stopping>,
     /// The input is over and its end is told when the program has begun to read.
     is_closing: bool,
     /// The program was told that its input is over, and has all of it.
@@ -188,33 +168,64 @@ struct Shim {
     over: bool,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Stopping {
-    deadline_ns: u64,
-    terminated: bool,
+impl Serve for Shim {
+    fn supervisor(&mut self) -> &mut Supervisor {
+        &mut self.supervisor
+    }
+
+    async fn hear(&mut self, message: Message) -> Result<(), ShimError> {
+        match message {
+            Message::Event(Event::Start { shim_is_stage }) => self.start(shim_is_stage)?,
+            Message::Event(Event::Yield) => {
+                let taken_bytes = self.supervisor.program.as_ref().map_or(0, Program::taken_bytes);
+                let given_up = self.supervisor.stage.is_some() && taken_bytes == 0 && self.progress == 0;
+                if given_up {
+                    // Uncommitted: the opener gets everything again.
+                    self.supervisor.stage = None;
+                    self.supervisor.stopping = None;
+                    self.forget_input();
+                    self.in_flight.clear();
+                }
+                self.supervisor.send(Event::Yielded { given_up, taken_bytes })?;
+            }
+            Message::Event(Event::Stop { grace_ms }) => {
+                let grace = Duration::from_millis(grace_ms);
+                self.begin_stop(grace);
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    async fn closed(&mut self) -> Result<(), ShimError> {
+        self.let_program_end().await?;
+        // What it still wrote is committed while there is room for it. With the agent gone for good, a reader may be gone as
+        // well: then no room ever comes.
+        let patience = self.supervisor.options.grace + GROUP_PATIENCE;
+        match tokio::time::timeout(patience, self.end_program(false)).await {
+            Ok(ended) => ended,
+            Err(_elapsed) => {
+                tracing::warn!("the agent is gone and nobody reads: what the program wrote last is not handed on");
+                Ok(())
+            }
+        }
+    }
+
+    async fn turn(&mut self) -> Result<bool, ShimError> {
+        self.work().await
+    }
+
+    async fn sleep(&mut self) -> Result<(), ShimError> {
+        self.rest().await
+    }
 }
 
 impl Shim {
     fn connect(options: Options, backend: Backend) -> Result<Self, ShimError> {
-        let failed = |source| ShimError::Control { socket: options.socket.clone(), source };
-        let control = Control::connect(&options.socket).map_err(failed)?;
-        let hello = Hello {
-            version_min: PROTOCOL_VERSION_MIN,
-            version_max: PROTOCOL_VERSION_MAX,
-            role: Role::Supervisor,
-            features: 0,
-            pid: std::process::id(),
-            library: library(backend),
-        };
-        control.send(&Message::Hello(hello), &[]).map_err(failed)?;
         let splitter = FrameSplitter::new(options.framing);
         Ok(Self {
             acknowledgement: options.acknowledgement,
-            options,
-            backend,
-            control,
-            stage: None,
-            program: None,
+            supervisor: Supervisor::connect(options, backend)?,
             in_flight: VecDeque::new(),
             fed: 0,
             feed: Vec::with_capacity(BLOCK_BYTES),
@@ -232,59 +243,18 @@ impl Shim {
             hinted: false,
             surplus: 0,
             oldest_since_ns: 0,
-            stopping: None,
             is_closing: false,
             is_told: false,
             over: false,
         })
     }
 
-    fn send(&self, event: Event) -> Result<(), ShimError> {
-        self.control
-            .send(&Message::Event(event), &[])
-            .map_err(|source| ShimError::Control { socket: self.options.socket.clone(), source })
-    }
-
-    async fn serve(&mut self) -> Result<(), ShimError> {
-        let control_ready = ready_descriptor(self.control.descriptor().try_clone_to_owned()?, Interest::READABLE)?;
-        loop {
-            while let Some((message, _descriptors)) = match self.control.try_receive() {
-                Ok(received) => received,
-                // The stage has finished, or the agent is gone: so is our reason to be.
-                Err(ControlError::Closed) => {
-                    self.let_program_end().await?;
-                    // What it still wrote is committed while there is room for it. With the agent gone for good, a reader
-                    // may be gone as well: then no room ever comes.
-                    let patience = self.options.grace + GROUP_PATIENCE;
-                    if let Ok(ended) = tokio::time::timeout(patience, self.end_program(false)).await {
-                        ended?;
-                    } else {
-                        tracing::warn!(
-                            "the agent is gone and nobody reads: what the program wrote last is not handed on"
-                        );
-                    }
-                    return Ok(());
-                }
-                Err(source) => return Err(ShimError::Control { socket: self.options.socket.clone(), source }),
-            } {
-                self.hear(message).await?;
-            }
-            let moved = self.turn().await?;
-            if moved {
-                // Let the runtime's driver run, but do not sleep.
-                tokio::task::yield_now().await;
-                continue;
-            }
-            self.sleep(&control_ready).await?;
-        }
-    }
-
     /// A program that is a stage by itself has its own last words, and the grace time for them.
     async fn let_program_end(&mut self) -> Result<(), ShimError> {
-        let deadline_ns = monotonic_ns() + nanoseconds(self.options.grace);
-        while self.stage.is_none() && monotonic_ns() < deadline_ns {
+        let deadline_ns = monotonic_ns() + nanoseconds(self.supervisor.options.grace);
+        while self.supervisor.stage.is_none() && monotonic_ns() < deadline_ns {
             while self.read_output().await? {}
-            let Some(program) = &mut self.program else { break };
+            let Some(program) = &mut self.supervisor.program else { break };
             if program.try_status()?.is_some() {
                 break;
             }
@@ -298,79 +268,37 @@ impl Shim {
         Ok(())
     }
 
-    async fn hear(&mut self, message: Message) -> Result<(), ShimError> {
-        match message {
-            Message::Event(Event::Start { shim_is_stage }) => self.start(shim_is_stage)?,
-            Message::Event(Event::Yield) => {
-                let taken_bytes = self.program.as_ref().map_or(0, Program::taken_bytes);
-                let given_up = self.stage.is_some() && taken_bytes == 0 && self.progress == 0;
-                if given_up {
-                    // Uncommitted: the opener gets everything again.
-                    self.stage = None;
-                    self.stopping = None;
-                    self.forget_input();
-                    self.in_flight.clear();
-                }
-                self.send(Event::Yielded { given_up, taken_bytes })?;
-            }
-            Message::Event(Event::Stop { grace_ms }) => {
-                let grace = Duration::from_millis(grace_ms);
-                self.begin_stop(grace);
-            }
-            _ => {}
-        }
-        Ok(())
-    }
-
     fn start(&mut self, shim_is_stage: bool) -> Result<(), ShimError> {
         self.forget_input();
-        self.splitter = FrameSplitter::new(self.options.framing);
+        self.splitter = FrameSplitter::new(self.supervisor.options.framing);
         self.progress = 0;
         self.taken_last.clear();
-        self.stopping = None;
+        self.supervisor.stopping = None;
         self.is_closing = false;
         self.is_told = false;
         self.over = false;
-        let output = match (shim_is_stage, self.options.is_block_buffered) {
+        let output = match (shim_is_stage, self.supervisor.options.is_block_buffered) {
             (false, _) => OutputKind::Log,
-            (true, _) if self.options.has_fifos => OutputKind::Fifos,
+            (true, _) if self.supervisor.options.has_fifos => OutputKind::Fifos,
             (true, true) => OutputKind::Pipe,
             (true, false) => OutputKind::Terminal,
         };
-        let environment = [("AGS_SOCKET".to_owned(), self.options.socket.to_string_lossy().into_owned())];
+        let environment = [("AGS_SOCKET".to_owned(), self.supervisor.options.socket.to_string_lossy().into_owned())];
         match Program::start(
-            self.backend,
-            &self.options.command,
+            self.supervisor.backend,
+            &self.supervisor.options.command,
             &environment,
             output,
-            &Fifos::beside(&self.options.socket),
+            &Fifos::beside(&self.supervisor.options.socket),
         ) {
             Ok(program) => {
-                self.send(Event::Program(ProgramEvent::Started { pid: program.pid() }))?;
-                self.program = Some(program);
+                self.supervisor.say_started(program.pid())?;
+                self.supervisor.program = Some(program);
             }
-            Err(error) => {
-                let name = self.options.command.first().map_or("", String::as_str);
-                self.send(Event::Program(ProgramEvent::NotStarted {
-                    text: format!("{name:?} cannot be started: {error}"),
-                }))?;
-                return Ok(());
-            }
+            Err(error) => return self.supervisor.say_not_started(&error),
         }
-        if shim_is_stage && self.stage.is_none() {
-            let control = Control::connect(&self.options.socket)
-                .map_err(|source| ShimError::Control { socket: self.options.socket.clone(), source })?;
-            match Stage::open(control, Role::ShimStage, LIBRARY, path_keys, OPEN_TIMEOUT_NS) {
-                Ok(stage) => {
-                    let bell = StageBell::new(&stage)?;
-                    self.stage = Some((stage, bell));
-                }
-                // The program opened the library before we were there: it is the stage.
-                Err(OpenError::Refused { .. }) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(())
+        // Where the program opened the library before we were there, it is the stage.
+        if shim_is_stage { self.supervisor.open_stage() } else { Ok(()) }
     }
 
     /// What was fed to a dead process was not: it is fed again to the next one.
@@ -387,16 +315,16 @@ impl Shim {
     }
 
     fn begin_stop(&mut self, grace: Duration) {
-        if self.program.is_none() || self.stopping.is_some() {
+        if self.supervisor.program.is_none() || self.supervisor.stopping.is_some() {
             return;
         }
         self.cut_feed();
         if self.feed_begin == self.feed.len()
-            && let Some(program) = &mut self.program
+            && let Some(program) = &mut self.supervisor.program
         {
             program.close_stdin();
         }
-        self.stopping = Some(Stopping { deadline_ns: monotonic_ns() + nanoseconds(grace), terminated: false });
+        self.supervisor.stop_after(grace, false);
     }
 
     /// Takes lines back that the program has nothing of. One that it has a part of goes whole: a program that saw the end of its
@@ -424,29 +352,29 @@ impl Shim {
     }
 
     /// One round of work; whether anything moved.
-    async fn turn(&mut self) -> Result<bool, ShimError> {
+    async fn work(&mut self) -> Result<bool, ShimError> {
         let mut moved = false;
-        if self.stage.is_some() {
+        if self.supervisor.stage.is_some() {
             moved |= self.receive()?;
             moved |= self.feed().await?;
             moved |= self.answer()?;
             moved |= self.take_read()?;
         }
         moved |= self.read_output().await?;
-        if let Some(program) = &mut self.program
+        if let Some(program) = &mut self.supervisor.program
             && (program.try_status()?.is_some() || self.nonsense.is_some())
         {
             self.end_program(true).await?;
             return Ok(true);
         }
-        moved |= self.stop_step();
+        moved |= self.supervisor.stop_step();
         moved |= self.finish()?;
         Ok(moved)
     }
 
     /// Takes records from the rings and puts lines into the feed.
     fn receive(&mut self) -> Result<bool, ShimError> {
-        let Some((stage, _)) = &mut self.stage else { return Ok(false) };
+        let Some((stage, _)) = &mut self.supervisor.stage else { return Ok(false) };
         let mut moved = false;
         let has_room = self.feed.len() < BLOCK_BYTES && self.in_flight.len() < UNANSWERED_MAX;
         if has_room && self.fed == self.in_flight.len() {
@@ -464,7 +392,7 @@ impl Shim {
         } else if stage.is_stop_requested() {
             // Nothing to do: stops reach a ParDo in its rings.
         }
-        if self.stopping.is_some() || self.program.as_ref().and_then(Program::stdin).is_none() {
+        if self.supervisor.stopping.is_some() || self.supervisor.program.as_ref().and_then(Program::stdin).is_none() {
             return Ok(moved);
         }
         // A record that killed its process before goes alone, until as many have passed as were unanswered then. A program that
@@ -495,7 +423,7 @@ impl Shim {
             }
             let begin = self.feed.len();
             if let Some(entry @ InFlight::Line { .. }) = self.in_flight.get_mut(self.fed) {
-                match append_record(self.options.framing, stage, &record, &mut self.feed) {
+                match append_record(self.supervisor.options.framing, stage, &record, &mut self.feed) {
                     Ok(()) => {
                         self.fed_bytes += (self.feed.len() - begin) as u64;
                         *entry = InFlight::Line { end: Some(self.fed_bytes) };
@@ -511,7 +439,7 @@ impl Shim {
 
     /// Writes what the program's input takes.
     async fn feed(&mut self) -> Result<bool, ShimError> {
-        let Some(program) = &mut self.program else { return Ok(false) };
+        let Some(program) = &mut self.supervisor.program else { return Ok(false) };
         if self.feed_begin == self.feed.len() {
             return Ok(false);
         }
@@ -525,7 +453,7 @@ impl Shim {
                 if self.feed_begin == self.feed.len() {
                     self.feed.clear();
                     self.feed_begin = 0;
-                    if self.stopping.is_some() {
+                    if self.supervisor.stopping.is_some() {
                         program.close_stdin();
                     }
                 }
@@ -544,10 +472,10 @@ impl Shim {
     fn input_was_closed(&mut self) -> Result<(), ShimError> {
         self.feed.clear();
         self.feed_begin = 0;
-        if let Some((stage, _)) = &self.stage {
+        if let Some((stage, _)) = &self.supervisor.stage {
             stage.note("it closed its standard input before the end; it is given time to end, and started again")?;
         }
-        let grace = self.options.grace;
+        let grace = self.supervisor.options.grace;
         self.begin_stop(grace);
         Ok(())
     }
@@ -557,7 +485,7 @@ impl Shim {
         if self.held.is_some() {
             return Ok(false);
         }
-        let Some(program) = &mut self.program else { return Ok(false) };
+        let Some(program) = &mut self.supervisor.program else { return Ok(false) };
         let Some(stdout) = program.stdout() else { return Ok(false) };
         let Some(descriptor) = stdout.descriptor() else { return Ok(false) };
         if !argo_streams_shm_protocol::wait_readable(descriptor, 0) {
@@ -596,7 +524,7 @@ impl Shim {
         }
         if moved
             && self.acknowledgement == Acknowledgement::Read
-            && let Some((stage, _)) = &mut self.stage
+            && let Some((stage, _)) = &mut self.supervisor.stage
         {
             // Lines of a `read` program belong to no record.
             stage.done(0)?;
@@ -606,7 +534,9 @@ impl Shim {
 
     /// Finishes records at the front that the program never sees. `false`: no room, try again later.
     fn settle_front(&mut self) -> Result<bool, ShimError> {
-        let Some((stage, _)) = &mut self.stage else { return Ok(self.held.is_none() || self.stage.is_some()) };
+        let Some((stage, _)) = &mut self.supervisor.stage else {
+            return Ok(self.held.is_none() || self.supervisor.stage.is_some());
+        };
         loop {
             match self.in_flight.front() {
                 Some(InFlight::Refused(reason)) if self.fed > 0 => match stage.reject(0, reason) {
@@ -628,7 +558,7 @@ impl Shim {
     fn turn_to_read(&mut self, shown: &str) -> Result<(), ShimError> {
         self.acknowledgement = Acknowledgement::Read;
         self.hinted = true;
-        let Some((stage, _)) = &self.stage else { return Ok(()) };
+        let Some((stage, _)) = &self.supervisor.stage else { return Ok(()) };
         let text = format!(
             "{shown}: `ack` is not declared, and it does not write one line for each line. From now on a record counts as done when it is read, and what the program has taken when it is killed is lost. Declare `ack: read`, or `ack: exit` if it ends at the end of its input and nothing may be lost; if it does answer line for line and is only slow, `ack: line`"
         );
@@ -641,12 +571,12 @@ impl Shim {
         if self.acknowledgement == Acknowledgement::Auto
             && self.fed == 0
             && self.progress > 0
-            && self.stage.is_some()
+            && self.supervisor.stage.is_some()
             && matches!(frame, Frame::Whole(_))
         {
             self.turn_to_read("it wrote more lines than it was given")?;
         }
-        let Some((stage, _)) = &mut self.stage else {
+        let Some((stage, _)) = &mut self.supervisor.stage else {
             // The program is a stage by itself: what it writes is log. Nobody can do anything about a broken standard error.
             if let Frame::Whole(Answer { payload: mut text, .. }) = frame {
                 text.push(b'\n');
@@ -743,14 +673,14 @@ impl Shim {
         if self.acknowledgement != Acknowledgement::Read {
             return Ok(false);
         }
-        let Some(program) = &self.program else { return Ok(false) };
+        let Some(program) = &self.supervisor.program else { return Ok(false) };
         let taken = program.taken_bytes();
         let mut moved = false;
         while self.fed > 0 {
             if !self.settle_front()? {
                 return Ok(moved);
             }
-            let Some((stage, _)) = &mut self.stage else { return Ok(moved) };
+            let Some((stage, _)) = &mut self.supervisor.stage else { return Ok(moved) };
             let end = match self.in_flight.front() {
                 Some(InFlight::Line { end: Some(end) }) if *end <= taken => *end,
                 _ => return Ok(moved),
@@ -773,25 +703,25 @@ impl Shim {
 
     /// Ends the process group, takes what it wrote, and reports.
     async fn end_program(&mut self, by_itself: bool) -> Result<(), ShimError> {
-        let Some(mut program) = self.program.take() else { return Ok(()) };
+        let Some(mut program) = self.supervisor.program.take() else { return Ok(()) };
         if !program.end_group(GROUP_PATIENCE).await {
             tracing::warn!(pid = program.pid(), "its process group did not end after SIGKILL; going on without it");
         }
         let status = program.try_status()?;
-        self.program = Some(program);
+        self.supervisor.program = Some(program);
         // With `read` what it had taken is done, whatever it made of it: sent again it would be answered twice.
         while self.take_read()? {}
-        if let Some(program) = &mut self.program {
+        if let Some(program) = &mut self.supervisor.program {
             program.close_stdin();
         }
         // What the dead process wrote is still in the pipe or terminal. A helper that escaped the group may hold it open:
         // then the end is the first time that nothing is there.
-        while self.program.as_ref().is_some_and(|program| program.stdout().is_some()) {
+        while self.supervisor.program.as_ref().is_some_and(|program| program.stdout().is_some()) {
             if !self.drain_answers().await? {
                 break;
             }
             if !self.read_output().await? {
-                let Some(stdout) = self.program.as_ref().and_then(Program::stdout) else { break };
+                let Some(stdout) = self.supervisor.program.as_ref().and_then(Program::stdout) else { break };
                 if tokio::time::timeout(Duration::from_millis(20), stdout.readable()).await.is_err() {
                     break;
                 }
@@ -800,7 +730,7 @@ impl Shim {
         self.drain_answers().await?;
         let succeeded = status.is_some_and(|status| status.success());
         // Told that nothing more comes, it read all and ended well: what it did not answer has no answer.
-        let was_told = self.stopping.is_none_or(|stopping| !stopping.terminated) && self.is_told;
+        let was_told = self.supervisor.stopping.is_none_or(|stopping| !stopping.terminated) && self.is_told;
         if self.acknowledgement == Acknowledgement::Auto && succeeded && by_itself && was_told && self.fed > 0 {
             self.turn_to_read("it ended well at the end of its input with fewer lines out than in")?;
             while self.take_read()? {}
@@ -813,28 +743,27 @@ impl Shim {
             self.held = Some(frame);
             self.drain_answers().await?;
         }
-        self.splitter = FrameSplitter::new(self.options.framing);
+        self.splitter = FrameSplitter::new(self.supervisor.options.framing);
         self.held = None;
-        self.program = None;
+        self.supervisor.program = None;
         let (mut code, mut text) = status.map_or((1, "ended in an unknown way".to_owned()), describe);
         if let Some(nonsense) = self.nonsense.take() {
             (code, text) = (1, format!("was ended because it {nonsense}"));
         }
         let mut unanswered =
             self.in_flight.iter().take(self.fed).filter(|entry| matches!(entry, InFlight::Line { .. })).count();
-        if unanswered == 1 && self.stopping.is_none() && !succeeded && self.fail_alone(&text)? {
+        if unanswered == 1 && self.supervisor.stopping.is_none() && !succeeded && self.fail_alone(&text)? {
             unanswered = 0;
         }
         let is_read = self.acknowledgement == Acknowledgement::Read;
-        let all_answered =
-            self.in_flight.is_empty() && self.stage.as_ref().is_some_and(|(stage, _)| stage.is_input_over());
+        let all_answered = self.in_flight.is_empty() && self.supervisor.is_input_over();
         // With `read` nobody knows what became of what it took last, unless it ended well at the end of its input.
         let mut uncertain_records =
             if is_read && !(succeeded && all_answered) { self.taken_last.len() as u64 } else { 0 };
-        if !all_answered && self.stage.is_some() {
+        if !all_answered && self.supervisor.stage.is_some() {
             self.deaths_in_a_row += 1;
             // Where failures of records are declared, the one that did it is looked for at once.
-            if self.deaths_in_a_row > 1 || self.stage.as_ref().is_some_and(|(stage, _)| stage.has_declared_retries()) {
+            if self.deaths_in_a_row > 1 || self.supervisor.has_declared_retries() {
                 self.one_by_one = self.in_flight.len();
             }
             uncertain_records = match self.acknowledgement {
@@ -852,11 +781,10 @@ impl Shim {
         self.forget_input();
         self.over = all_answered;
         // The agent reads on the commit page whether the input is over: it must be there before the report.
-        if let Some((stage, _)) = &mut self.stage {
+        if let Some((stage, _)) = &mut self.supervisor.stage {
             stage.commit()?;
         }
-        self.send(Event::Program(ProgramEvent::Ended { code, text, uncertain_records }))?;
-        Ok(())
+        self.supervisor.say_ended(code, text, uncertain_records)
     }
 
     /// The program ended with one record unanswered: if the pipeline declares what becomes of those that fail, this one did. `false`: it does not, or the error
@@ -865,7 +793,7 @@ impl Shim {
         if !self.settle_front()? || self.acknowledgement == Acknowledgement::Read {
             return Ok(false);
         }
-        let Some((stage, _)) = self.stage.as_mut().filter(|(stage, _)| stage.has_declared_retries()) else {
+        let Some((stage, _)) = self.supervisor.stage.as_mut().filter(|(stage, _)| stage.has_declared_retries()) else {
             return Ok(false);
         };
         match stage.fail(0, &format!("its program {text} while it had this record alone")) {
@@ -887,41 +815,21 @@ impl Shim {
             if self.answer()? {
                 continue;
             }
-            let Some((stage, bell)) = &mut self.stage else { return Ok(true) };
+            let Some((stage, _)) = &mut self.supervisor.stage else { return Ok(true) };
             if self.held.is_none() && !stage.is_blocked() {
                 return Ok(true);
             }
-            if self.held.is_none() {
-                stage.set_wants_input(false);
-            }
-            bell.wait(stage).await?;
-            stage.set_wants_input(true);
+            self.supervisor.wait_for_room().await?;
         }
-    }
-
-    /// The order of stopping: input closed, the grace time, SIGTERM, the grace time again, SIGKILL.
-    fn stop_step(&mut self) -> bool {
-        let Some(stopping) = &mut self.stopping else { return false };
-        let Some(program) = &self.program else { return false };
-        if monotonic_ns() < stopping.deadline_ns {
-            return false;
-        }
-        if stopping.terminated {
-            program.kill();
-        } else {
-            program.terminate();
-        }
-        *stopping = Stopping { deadline_ns: monotonic_ns() + nanoseconds(self.options.grace), terminated: true };
-        true
     }
 
     /// Ends the program's input when ours is over, and the stage when all is answered.
     fn finish(&mut self) -> Result<bool, ShimError> {
-        let Some((stage, _)) = &mut self.stage else { return Ok(false) };
+        let Some((stage, _)) = &mut self.supervisor.stage else { return Ok(false) };
         if !stage.is_input_over() {
             return Ok(false);
         }
-        if let Some(program) = &mut self.program {
+        if let Some(program) = &mut self.supervisor.program {
             if self.fed == self.in_flight.len() && self.feed_begin == self.feed.len() && program.stdin().is_some() {
                 // Once it is closed nobody can tell whether the program has taken anything, and so whether it may still
                 // open the library: it is closed when the first byte is taken.
@@ -938,9 +846,9 @@ impl Shim {
             if self.in_flight.is_empty()
                 && program.stdin().is_none()
                 && self.acknowledgement != Acknowledgement::Read
-                && self.stopping.is_none()
+                && self.supervisor.stopping.is_none()
             {
-                let grace = self.options.grace;
+                let grace = self.supervisor.options.grace;
                 self.begin_stop(grace);
                 return Ok(true);
             }
@@ -949,45 +857,24 @@ impl Shim {
         if self.over && self.in_flight.is_empty() { finish_stage(stage, &mut self.over) } else { Ok(false) }
     }
 
-    async fn sleep(&mut self, control_ready: &tokio::io::unix::AsyncFd<std::os::fd::OwnedFd>) -> Result<(), ShimError> {
+    async fn rest(&mut self) -> Result<(), ShimError> {
         self.hint()?;
         // Nothing is written any more that would tell it.
-        if self.fed > 0 && self.stage.is_some() && self.program.as_ref().is_some_and(Program::has_closed_stdin) {
+        if self.fed > 0
+            && self.supervisor.stage.is_some()
+            && self.supervisor.program.as_ref().is_some_and(Program::has_closed_stdin)
+        {
             self.input_was_closed()?;
         }
-        let can_receive =
+        let wants_input =
             self.feed.len() < BLOCK_BYTES && self.in_flight.len() < UNANSWERED_MAX && self.fed == self.in_flight.len();
-        if let Some((stage, _)) = &mut self.stage {
-            stage.set_wants_input(can_receive);
-            if !stage.prepare_sleep()? {
-                return Ok(());
-            }
+        if !self.supervisor.prepare_sleep(wants_input)? {
+            return Ok(());
         }
         let is_taking = self.is_closing || (self.acknowledgement == Acknowledgement::Read && self.fed > 0);
-        let now = monotonic_ns();
-        let timer = match (&self.stopping, is_taking) {
-            (_, true) => TAKEN_INTERVAL,
-            (Some(stopping), false) => Duration::from_nanos(stopping.deadline_ns.saturating_sub(now)),
-            (None, false) => Duration::from_secs(1),
-        };
-        let timer = timer.min(until_retry(self.stage.as_ref().filter(|_| can_receive)));
-        {
-            let program = self.program.as_ref();
-            let stdin = program.and_then(Program::stdin).filter(|_| self.feed_begin < self.feed.len());
-            let stdout = program.and_then(Program::stdout).filter(|_| self.held.is_none());
-            tokio::select! {
-                () = async { match &self.stage { Some((_, bell)) => bell.rung().await, None => std::future::pending().await } } => {}
-                guard = control_ready.readable() => { if let Ok(mut guard) = guard { guard.clear_ready(); } }
-                () = async { match stdin { Some(stdin) => stdin.writable().await, None => std::future::pending().await } } => {}
-                () = async { match stdout { Some(stdout) => stdout.readable().await, None => std::future::pending().await } } => {}
-                () = async { match program { Some(program) => program.ended().await, None => std::future::pending().await } } => {}
-                () = tokio::time::sleep(timer) => {}
-            }
-        }
-        if let Some((stage, _)) = &mut self.stage {
-            stage.end_sleep();
-            stage.set_wants_input(true);
-        }
+        let wake = Wake { wants_input, time: is_taking.then_some(TAKEN_INTERVAL) };
+        let streams = (self.feed_begin < self.feed.len(), self.held.is_none());
+        self.supervisor.rest(streams, wake, std::future::pending::<()>()).await;
         Ok(())
     }
 
@@ -997,12 +884,12 @@ impl Shim {
         if self.acknowledgement != Acknowledgement::Auto || self.fed == 0 || self.oldest_since_ns == 0 {
             return Ok(());
         }
-        let Some(program) = &self.program else { return Ok(()) };
+        let Some(program) = &self.supervisor.program else { return Ok(()) };
         let waited_ns = monotonic_ns().saturating_sub(self.oldest_since_ns);
         if waited_ns < HINT_AFTER_NS {
             return Ok(());
         }
-        let writes_lines = !self.options.is_block_buffered && !self.options.has_fifos;
+        let writes_lines = !self.supervisor.options.is_block_buffered && !self.supervisor.options.has_fifos;
         let has_taken_all =
             self.feed.is_empty() && program.stdin().is_some() && program.taken_bytes() == self.fed_bytes;
         if writes_lines && has_taken_all && program.waits_for_input() {
@@ -1013,7 +900,7 @@ impl Shim {
         if self.hinted {
             return Ok(());
         }
-        let Some((stage, _)) = &self.stage else { return Ok(()) };
+        let Some((stage, _)) = &self.supervisor.stage else { return Ok(()) };
         self.hinted = true;
         let text = format!(
             "{} lines unanswered for {} s. `ack` is not declared and taken for `line` (one line out for each line in). If the program answers otherwise, declare `ack: read`; if it is only slow, declare `ack: line`",
@@ -1068,14 +955,4 @@ fn emit_surplus(stage: &mut Stage, reason: &str, payload: &[u8]) -> Result<(), S
         &Emit { belongs_to: BelongsTo::Nothing, key: KeyChoice::None, attributes: &attributes, ..Emit::default() },
         payload,
     )
-}
-
-/// How long a stage may sleep before a parked record is due.
-pub(crate) fn until_retry(stage: Option<&(Stage, StageBell)>) -> Duration {
-    let retry_ns = stage.and_then(|(stage, _)| stage.retry_after_ns());
-    retry_ns.map_or(Duration::MAX, Duration::from_nanos)
-}
-
-pub(crate) fn nanoseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
