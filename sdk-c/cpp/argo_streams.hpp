@@ -65,6 +65,8 @@ public:
     std::string_view key() const noexcept { return at(record_->key_offset, record_->key_len_bytes); }
     int64_t event_time_ns() const noexcept { return record_->event_time_ns; }
     uint32_t input() const noexcept { return record_->input; }
+    /* How often it failed before, see Stage::fail. */
+    uint32_t attempts() const noexcept { return record_->attempts; }
     /* All that is known of it; see ags_record. */
     const ags_record &raw() const noexcept { return *record_; }
     std::optional<std::string_view> attribute(std::string_view name) const

@@ -197,19 +197,18 @@ func failure(status C.ags_status, sentence string) error {
 
 // Stage is the stage of this program. It belongs to one goroutine at a time; only Interrupt may come from another.
 type Stage struct {
-	c                     *C.session
-	records               []C.ags_record
-	mappings              []mapping
-	batchMax              int
-	count, next, finished int
-	begin                 time.Time
-	pendingBytes          int
-	number                uint64 // of the current record, for those that were kept
-	hasCurrent, isOver    bool
-	isTouched             bool // something was emitted or put for the current record
-	err                   error
-	interrupt             sync.Mutex // held by Interrupt and Close
-	attributes            []byte
+	c                             *C.session
+	records                       []C.ags_record
+	mappings                      []mapping
+	batchMax                      int
+	count, next, finished         int
+	begin                         time.Time
+	pendingBytes                  int
+	number                        uint64 // of the current record, for those that were kept
+	hasCurrent, isOver, isTouched bool
+	err                           error
+	interrupt                     sync.Mutex // held by Interrupt and Close
+	attributes                    []byte
 }
 
 type mapping struct {
@@ -288,8 +287,7 @@ func (s *Stage) advance() (bool, error) {
 				return false, err
 			}
 			s.next++
-			s.hasCurrent = true
-			s.isTouched = false
+			s.hasCurrent, s.isTouched = true, false
 			return true, nil
 		}
 		s.next++
@@ -400,7 +398,6 @@ func (s *Stage) EmitWith(payload []byte, options Options) error {
 		return err
 	}
 	belongsTo, nth := s.belongs()
-	s.isTouched = true
 	for {
 		key, attributes, bytes := some(options.Key), some(s.attributes), some(payload)
 		status := C.session_emit(s.c, output, belongsTo, nth, keyChoice, flags, eventTime,
@@ -416,6 +413,7 @@ func (s *Stage) EmitWith(payload []byte, options Options) error {
 		}
 		if status == C.AGS_OK {
 			s.pendingBytes += len(payload) + recordHeadBytes
+			s.isTouched = true
 		}
 		return s.check(status)
 	}
@@ -458,16 +456,16 @@ func (s *Stage) Reject(reason string) error {
 	text := C.CString(reason)
 	defer C.free(unsafe.Pointer(text))
 	_, nth := s.belongs()
-	s.isTouched = true
 	status := C.session_reject(s.c, nth, text)
 	if status == C.AGS_OK {
 		s.pendingBytes += int(s.records[s.next-1].len_bytes) + recordHeadBytes
+		s.isTouched = true
 	}
 	return s.check(status)
 }
 
-// Fail says that the current record failed, for now: as the step's onError says it comes again later, or goes to the error output; the loop over
-// Next goes on. Call it before anything is emitted, put or deleted for the record.
+// Fail says that the current record failed, for now: as the step's onError says it comes again later or goes to the error output, and the
+// loop goes on. Call it before anything was emitted, put or deleted for the record. It blocks while the error output is full.
 func (s *Stage) Fail(reason string) error {
 	if err := s.open(); err != nil {
 		return err
@@ -478,20 +476,21 @@ func (s *Stage) Fail(reason string) error {
 	if s.isTouched {
 		return failure(C.AGS_STATE, "something was emitted, put or deleted for the record: fail it before")
 	}
-	// Those before it are finished; those behind it are given back, and come again.
+	text := C.CString(reason)
+	defer C.free(unsafe.Pointer(text))
+	// Those before it are finished. If the wait is interrupted, this one comes again with Next.
 	s.hasCurrent = false
 	s.number++
 	s.next--
 	if err := s.flush(); err != nil {
 		return err
 	}
-	text := C.CString(reason)
-	defer C.free(unsafe.Pointer(text))
-	status := C.session_fail(s.c, text)
-	if status == C.AGS_OK {
-		s.count, s.next, s.finished = 0, 0, 0
+	if err := s.check(C.session_fail(s.c, text)); err != nil {
+		return err
 	}
-	return s.check(status)
+	// Those behind it were given back, and come again.
+	s.count, s.next, s.finished = 0, 0, 0
+	return nil
 }
 
 // Get is a copy of the value of a key in the stage's keyed state, as of the last Put; nil if there is none.
@@ -514,10 +513,10 @@ func (s *Stage) Put(key, value []byte) error { return s.change(0, key, value) }
 func (s *Stage) Delete(key []byte) error { return s.change(1, key, nil) }
 
 func (s *Stage) change(isDelete C.int, key, value []byte) error {
-	s.isTouched = true
 	if err := s.open(); err != nil {
 		return err
 	}
+	s.isTouched = true
 	at, to := some(key), some(value)
 	return s.check(C.session_put(s.c, isDelete, (*C.char)(unsafe.Pointer(&at[0])), C.uint64_t(len(key)),
 		(*C.char)(unsafe.Pointer(&to[0])), C.uint64_t(len(value))))
@@ -645,6 +644,9 @@ func (r Record) Attribute(name string) []byte {
 
 // EventTime is when it happened.
 func (r Record) EventTime() time.Time { return time.Unix(0, int64(r.raw().event_time_ns)) }
+
+// Attempts is how often it failed before, see Stage.Fail.
+func (r Record) Attempts() uint32 { return uint32(r.raw().attempts) }
 
 // Input is the number of the input that it came from.
 func (r Record) Input() uint32 { return uint32(r.raw().input) }

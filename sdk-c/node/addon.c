@@ -260,7 +260,7 @@ static napi_value reject(napi_env env, napi_callback_info info)
 }
 
 /* fail(session, reason as bytes with a zero at the end) -> status. Never blocks. */
-static napi_value fail_oldest(napi_env env, napi_callback_info info)
+static napi_value fail(napi_env env, napi_callback_info info)
 {
     napi_value args[2];
     Session *session;
@@ -440,7 +440,7 @@ NAPI_MODULE_INIT()
         napi_callback call;
     } calls[] = {
         { "last", last }, { "open", open_stage }, { "records", records }, { "fill", fill }, { "done", done }, { "map", map }, { "detach", detach },
-        { "emit", emit }, { "reject", reject }, { "fail", fail_oldest }, { "get", get }, { "put", put }, { "items", items }, { "attribute", attribute },
+        { "emit", emit }, { "reject", reject }, { "fail", fail }, { "get", get }, { "put", put }, { "items", items }, { "attribute", attribute },
         { "wait", wait_for }, { "interrupt", interrupt }, { "stepName", name_of }, { "close", close_stage },
     };
     for (size_t at = 0; at < sizeof calls / sizeof calls[0]; at++) {

@@ -16,6 +16,8 @@ export class Record {
   readonly eventTimeNs: bigint;
   readonly position: bigint;
   readonly input: number;
+  /** How often it failed before. */
+  readonly attempts: number;
   attribute(name: string): Buffer | null;
 }
 
@@ -35,8 +37,8 @@ export class Stage implements AsyncIterable<Record> {
   /** A promise when there is no room: await it. */
   emit(payload: Bytes, options?: EmitOptions): Promise<void> | undefined;
   reject(reason: string): Promise<void> | undefined;
-  /** Before anything is emitted, put or deleted for the record. */
-  fail(reason: string): Promise<void> | undefined;
+  /** Await it; before anything was emitted or put for the record. */
+  fail(reason: string): Promise<void>;
   get(key: Bytes): Buffer | null;
   put(key: Bytes, value: Bytes): void;
   delete(key: Bytes): void;

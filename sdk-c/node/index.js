@@ -33,7 +33,7 @@ const ATTRIBUTES_BYTES_MAX = 64 * 1024;
 // Where the fields of an ags_record lie, in words of 32 bits; those of 64 bits have their low half first.
 const RECORD_WORDS = 32;
 const OFFSET = 0, LEN = 2, KEY_OFFSET = 4, KEY_LEN = 6, ATTRIBUTES_OFFSET = 10, ATTRIBUTES_LEN = 12, EVENT_TIME = 14, POSITION = 18;
-const INPUT = 24, TYPE = 25, FLAGS = 26;
+const INPUT = 24, TYPE = 25, FLAGS = 26, ATTEMPTS = 30;
 
 /** A call failed. `status` is its number in argo_streams.h, `code` its name, such as 'AGS_INTERRUPTED'. */
 class AgsError extends Error {
@@ -90,6 +90,8 @@ class Record {
     const words = this.#words();
     return BigInt(words[this.#at + field]) | (BigInt(words[this.#at + field + 1]) << 32n);
   }
+  /** How often it failed before, see Stage.fail. */
+  get attempts() { return this.#words()[this.#at + ATTEMPTS]; }
   /** Number of the input that it came from. */
   get input() { return this.#words()[this.#at + INPUT]; }
   /** A copy of an attribute by its name; null if there is none. */
@@ -163,9 +165,7 @@ class Stage {
       this.#flush();
       return false;
     }
-    this._batch++;
-    for (const mapping of this.#mappings) if (mapping) native.detach(mapping);
-    this.#mappings.length = 0;
+    this.#release();
     if (this.#count > 0) {
       if (performance.now() - this.#begin > BATCH_MS_MAX) this.#batchMax = Math.max(1, this.#batchMax >> 1);
       else if (this.#count === this.#batchMax) this.#batchMax = Math.min(BATCH_RECORDS_MAX, this.#batchMax * 2);
@@ -255,35 +255,34 @@ class Stage {
   }
 
   /**
-   * The record of the loop failed, for now: as the step's onError says it comes again later, or goes to the error output; the loop goes on. Call it
-   * before anything is emitted, put or deleted for the record. Returns undefined, or a promise while there is no room: await it.
+   * The record of the loop failed, for now: as the step's onError says it comes again later or goes to the error output, and the loop goes on.
+   * Before anything was emitted, put or deleted for it. Await it before the loop asks for the next record.
    */
-  fail(reason) {
-    this.#open();
-    const at = this.#next - 1;
-    if (!this.#current) throw new AgsError(STATE, 'AGS_STATE', 'there is no record to fail outside of the loop over the stage');
-    if (this.#touched >= at) throw new AgsError(STATE, 'AGS_STATE', 'something was emitted, put or deleted for the record: fail it before');
-    const text = Buffer.from(`${String(reason).replaceAll('\0', ' ')}\0`);
-    this.#current = false;
-    this.#next = at;
-    if (this.#queue.length === 0 && this.#failNow(text)) return undefined;
-    return this.#failLater(text);
-  }
-
-  /** Those before the record are finished; those behind it are given back, and come again. False: there is no room now. */
-  #failNow(text) {
-    this.#flush();
-    const status = native.fail(this.#session, text);
-    if (status === AGAIN) return false;
-    if (status !== 0) throw failure(status);
-    this.#count = this.#next = this.#finished = 0;
-    this.#touched = -1;
-    return true;
-  }
-
-  async #failLater(text) {
+  async fail(reason) {
+    // What waits for room belongs to records before this one.
     while (this.#queue.length > 0 || this.#draining) await this.#drain();
-    while (!this.#failNow(text)) await this.#wait();
+    this.#open();
+    if (!this.#current) throw new AgsError(STATE, 'AGS_STATE', 'there is no record to fail outside of the loop over the stage');
+    if (this.#touched >= this.#next - 1) throw new AgsError(STATE, 'AGS_STATE', 'something was emitted, put or deleted for the record: fail it before');
+    // Those before it are finished. If the wait is interrupted, this one comes again.
+    this.#current = false;
+    this.#next--;
+    this.#flush();
+    this.#release();
+    const text = Buffer.from(`${String(reason).replaceAll('\0', ' ')}\0`);
+    let status;
+    while ((status = native.fail(this.#session, text)) === AGAIN) await this.#wait();
+    check(status);
+    // Those behind it were given back, and come again.
+    this.#count = this.#next = this.#finished = this.#pendingBytes = 0;
+    this.#touched = -1;
+  }
+
+  /** Nobody reads what was lent any more. */
+  #release() {
+    this._batch++;
+    for (const mapping of this.#mappings) if (mapping) native.detach(mapping);
+    this.#mappings.length = 0;
   }
 
   /** False: there is no room now. */
@@ -389,9 +388,8 @@ class Stage {
       while (this.#queue.length > 0) await this.#drain();
       check(native.done(this.#session, 0));
     }
-    this._batch++;
     this.#current = false;
-    for (const mapping of this.#mappings) if (mapping) native.detach(mapping);
+    this.#release();
     native.detach(this._words.buffer);
     const session = this.#session;
     this.#session = null;

@@ -129,6 +129,11 @@ static PyObject *record_input(Record *self, void *unused)
     return record_alive(self) ? PyLong_FromUnsignedLong(self->record->input) : NULL;
 }
 
+static PyObject *record_attempts(Record *self, void *unused)
+{
+    return record_alive(self) ? PyLong_FromUnsignedLong(self->record->attempts) : NULL;
+}
+
 static PyObject *record_position(Record *self, void *unused)
 {
     return record_alive(self) ? PyLong_FromUnsignedLongLong(self->record->position) : NULL;
@@ -190,6 +195,7 @@ static PyGetSetDef record_getset[] = {
     { "key", (getter)record_key, NULL, "The key as bytes, None without one.", NULL },
     { "event_time_ns", (getter)record_event_time, NULL, "When it happened, ns since 1970.", NULL },
     { "input", (getter)record_input, NULL, "Number of the input that it came from.", NULL },
+    { "attempts", (getter)record_attempts, NULL, "How often it failed before, see Stage.fail.", NULL },
     { "position", (getter)record_position, NULL, "Its place in its input; grows from record to record, also over restarts.", NULL },
     { NULL },
 };

@@ -63,13 +63,7 @@ public final class Features {
     }
 
     private static void other(Stage stage) {
-        boolean hasFailed = false;
         for (var record : stage) {
-            if (!hasFailed) { // it comes again, and those behind it wait
-                hasFailed = true;
-                stage.fail("not yet");
-                continue;
-            }
             byte[] empty = record.attribute("empty");
             String line = text(record.attribute("hop")) + " " + (empty != null && empty.length == 0) + " " + (record.attribute("missing") == null)
                     + " " + text(record.key().toArray(ValueLayout.JAVA_BYTE)) + " " + record.eventTimeNs() + " " + text(record.bytes());
@@ -77,9 +71,17 @@ public final class Features {
         }
     }
 
+    private static void fails(Stage stage) {
+        for (var record : stage) {
+            if (record.attempts() < Integer.parseInt(text(record.bytes()).split(" ")[0])) stage.fail("not today");
+            else stage.emit(record.payload());
+        }
+    }
+
     public static void main(String[] arguments) throws Exception {
         try (var stage = Stage.open()) {
             if (stage.name().equals("one")) one(stage, Path.of(arguments[0]));
+            else if (stage.name().equals("fails")) fails(stage);
             else other(stage);
             stage.finish();
         }

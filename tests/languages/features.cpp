@@ -33,14 +33,15 @@ try {
             stage.emit(record.payload(), how);
         }
         stage.emit("inputs " + std::to_string(inputs.size()) + " kept unchecked", how);
-    } else {
-        bool has_failed = false;
+    } else if (stage.name() == "fails") {
         for (const ags::Record &record : stage) {
-            if (!has_failed) { /* it comes again, and those behind it wait */
-                has_failed = true;
-                stage.fail("not yet");
-                continue;
-            }
+            if (record.attempts() < std::stoul(std::string(record.payload())))
+                stage.fail("not today");
+            else
+                stage.emit(record.payload());
+        }
+    } else {
+        for (const ags::Record &record : stage) {
             std::string line(record.attribute("hop").value_or("none"));
             line += record.attribute("empty") == std::string_view() ? " true" : " false";
             line += record.attribute("missing") ? " false " : " true ";

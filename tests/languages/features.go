@@ -46,15 +46,7 @@ func one(stage *argostreams.Stage) error {
 }
 
 func other(stage *argostreams.Stage) error {
-	hasFailed := false
 	for stage.Next() {
-		if !hasFailed { // it comes again, and those behind it wait
-			hasFailed = true
-			if err := stage.Fail("not yet"); err != nil {
-				return err
-			}
-			continue
-		}
 		record := stage.Record()
 		empty := record.Attribute("empty")
 		line := fmt.Sprintf("%s %t %t %s %d %s", record.Attribute("hop"), empty != nil && len(empty) == 0, record.Attribute("missing") == nil,
@@ -66,14 +58,37 @@ func other(stage *argostreams.Stage) error {
 	return nil
 }
 
+func fails(stage *argostreams.Stage) error {
+	for stage.Next() {
+		record := stage.Record()
+		var count uint32
+		if _, err := fmt.Sscan(string(record.Payload()), &count); err != nil {
+			return err
+		}
+		var err error
+		if record.Attempts() < count {
+			err = stage.Fail("not today")
+		} else {
+			err = stage.Emit(record.Payload())
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 func main() {
 	stage, err := argostreams.Open()
 	if err != nil {
 		log.Fatal(err)
 	}
-	if stage.Name() == "one" {
+	switch stage.Name() {
+	case "one":
 		err = one(stage)
-	} else {
+	case "fails":
+		err = fails(stage)
+	default:
 		err = other(stage)
 	}
 	if err != nil {

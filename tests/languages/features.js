@@ -33,23 +33,23 @@ async function one(stage) {
 }
 
 async function other(stage) {
-  let hasFailed = false;
   for await (const record of stage) {
-    if (!hasFailed) {
-      // It comes again, and those behind it wait.
-      hasFailed = true;
-      await stage.fail('not yet');
-      continue;
-    }
     const empty = record.attribute('empty');
     const words = [record.attribute('hop'), empty !== null && empty.length === 0, record.attribute('missing') === null, record.key, record.eventTimeNs, record.payload];
     await stage.emit(words.join(' '));
   }
 }
 
+async function fails(stage) {
+  for await (const record of stage) {
+    if (record.attempts < parseInt(record.payload, 10)) await stage.fail('not today');
+    else await stage.emit(record.payload);
+  }
+}
+
 async function main() {
   const stage = open();
-  await (stage.name === 'one' ? one : other)(stage);
+  await ({ one, fails }[stage.name] ?? other)(stage);
   await stage.close();
 }
 

@@ -36,13 +36,14 @@ if stage.name == "one":
                 refused += 1
         stage.emit(record.payload, **more)
     stage.emit(f"inputs {len(inputs)} kept {'refused' if refused == 3 else refused}", **more)
-else:
-    has_failed = False
+elif stage.name == "fails":
     for record in stage:
-        if not has_failed:  # it comes again, and those behind it wait
-            has_failed = True
-            stage.fail("not yet")
-            continue
+        if record.attempts < int(bytes(record.payload).split()[0]):
+            stage.fail("not today")
+        else:
+            stage.emit(record.payload)
+else:
+    for record in stage:
         attribute = record.attribute
         words = [attribute("hop"), attribute("empty"), attribute("missing"), record.key, record.event_time_ns]
         stage.emit(f"{words[0].decode()} {words[1] == b''} {words[2] is None} {words[3].decode()} {words[4]} {bytes(record.payload).decode()}".lower())

@@ -28,14 +28,7 @@ fn one(stage: &mut Stage, file: &str) -> Result<(), Error> {
 
 fn other(stage: &mut Stage) -> Result<(), Error> {
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap_or_default();
-    let mut has_failed = false;
     while let Some(record) = stage.next()? {
-        if !has_failed {
-            // It comes again, and those behind it wait.
-            has_failed = true;
-            record.fail("not yet")?;
-            continue;
-        }
         let hop = text(record.attribute("hop")?.unwrap_or_default());
         let (empty, missing) = (record.attribute("empty")? == Some(Vec::new()), record.attribute("missing")?.is_none());
         let key = text(record.key().map_or_else(Vec::new, |key| key.to_vec()));
@@ -45,10 +38,25 @@ fn other(stage: &mut Stage) -> Result<(), Error> {
     Ok(())
 }
 
+fn fails(stage: &mut Stage) -> Result<(), Error> {
+    while let Some(record) = stage.next()? {
+        let text = String::from_utf8(record.payload().to_vec()).unwrap_or_default();
+        let fails: u32 = text.split(' ').next().and_then(|number| number.parse().ok()).unwrap_or(0);
+        if record.attempts() < fails {
+            record.fail("not today")?;
+        } else {
+            record.emit(record.payload())?;
+        }
+    }
+    Ok(())
+}
+
 fn main() -> Result<(), Error> {
     let mut stage = Stage::open()?;
     if stage.name() == "one" {
         one(&mut stage, &std::env::args().nth(1).unwrap_or_default())?;
+    } else if stage.name() == "fails" {
+        fails(&mut stage)?;
     } else {
         other(&mut stage)?;
     }

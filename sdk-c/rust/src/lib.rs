@@ -25,9 +25,9 @@
 //! path and claims are one piece of code for all languages. `border` is the only file with unsafe code.
 #![deny(unsafe_code)]
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::collections::VecDeque;
-use std::ffi::{CStr, CString};
+use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -122,16 +122,14 @@ pub struct Stage {
     /// Address of the mapping of each input, and its generation.
     mappings: Vec<Option<(usize, u32)>>,
     batch_max: usize,
-    count: usize,
-    next: usize,
-    finished: usize,
+    count: Cell<usize>,
+    next: Cell<usize>,
+    finished: Cell<usize>,
     begin: Instant,
     pending_bytes: Cell<u64>,
+    has_current: Cell<bool>,
     /// Something was emitted or put for the current record.
     is_touched: Cell<bool>,
-    /// The current record failed; the library hears of it when the record is given back.
-    failed: RefCell<Option<CString>>,
-    has_current: bool,
     is_over: bool,
     is_closed: bool,
 }
@@ -160,14 +158,13 @@ impl Stage {
             records: Box::new([AgsRecord::default(); BATCH_RECORDS_MAX]),
             mappings: Vec::new(),
             batch_max: 1,
-            count: 0,
-            next: 0,
-            finished: 0,
+            count: Cell::new(0),
+            next: Cell::new(0),
+            finished: Cell::new(0),
             begin: Instant::now(),
             pending_bytes: Cell::new(0),
+            has_current: Cell::new(false),
             is_touched: Cell::new(false),
-            failed: RefCell::new(None),
-            has_current: false,
             is_over: false,
             is_closed: false,
         })
@@ -180,63 +177,52 @@ impl Stage {
     /// The session is over, or an [`Interrupter`] ended the wait.
     #[expect(clippy::should_implement_trait, reason = "a record ends with the next one, which an Iterator cannot say")]
     pub fn next(&mut self) -> Result<Option<Record<'_>>, Error> {
-        self.has_current = false;
-        if let Some(reason) = self.failed.take() {
-            self.fail_current(&reason)?;
-        }
+        self.has_current.set(false);
+        self.is_touched.set(false);
         if self.pending_bytes.get() >= PENDING_BYTES_MAX {
             self.flush()?;
         }
         loop {
-            if self.next == self.count {
+            if self.next.get() == self.count.get() {
                 self.flush()?;
                 if self.is_over || !self.fill()? {
                     return Ok(None);
                 }
             }
-            let Some(record) = self.records.get(self.next).copied() else { return Ok(None) };
+            let Some(record) = self.records.get(self.next.get()).copied() else { return Ok(None) };
             if record.r#type == AGS_RECORD_DATA {
                 let base = self.base(&record)?;
-                self.next += 1;
-                self.has_current = true;
-                self.is_touched.set(false);
+                self.next.set(self.next.get() + 1);
+                self.has_current.set(true);
                 return Ok(Some(Record { stage: self, parts: parts(base, &record), record }));
             }
-            self.next += 1;
+            self.next.set(self.next.get() + 1);
         }
     }
 
-    /// Those before it are finished; those behind it are given back, and come again.
-    fn fail_current(&mut self, reason: &CStr) -> Result<(), Error> {
-        self.next -= 1;
-        self.flush()?;
-        self.patiently(|| self.handle.fail(reason))?;
-        (self.count, self.next, self.finished) = (0, 0, 0);
-        Ok(())
-    }
-
-    fn flush(&mut self) -> Result<(), Error> {
-        if self.next > self.finished {
-            self.handle.done(u32::try_from(self.next - self.finished).unwrap_or(u32::MAX))?;
+    fn flush(&self) -> Result<(), Error> {
+        let (next, finished) = (self.next.get(), self.finished.get());
+        if next > finished {
+            self.handle.done(u32::try_from(next - finished).unwrap_or(u32::MAX))?;
         }
-        self.finished = self.next;
+        self.finished.set(next);
         self.pending_bytes.set(0);
         Ok(())
     }
 
     fn fill(&mut self) -> Result<bool, Error> {
-        if self.count > 0 {
+        if self.count.get() > 0 {
             if self.begin.elapsed() > BATCH_TIME_MAX {
                 self.batch_max = (self.batch_max / 2).max(1);
-            } else if self.count == self.batch_max {
+            } else if self.count.get() == self.batch_max {
                 self.batch_max = (self.batch_max * 2).min(BATCH_RECORDS_MAX);
             }
-            (self.count, self.next, self.finished) = (0, 0, 0);
+            self.begin_anew();
         }
         loop {
             match self.handle.recv(self.records.get_mut(..self.batch_max).unwrap_or_default()) {
                 Ok(count) => {
-                    self.count = count as usize;
+                    self.count.set(count as usize);
                     self.begin = Instant::now();
                     return Ok(true);
                 }
@@ -267,9 +253,17 @@ impl Stage {
         Ok(base)
     }
 
+    /// Nothing of the batch is left.
+    fn begin_anew(&self) {
+        for place in [&self.count, &self.next, &self.finished] {
+            place.set(0);
+        }
+        self.pending_bytes.set(0);
+    }
+
     /// How many records before the current one are not done.
     fn nth(&self) -> u64 {
-        (self.next - self.finished).saturating_sub(1) as u64
+        (self.next.get() - self.finished.get()).saturating_sub(1) as u64
     }
 
     /// Emits a record that belongs to the current one, and has its key and time; it counts when that one is finished. Blocks while
@@ -298,18 +292,19 @@ impl Stage {
         };
         let parts = EmitParts {
             flags: if how.event_time_ns.is_some() { AGS_EMIT_EVENT_TIME } else { 0 },
-            belongs_to: if self.has_current { AGS_BELONGS_TO_NTH } else { AGS_BELONGS_TO_NOTHING },
+            belongs_to: if self.has_current.get() { AGS_BELONGS_TO_NTH } else { AGS_BELONGS_TO_NOTHING },
             nth: self.nth(),
             key_choice,
             key,
             event_time_ns: how.event_time_ns.unwrap_or(0),
             attributes: Bytes::from(&attributes),
         };
-        self.is_touched.set(true);
         let output = if how.to_errors { AGS_OUTPUT_ERRORS } else { AGS_OUTPUT_MAIN };
         loop {
             match self.handle.emit(output, &parts, payload) {
-                AGS_BATCH_FULL if !self.has_current && self.next == self.finished && self.pending_bytes.get() > 0 => {
+                AGS_BATCH_FULL
+                    if !self.has_current.get() && self.next == self.finished && self.pending_bytes.get() > 0 =>
+                {
                     self.handle.done(0)?;
                     self.pending_bytes.set(0);
                 }
@@ -324,6 +319,7 @@ impl Stage {
     }
 
     fn add_pending(&self, payload_len: usize) {
+        self.is_touched.set(true);
         self.pending_bytes.set(self.pending_bytes.get() + payload_len as u64 + RECORD_HEAD_BYTES);
     }
 
@@ -480,17 +476,30 @@ impl<'a> Record<'a> {
         self.record.position
     }
 
-    /// This record failed, for now: as the step's `onError` says it comes again later, or goes to the error output; the loop goes on. Call it before
-    /// anything is emitted, put or deleted for the record.
+    /// How often it failed before, see [`Record::fail`].
+    #[must_use]
+    pub fn attempts(&self) -> u32 {
+        self.record.attempts
+    }
+
+    /// This record failed, for now: as the step's `onError` says it comes again later or goes to the error output, and the loop goes on.
+    /// Blocks while the error output is full.
     ///
     /// # Errors
-    /// Something was (`AGS_STATE`), or the reason has a zero byte in it.
+    /// Something was emitted, put or deleted for it: fail it before. The session is over, or the reason has a zero byte in it.
     pub fn fail(self, reason: &str) -> Result<(), Error> {
-        if self.stage.is_touched.get() {
-            let sentence = "something was emitted, put or deleted for the record: fail it before".to_owned();
-            return Err(Error::new(AGS_STATE, "AGS_STATE".to_owned(), sentence));
+        let (stage, reason) = (self.stage, c_string(reason.as_bytes(), "the reason")?);
+        if stage.is_touched.get() {
+            let sentence = "something was emitted, put or deleted for the record: fail it before";
+            return Err(Error::new(AGS_STATE, "AGS_STATE".to_owned(), sentence.to_owned()));
         }
-        *self.stage.failed.borrow_mut() = Some(c_string(reason.as_bytes(), "the reason")?);
+        // Those before it are finished. If the wait is interrupted, this one comes again with `next`.
+        stage.has_current.set(false);
+        stage.next.set(stage.next.get().saturating_sub(1));
+        stage.flush()?;
+        stage.patiently(|| stage.handle.fail(&reason))?;
+        // Those behind it were given back, and come again.
+        stage.begin_anew();
         Ok(())
     }
 
@@ -500,7 +509,6 @@ impl<'a> Record<'a> {
     /// The session is over, or the reason has a zero byte in it.
     pub fn reject(&self, reason: &str) -> Result<(), Error> {
         let reason = c_string(reason.as_bytes(), "the reason")?;
-        self.stage.is_touched.set(true);
         self.stage.patiently(|| self.stage.handle.reject(self.stage.nth(), &reason))?;
         self.stage.add_pending(self.payload().len());
         Ok(())

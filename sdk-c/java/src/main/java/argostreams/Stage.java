@@ -65,7 +65,8 @@ public final class Stage implements Iterable<Stage.Record>, AutoCloseable {
     private long beginNs;
     private long pendingBytes;
     private boolean hasCurrent;
-    private boolean isTouched; // something was emitted, put or deleted for the record of the loop
+    /** Something was emitted or put for the current record. */
+    private boolean isTouched;
     private boolean isOver;
     private boolean hasLoopFailed;
 
@@ -166,6 +167,11 @@ public final class Stage implements Iterable<Stage.Record>, AutoCloseable {
         /** Its place in its input; grows from record to record, also over restarts. */
         public long position() {
             return fields().get(JAVA_LONG, 72);
+        }
+
+        /** How often it failed before, see {@link Stage#fail}. */
+        public int attempts() {
+            return fields().get(JAVA_INT, 120);
         }
 
         /** Number of the input that it came from. */
@@ -366,7 +372,6 @@ public final class Stage implements Iterable<Stage.Record>, AutoCloseable {
 
     private void emitBytes(MemorySegment payload, long len, Emit how) {
         opened();
-        isTouched = true;
         emit.set(JAVA_INT, 0, (int) Native.EMIT_BYTES);
         emit.set(JAVA_INT, 4, how.hasEventTime ? Native.EMIT_EVENT_TIME : 0);
         emit.set(JAVA_INT, 8, hasCurrent ? Native.BELONGS_TO_NTH : Native.BELONGS_TO_NOTHING);
@@ -387,6 +392,7 @@ public final class Stage implements Iterable<Stage.Record>, AutoCloseable {
                 int status = (int) Native.EMIT.invokeExact(stage, how.output, emit);
                 if (status == Native.OK) {
                     pendingBytes += len + RECORD_HEAD_BYTES;
+                    isTouched = true;
                     return;
                 }
                 if (status == Native.BATCH_FULL && !hasCurrent && next == finished && pendingBytes > 0) {
@@ -413,7 +419,6 @@ public final class Stage implements Iterable<Stage.Record>, AutoCloseable {
         if (!hasCurrent) {
             throw new StageException(Native.STATE, "AGS_STATE: there is no record to reject outside of the loop over the stage");
         }
-        isTouched = true;
         byte[] text = (reason.replace('\0', ' ') + '\0').getBytes(StandardCharsets.UTF_8);
         MemorySegment string = valueBytes.of(text);
         try {
@@ -426,11 +431,12 @@ public final class Stage implements Iterable<Stage.Record>, AutoCloseable {
             throw Native.broken(thrown);
         }
         pendingBytes += records.get(JAVA_LONG, (next - 1) * Native.RECORD_BYTES + 8) + RECORD_HEAD_BYTES;
+        isTouched = true;
     }
 
     /**
-     * The record of the loop failed, for now: as the step's onError says it comes again later, or goes to the error output; the loop goes on. Call it
-     * before anything is emitted, put or deleted for the record.
+     * The record of the loop failed, for now: as the step's onError says it comes again later or goes to the error output, and the loop goes
+     * on. Before anything was emitted, put or deleted for it. Blocks while the error output is full.
      */
     public void fail(String reason) {
         opened();
@@ -438,8 +444,8 @@ public final class Stage implements Iterable<Stage.Record>, AutoCloseable {
             throw new StageException(Native.STATE, hasCurrent ? "AGS_STATE: something was emitted, put or deleted for the record: fail it before"
                     : "AGS_STATE: there is no record to fail outside of the loop over the stage");
         }
+        // Those before it are finished. If the wait is interrupted, this one comes again.
         hasCurrent = false;
-        // Those before it are finished; those behind it are given back, and come again.
         next--;
         flush();
         MemorySegment string = valueBytes.of((reason.replace('\0', ' ') + '\0').getBytes(StandardCharsets.UTF_8));
@@ -452,6 +458,7 @@ public final class Stage implements Iterable<Stage.Record>, AutoCloseable {
         } catch (Throwable thrown) {
             throw Native.broken(thrown);
         }
+        // Those behind it were given back, and come again.
         count = 0;
         next = 0;
         finished = 0;
