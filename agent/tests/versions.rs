@@ -14,7 +14,7 @@ use std::path::Path;
 use argo_streams_agent::broker::{Action, Broker, Level, Transport};
 use argo_streams_agent::physical::Physical;
 use argo_streams_shm_protocol::limits::{RECORD_PAYLOAD_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX_BEFORE};
-use argo_streams_shm_protocol::version::{FEATURE_LARGE_RECORDS, FEATURE_STATE_EXTENTS};
+use argo_streams_shm_protocol::version::{FEATURE_LARGE_RECORDS, FEATURE_PARKING, FEATURE_STATE_EXTENTS};
 use argo_streams_shm_protocol::{Control, Grant, Hello, Message, RefusalCode, Role, send_packet};
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, socketpair};
 
@@ -26,7 +26,14 @@ const SECOND: usize = 2;
 
 /// A generator, two programs on shared memory, and a sink.
 fn broker() -> Broker {
-    let text = "apiVersion: argoproj.io/v1alpha1\nkind: Pipeline\nmetadata:\n  name: versions\nspec:\n  - stdin: {}\n  - parDo: first\n  - parDo: second\n  - discard: {}\n";
+    broker_with("")
+}
+
+/// With something beside the second program.
+fn broker_with(more: &str) -> Broker {
+    let text = format!(
+        "apiVersion: argoproj.io/v1alpha1\nkind: Pipeline\nmetadata:\n  name: versions\nspec:\n  - stdin: {{}}\n  - parDo: first\n  - parDo: second\n{more}  - discard: {{}}\n"
+    );
     let physical = Physical::new(&argo_streams_pipeline::parse(text.as_bytes(), "versions.yaml").unwrap()).unwrap();
     let transports = [Transport::Internal, Transport::Shm, Transport::Shm, Transport::Internal];
     Broker::new(physical, &transports, &[None, None, None, None], None).unwrap()
@@ -129,6 +136,20 @@ fn an_old_writer_is_granted_what_it_knows_whoever_reads_it() {
 }
 
 #[test]
+fn an_old_library_is_refused_where_failed_records_are_to_be_parked() {
+    let mut broker = broker_with("    onError: {attempts: 3}\n");
+    let (_first, grant) = open(&mut broker, FIRST, "1.1").unwrap();
+    assert_eq!(grant.retry, None, "where the pipeline says nothing it goes on without");
+    for version in ["1.0", "1.1"] {
+        let refusal = open(&mut broker, SECOND, version).unwrap_err();
+        assert!(
+            refusal.contains("`onError`") && refusal.contains("use a library of this agent's version"),
+            "{refusal}"
+        );
+    }
+}
+
+#[test]
 fn features_that_this_agent_does_not_know_are_not_granted_and_other_versions_are_refused_by_name() {
     let hello = |version_min, version_max, features| {
         Message::Hello(Hello {
@@ -144,7 +165,8 @@ fn features_that_this_agent_does_not_know_are_not_granted_and_other_versions_are
     let client = connect(&mut broker, FIRST);
     client.send(&hello(1, 3, u64::MAX), &[]).unwrap();
     let (Message::Grant(grant), _) = answer(&mut broker, &client) else { panic!("a grant") };
-    assert_eq!((grant.version, grant.features, grant.record_bytes_max), (1, FEATURE_STATE_EXTENTS, LARGE));
+    let known = FEATURE_STATE_EXTENTS | FEATURE_PARKING;
+    assert_eq!((grant.version, grant.features, grant.record_bytes_max), (1, known, LARGE));
     for (version_min, version_max) in [(2, 3), (0, 0)] {
         let client = connect(&mut broker, SECOND);
         client.send(&hello(version_min, version_max, FEATURE_LARGE_RECORDS), &[]).unwrap();
