@@ -199,7 +199,8 @@ impl Session {
             let segment = Segment::adopt(descriptor.try_clone().expect("a descriptor"), kind).expect("a segment");
             segment.map(Access::Writable).expect("one's own may be written")
         };
-        let extents = grant.state_extents as usize;
+        // The extents of keyed state, and the room for parked records behind them.
+        let extents = grant.state_extents as usize + usize::from(grant.retry.is_some());
         let this = Self {
             page: map(&descriptors[0], Kind::Commit),
             extents: descriptors[3..3 + extents].iter().map(|extent| map(extent, Kind::State)).collect(),
