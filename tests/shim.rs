@@ -436,7 +436,15 @@ fn a_container_outlives_its_agent() {
     assert_ne!(processes("/program", &mark), before, "another process");
     let run = run.finish().expect_code(0);
     assert!(run.words().contains("took over the run of an agent that is gone"), "{}", run.words());
-    assert!(rig.scratch.text("out") == lines(count), "{}", run.words());
+    let (out, expected) = (rig.scratch.text("out"), lines(count));
+    let at = out.lines().zip(expected.lines()).position(|(came, due)| came != due);
+    let around: Vec<&str> = out.lines().skip(at.unwrap_or(0).saturating_sub(2)).take(6).collect();
+    assert!(
+        out == expected,
+        "{} lines, the first wrong one at {at:?}: {around:?}\n{}",
+        out.lines().count(),
+        run.words()
+    );
     assert_eq!(rig.containers(), "");
 }
 
