@@ -10,6 +10,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use argo_streams_pipeline::FileSink;
+use argo_streams_shm_protocol::stage::Stage;
 use argo_streams_stage::RegularFile;
 use rustix::fs::{FlockOperation, flock};
 
@@ -33,6 +34,9 @@ pub async fn run(context: Context, sink: FileSink) -> Result<(), InternalError> 
     let identity = identity(&file).map_err(InternalError::io(format!("cannot look at {}", path.display())))?;
     let file = RegularFile::new(context.backend, file)
         .map_err(InternalError::io(format!("cannot open {}", path.display())))?;
+    // Before the first byte: a successor of an agent that dies behind its first write must know where to cut.
+    remember(&mut internal.stage, identity, len_bytes);
+    internal.stage.commit()?;
     let mut records = Vec::with_capacity(TAKE_RECORDS);
     let mut block = Vec::new();
     loop {
@@ -46,12 +50,7 @@ pub async fn run(context: Context, sink: FileSink) -> Result<(), InternalError> 
             block = write(&mut internal, &file, &path, &context.name, block, len_bytes).await?;
             len_bytes += block.len() as u64;
             measure(&context.latency, records.iter().map(|record| record.view.ingest_time_ns));
-            internal.stage.change_slot(|slot| {
-                slot.opaque.clear();
-                for word in identity.iter().chain([&len_bytes]) {
-                    slot.opaque.extend_from_slice(&word.to_le_bytes());
-                }
-            });
+            remember(&mut internal.stage, identity, len_bytes);
             internal.stage.done(count)?;
         } else if internal.stage.is_ended() {
             file.sync_data()
@@ -62,6 +61,16 @@ pub async fn run(context: Context, sink: FileSink) -> Result<(), InternalError> 
             internal.wait().await?;
         }
     }
+}
+
+/// The next commit says which file it is, and how long.
+fn remember(stage: &mut Stage, identity: [u64; 3], len_bytes: u64) {
+    stage.change_slot(|slot| {
+        slot.opaque.clear();
+        for word in identity.iter().chain([&len_bytes]) {
+            slot.opaque.extend_from_slice(&word.to_le_bytes());
+        }
+    });
 }
 
 /// Writes a block; a full disk is waited for, said once, and loses nothing.
