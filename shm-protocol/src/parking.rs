@@ -18,10 +18,10 @@ use crate::memory::Mapping;
 use crate::record::Origin;
 use crate::state::{ExtentBytes, KeyedState, StateError, StateShape};
 
-/// How failed records are tried again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How failed records are tried again. The pipeline language says what holds where a pipeline says nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RetryPolicy {
-    /// The pipeline says so; else these are the defaults, and only what a program itself calls a failure is one.
+    /// The pipeline says so; else these are defaults, and only what a program itself calls a failure is one.
     pub is_declared: bool,
     /// Attempts in all. The last failed one sends the record to the error output.
     pub attempts: u32,
@@ -33,19 +33,6 @@ pub struct RetryPolicy {
     pub factor_thousandths: u32,
     /// Each time is made longer or shorter by up to so many thousandths of it.
     pub jitter_thousandths: u32,
-}
-
-impl Default for RetryPolicy {
-    fn default() -> Self {
-        Self {
-            is_declared: false,
-            attempts: 8,
-            initial_ns: 100_000_000,
-            max_ns: 5_000_000_000,
-            factor_thousandths: 2000,
-            jitter_thousandths: 100,
-        }
-    }
 }
 
 impl RetryPolicy {

@@ -10,13 +10,13 @@ use std::collections::VecDeque;
 use std::process::ExitStatus;
 use std::time::Duration;
 
+use argo_streams_shm_protocol::RecordKind;
 use argo_streams_shm_protocol::stage::{BelongsTo, Emit, KeyChoice, OUTPUT_MAIN, Received, Stage, StageError};
-use argo_streams_shm_protocol::{Event, Message, RecordKind};
 use argo_streams_stage::Backend;
 
 use crate::batch::files::{Files, Taken};
 use crate::framing::{Answer, AnswerKey, Frame, FrameSplitter, append_record};
-use crate::program::{Fifos, OutputKind, Program, describe};
+use crate::program::{OutputKind, Program, describe};
 use crate::serve::{GROUP_PATIENCE, Options, ShimError, finish_stage};
 use crate::supervisor::{self, Serve, Supervisor, Wake};
 
@@ -135,41 +135,9 @@ impl Serve for Shim {
         &mut self.supervisor
     }
 
-    async fn hear(&mut self, message: Message) -> Result<(), ShimError> {
-        match message {
-            Message::Event(Event::Start { .. }) => self.start(),
-            Message::Event(Event::Yield) => self.supervisor.send(Event::Yielded { given_up: false, taken_bytes: 0 }),
-            Message::Event(Event::Stop { grace_ms }) => {
-                if self.supervisor.stopping.is_none() {
-                    self.supervisor.stop_after(Duration::from_millis(grace_ms), false);
-                }
-                Ok(())
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// A batch that is under way counts for nothing.
-    async fn closed(&mut self) -> Result<(), ShimError> {
-        if let Some(mut program) = self.supervisor.program.take() {
-            program.end_group(GROUP_PATIENCE).await;
-        }
-        Ok(())
-    }
-
-    async fn turn(&mut self) -> Result<bool, ShimError> {
-        self.work().await
-    }
-
-    async fn sleep(&mut self) -> Result<(), ShimError> {
-        self.rest().await
-    }
-}
-
-impl Shim {
     /// The agent wants a program. With `exit` a process begins with its batch; the agent is not told of each, because it takes
     /// them for deaths and restarts: it hears of those that fail.
-    fn start(&mut self) -> Result<(), ShimError> {
+    fn start(&mut self, _shim_is_stage: bool) -> Result<(), ShimError> {
         (self.supervisor.stopping, self.over, self.may_start) = (None, false, true);
         if self.batches == Batches::Files {
             if !self.start_program()? {
@@ -183,48 +151,22 @@ impl Shim {
         self.supervisor.open_stage()
     }
 
-    /// `false`: it cannot be started, and the agent knows.
-    fn start_program(&mut self) -> Result<bool, ShimError> {
-        let is_files = self.batches == Batches::Files;
-        // The old ones remove their directories, which are those of the new ones.
-        self.files = None;
-        let started = if is_files {
-            Files::new(&self.supervisor.options.socket.with_extension("files")).map(|files| {
-                let environment = files.environment();
-                self.files = Some(files);
-                (environment, OutputKind::Log)
-            })
-        } else {
-            // What it writes counts when it has ended: it need not flush, and a pipe is faster than a terminal.
-            Ok((Vec::new(), if self.supervisor.options.has_fifos { OutputKind::Fifos } else { OutputKind::Pipe }))
-        };
-        let started = started.and_then(|(environment, output)| {
-            Program::start(
-                self.supervisor.backend,
-                &self.supervisor.options.command,
-                &environment,
-                output,
-                &Fifos::beside(&self.supervisor.options.socket),
-            )
-        });
-        match started {
-            Ok(program) => {
-                if is_files {
-                    self.supervisor.say_started(program.pid())?;
-                }
-                self.supervisor.program = Some(program);
-                Ok(true)
-            }
-            Err(error) => {
-                self.may_start = false;
-                self.supervisor.say_not_started(&error)?;
-                Ok(false)
-            }
+    fn stop(&mut self, grace: Duration) {
+        if self.supervisor.stopping.is_none() {
+            self.supervisor.stop_after(grace, false);
         }
     }
 
+    /// A batch that is under way counts for nothing.
+    async fn closed(&mut self) -> Result<(), ShimError> {
+        if let Some(mut program) = self.supervisor.program.take() {
+            program.end_group(GROUP_PATIENCE).await;
+        }
+        Ok(())
+    }
+
     /// One round of work; whether anything moved.
-    async fn work(&mut self) -> Result<bool, ShimError> {
+    async fn turn(&mut self) -> Result<bool, ShimError> {
         if self.supervisor.stop_step() {
             return Ok(true);
         }
@@ -270,6 +212,66 @@ impl Shim {
             return Ok(true);
         }
         Ok(moved)
+    }
+
+    async fn sleep(&mut self) -> Result<(), ShimError> {
+        let may_begin = self.batch.is_none() && self.may_start;
+        if !self.supervisor.prepare_sleep(may_begin)? {
+            return Ok(());
+        }
+        let is_untouched =
+            self.supervisor.options.has_fifos && self.supervisor.program.as_ref().is_some_and(Program::is_untouched);
+        let time = match (&self.batch, &self.files) {
+            (Some(_), Some(_)) => Some(files::LOOK_INTERVAL),
+            (Some(_), None) if is_untouched => Some(UNTOUCHED_INTERVAL),
+            _ => None,
+        };
+        let (batch, files) = (self.batch.as_ref(), self.files.as_ref());
+        let has_feed = batch.is_some_and(|batch| batch.feed_begin < batch.feed.len());
+        let may_be_read = batch.is_some_and(|batch| batch.held.is_none());
+        let changed = async {
+            match files {
+                Some(files) => files.changed().await,
+                None => std::future::pending().await,
+            }
+        };
+        let wake = Wake { wants_input: may_begin, time };
+        self.supervisor.rest((has_feed, may_be_read), wake, changed).await;
+        Ok(())
+    }
+}
+
+impl Shim {
+    /// `false`: it cannot be started, and the agent knows.
+    fn start_program(&mut self) -> Result<bool, ShimError> {
+        let is_files = self.batches == Batches::Files;
+        // The old ones remove their directories, which are those of the new ones.
+        self.files = None;
+        let started = if is_files {
+            Files::new(&self.supervisor.options.socket.with_extension("files")).map(|files| {
+                let environment = files.environment();
+                self.files = Some(files);
+                (environment, OutputKind::Log)
+            })
+        } else {
+            // What it writes counts when it has ended: it need not flush, and a pipe is faster than a terminal.
+            Ok((Vec::new(), if self.supervisor.options.has_fifos { OutputKind::Fifos } else { OutputKind::Pipe }))
+        };
+        let started = started.and_then(|(environment, output)| self.supervisor.start_program(&environment, output));
+        match started {
+            Ok(program) => {
+                if is_files {
+                    self.supervisor.say_started(program.pid())?;
+                }
+                self.supervisor.program = Some(program);
+                Ok(true)
+            }
+            Err(error) => {
+                self.may_start = false;
+                self.supervisor.say_not_started(&error)?;
+                Ok(false)
+            }
+        }
     }
 
     fn program_has_ended(&mut self) -> Result<bool, ShimError> {
@@ -758,32 +760,6 @@ impl Shim {
         let text = "was stopped between two batches".to_owned();
         self.supervisor.say_ended(0, text, 0)?;
         Ok(true)
-    }
-
-    async fn rest(&mut self) -> Result<(), ShimError> {
-        let may_begin = self.batch.is_none() && self.may_start;
-        if !self.supervisor.prepare_sleep(may_begin)? {
-            return Ok(());
-        }
-        let is_untouched =
-            self.supervisor.options.has_fifos && self.supervisor.program.as_ref().is_some_and(Program::is_untouched);
-        let time = match (&self.batch, &self.files) {
-            (Some(_), Some(_)) => Some(files::LOOK_INTERVAL),
-            (Some(_), None) if is_untouched => Some(UNTOUCHED_INTERVAL),
-            _ => None,
-        };
-        let (batch, files) = (self.batch.as_ref(), self.files.as_ref());
-        let has_feed = batch.is_some_and(|batch| batch.feed_begin < batch.feed.len());
-        let may_be_read = batch.is_some_and(|batch| batch.held.is_none());
-        let changed = async {
-            match files {
-                Some(files) => files.changed().await,
-                None => std::future::pending().await,
-            }
-        };
-        let wake = Wake { wants_input: may_begin, time };
-        self.supervisor.rest((has_feed, may_be_read), wake, changed).await;
-        Ok(())
     }
 }
 

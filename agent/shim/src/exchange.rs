@@ -12,14 +12,14 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use argo_streams_shm_protocol::stage::{BelongsTo, Emit, KeyChoice, OUTPUT_MAIN, Received, Stage, StageError};
-use argo_streams_shm_protocol::{Event, Message, RecordKind, monotonic_ns};
+use argo_streams_shm_protocol::{RecordKind, monotonic_ns};
 use argo_streams_stage::Backend;
 use tokio::sync::mpsc::{Receiver, Sender};
 use tokio::task::JoinHandle;
 
 use crate::batch::BatchLimits;
 use crate::framing::{AnswerKey, REASON_BYTES_MAX};
-use crate::program::{Fifos, OutputKind, Program, describe};
+use crate::program::{OutputKind, describe};
 use crate::serve::{GROUP_PATIENCE, Options, ShimError, finish_stage};
 use crate::supervisor::{self, Serve, Supervisor, Wake};
 
@@ -206,33 +206,7 @@ impl Serve for Shim {
         &mut self.supervisor
     }
 
-    async fn hear(&mut self, message: Message) -> Result<(), ShimError> {
-        match message {
-            Message::Event(Event::Start { .. }) => self.start(),
-            Message::Event(Event::Yield) => self.supervisor.send(Event::Yielded { given_up: false, taken_bytes: 0 }),
-            Message::Event(Event::Stop { grace_ms }) => {
-                self.begin_stop(Duration::from_millis(grace_ms));
-                Ok(())
-            }
-            _ => Ok(()),
-        }
-    }
-
-    async fn closed(&mut self) -> Result<(), ShimError> {
-        self.end_program().await
-    }
-
-    async fn turn(&mut self) -> Result<bool, ShimError> {
-        self.work().await
-    }
-
-    async fn sleep(&mut self) -> Result<(), ShimError> {
-        self.rest().await
-    }
-}
-
-impl Shim {
-    fn start(&mut self) -> Result<(), ShimError> {
+    fn start(&mut self, _shim_is_stage: bool) -> Result<(), ShimError> {
         (self.supervisor.stopping, self.over, self.is_ready) = (None, false, false);
         let carrier = match self.exchange {
             Exchange::Http { batch } => http::connect(batch),
@@ -242,13 +216,7 @@ impl Shim {
             Ok(carrier) => carrier,
             Err(error) => return self.supervisor.say_not_started(&error),
         };
-        match Program::start(
-            self.supervisor.backend,
-            &self.supervisor.options.command,
-            &carrier.environment,
-            OutputKind::Log,
-            &Fifos::beside(&self.supervisor.options.socket),
-        ) {
+        match self.supervisor.start_program(&carrier.environment, OutputKind::Log) {
             Ok(program) => {
                 self.supervisor.say_started(program.pid())?;
                 self.supervisor.program = Some(program);
@@ -259,24 +227,16 @@ impl Shim {
         self.supervisor.open_stage()
     }
 
-    /// Nothing more is sent to the program; it has the grace time to end.
-    fn begin_stop(&mut self, grace: Duration) {
-        if self.supervisor.program.is_none() || self.supervisor.stopping.is_some() {
-            return;
-        }
-        let mut terminated = false;
-        if let Some(carrier) = &mut self.carrier {
-            carrier.requests = None;
-            terminated = !carrier.ends_by_itself;
-        }
-        if terminated && let Some(program) = &self.supervisor.program {
-            program.terminate();
-        }
-        self.supervisor.stop_after(grace, terminated);
+    fn stop(&mut self, grace: Duration) {
+        self.begin_stop(grace);
+    }
+
+    async fn closed(&mut self) -> Result<(), ShimError> {
+        self.end_program().await
     }
 
     /// One round of work; whether anything moved.
-    async fn work(&mut self) -> Result<bool, ShimError> {
+    async fn turn(&mut self) -> Result<bool, ShimError> {
         let mut moved = self.receive()?;
         moved |= self.hear_program();
         moved |= self.dispatch();
@@ -294,6 +254,50 @@ impl Shim {
         moved |= self.supervisor.stop_step();
         moved |= self.finish()?;
         Ok(moved)
+    }
+
+    async fn sleep(&mut self) -> Result<(), ShimError> {
+        let wants_input = self.supervisor.program.is_some() && self.in_flight.len() < self.window();
+        if !self.supervisor.prepare_sleep(wants_input)? {
+            return Ok(());
+        }
+        let now_ns = monotonic_ns();
+        let due = self.in_flight.iter().filter_map(|entry| match entry.state {
+            // What could be sent now waits for the program, and not for a time.
+            State::Waiting { not_before_ns } => not_before_ns.checked_sub(now_ns).filter(|left_ns| *left_ns > 0),
+            _ => None,
+        });
+        let time = due.min().map(Duration::from_nanos);
+        let carrier = &mut self.carrier;
+        let answer = async {
+            match carrier {
+                Some(carrier) => carrier.answers.recv().await,
+                None => std::future::pending().await,
+            }
+        };
+        let wake = Wake { wants_input, time };
+        if let Some(answer) = self.supervisor.rest((false, false), wake, answer).await {
+            self.take(answer.unwrap_or_else(|| Answer::Broken("closed its connection".to_owned())));
+        }
+        Ok(())
+    }
+}
+
+impl Shim {
+    /// Nothing more is sent to the program; it has the grace time to end.
+    fn begin_stop(&mut self, grace: Duration) {
+        if self.supervisor.program.is_none() || self.supervisor.stopping.is_some() {
+            return;
+        }
+        let mut terminated = false;
+        if let Some(carrier) = &mut self.carrier {
+            carrier.requests = None;
+            terminated = !carrier.ends_by_itself;
+        }
+        if terminated && let Some(program) = &self.supervisor.program {
+            program.terminate();
+        }
+        self.supervisor.stop_after(grace, terminated);
     }
 
     /// How many records may be with the program.
@@ -578,32 +582,6 @@ impl Shim {
             return Ok(false);
         }
         if self.over { finish_stage(stage, &mut self.over) } else { Ok(false) }
-    }
-
-    async fn rest(&mut self) -> Result<(), ShimError> {
-        let wants_input = self.supervisor.program.is_some() && self.in_flight.len() < self.window();
-        if !self.supervisor.prepare_sleep(wants_input)? {
-            return Ok(());
-        }
-        let now_ns = monotonic_ns();
-        let due = self.in_flight.iter().filter_map(|entry| match entry.state {
-            // What could be sent now waits for the program, and not for a time.
-            State::Waiting { not_before_ns } => not_before_ns.checked_sub(now_ns).filter(|left_ns| *left_ns > 0),
-            _ => None,
-        });
-        let time = due.min().map(Duration::from_nanos);
-        let carrier = &mut self.carrier;
-        let answer = async {
-            match carrier {
-                Some(carrier) => carrier.answers.recv().await,
-                None => std::future::pending().await,
-            }
-        };
-        let wake = Wake { wants_input, time };
-        if let Some(answer) = self.supervisor.rest((false, false), wake, answer).await {
-            self.take(answer.unwrap_or_else(|| Answer::Broken("closed its connection".to_owned())));
-        }
-        Ok(())
     }
 }
 

@@ -12,13 +12,13 @@ use std::time::Duration;
 use argo_streams_shm_protocol::stage::{
     BelongsTo, Emit, KeyChoice, OUTPUT_ERRORS, OUTPUT_MAIN, OpenError, Received, Stage, StageError, encode_error,
 };
-use argo_streams_shm_protocol::{ControlError, Event, Message, RecordKind, monotonic_ns};
+use argo_streams_shm_protocol::{ControlError, RecordKind, monotonic_ns};
 use argo_streams_stage::{Backend, block_on, choose_backend};
 
 use crate::batch::{self, BatchLimits, Batches};
 use crate::exchange::{self, Exchange};
 use crate::framing::{Answer, AnswerKey, Frame, FrameSplitter, Framing, append_record, id_of};
-use crate::program::{Fifos, OutputKind, Program, describe};
+use crate::program::{OutputKind, Program, describe};
 use crate::supervisor::{self, Serve, Supervisor, Wake, nanoseconds};
 
 /// Input is fed in blocks of this size: the size of a pipe.
@@ -173,28 +173,48 @@ impl Serve for Shim {
         &mut self.supervisor
     }
 
-    async fn hear(&mut self, message: Message) -> Result<(), ShimError> {
-        match message {
-            Message::Event(Event::Start { shim_is_stage }) => self.start(shim_is_stage)?,
-            Message::Event(Event::Yield) => {
-                let taken_bytes = self.supervisor.program.as_ref().map_or(0, Program::taken_bytes);
-                let given_up = self.supervisor.stage.is_some() && taken_bytes == 0 && self.progress == 0;
-                if given_up {
-                    // Uncommitted: the opener gets everything again.
-                    self.supervisor.stage = None;
-                    self.supervisor.stopping = None;
-                    self.forget_input();
-                    self.in_flight.clear();
-                }
-                self.supervisor.send(Event::Yielded { given_up, taken_bytes })?;
+    fn start(&mut self, shim_is_stage: bool) -> Result<(), ShimError> {
+        self.forget_input();
+        self.splitter = FrameSplitter::new(self.supervisor.options.framing);
+        self.progress = 0;
+        self.taken_last.clear();
+        self.supervisor.stopping = None;
+        self.is_closing = false;
+        self.is_told = false;
+        self.over = false;
+        let output = match (shim_is_stage, self.supervisor.options.is_block_buffered) {
+            (false, _) => OutputKind::Log,
+            (true, _) if self.supervisor.options.has_fifos => OutputKind::Fifos,
+            (true, true) => OutputKind::Pipe,
+            (true, false) => OutputKind::Terminal,
+        };
+        let environment = [("AGS_SOCKET".to_owned(), self.supervisor.options.socket.to_string_lossy().into_owned())];
+        match self.supervisor.start_program(&environment, output) {
+            Ok(program) => {
+                self.supervisor.say_started(program.pid())?;
+                self.supervisor.program = Some(program);
             }
-            Message::Event(Event::Stop { grace_ms }) => {
-                let grace = Duration::from_millis(grace_ms);
-                self.begin_stop(grace);
-            }
-            _ => {}
+            Err(error) => return self.supervisor.say_not_started(&error),
         }
-        Ok(())
+        // Where the program opened the library before we were there, it is the stage.
+        if shim_is_stage { self.supervisor.open_stage() } else { Ok(()) }
+    }
+
+    fn stop(&mut self, grace: Duration) {
+        self.begin_stop(grace);
+    }
+
+    fn give_up(&mut self) -> (bool, u64) {
+        let taken_bytes = self.supervisor.program.as_ref().map_or(0, Program::taken_bytes);
+        let given_up = self.supervisor.stage.is_some() && taken_bytes == 0 && self.progress == 0;
+        if given_up {
+            // Uncommitted: the opener gets everything again.
+            self.supervisor.stage = None;
+            self.supervisor.stopping = None;
+            self.forget_input();
+            self.in_flight.clear();
+        }
+        (given_up, taken_bytes)
     }
 
     async fn closed(&mut self) -> Result<(), ShimError> {
@@ -211,12 +231,46 @@ impl Serve for Shim {
         }
     }
 
+    /// One round of work; whether anything moved.
     async fn turn(&mut self) -> Result<bool, ShimError> {
-        self.work().await
+        let mut moved = false;
+        if self.supervisor.stage.is_some() {
+            moved |= self.receive()?;
+            moved |= self.feed().await?;
+            moved |= self.answer()?;
+            moved |= self.take_read()?;
+        }
+        moved |= self.read_output().await?;
+        if let Some(program) = &mut self.supervisor.program
+            && (program.try_status()?.is_some() || self.nonsense.is_some())
+        {
+            self.end_program(true).await?;
+            return Ok(true);
+        }
+        moved |= self.supervisor.stop_step();
+        moved |= self.finish()?;
+        Ok(moved)
     }
 
     async fn sleep(&mut self) -> Result<(), ShimError> {
-        self.rest().await
+        self.hint()?;
+        // Nothing is written any more that would tell it.
+        if self.fed > 0
+            && self.supervisor.stage.is_some()
+            && self.supervisor.program.as_ref().is_some_and(Program::has_closed_stdin)
+        {
+            self.input_was_closed()?;
+        }
+        let wants_input =
+            self.feed.len() < BLOCK_BYTES && self.in_flight.len() < UNANSWERED_MAX && self.fed == self.in_flight.len();
+        if !self.supervisor.prepare_sleep(wants_input)? {
+            return Ok(());
+        }
+        let is_taking = self.is_closing || (self.acknowledgement == Acknowledgement::Read && self.fed > 0);
+        let wake = Wake { wants_input, time: is_taking.then_some(TAKEN_INTERVAL) };
+        let streams = (self.feed_begin < self.feed.len(), self.held.is_none());
+        self.supervisor.rest(streams, wake, std::future::pending::<()>()).await;
+        Ok(())
     }
 }
 
@@ -268,39 +322,6 @@ impl Shim {
         Ok(())
     }
 
-    fn start(&mut self, shim_is_stage: bool) -> Result<(), ShimError> {
-        self.forget_input();
-        self.splitter = FrameSplitter::new(self.supervisor.options.framing);
-        self.progress = 0;
-        self.taken_last.clear();
-        self.supervisor.stopping = None;
-        self.is_closing = false;
-        self.is_told = false;
-        self.over = false;
-        let output = match (shim_is_stage, self.supervisor.options.is_block_buffered) {
-            (false, _) => OutputKind::Log,
-            (true, _) if self.supervisor.options.has_fifos => OutputKind::Fifos,
-            (true, true) => OutputKind::Pipe,
-            (true, false) => OutputKind::Terminal,
-        };
-        let environment = [("AGS_SOCKET".to_owned(), self.supervisor.options.socket.to_string_lossy().into_owned())];
-        match Program::start(
-            self.supervisor.backend,
-            &self.supervisor.options.command,
-            &environment,
-            output,
-            &Fifos::beside(&self.supervisor.options.socket),
-        ) {
-            Ok(program) => {
-                self.supervisor.say_started(program.pid())?;
-                self.supervisor.program = Some(program);
-            }
-            Err(error) => return self.supervisor.say_not_started(&error),
-        }
-        // Where the program opened the library before we were there, it is the stage.
-        if shim_is_stage { self.supervisor.open_stage() } else { Ok(()) }
-    }
-
     /// What was fed to a dead process was not: it is fed again to the next one.
     fn forget_input(&mut self) {
         for entry in &mut self.in_flight {
@@ -349,27 +370,6 @@ impl Shim {
         self.feed.truncate(self.feed_begin + usize::try_from(cut - written).unwrap_or(0));
         self.fed = kept;
         self.fed_bytes = cut;
-    }
-
-    /// One round of work; whether anything moved.
-    async fn work(&mut self) -> Result<bool, ShimError> {
-        let mut moved = false;
-        if self.supervisor.stage.is_some() {
-            moved |= self.receive()?;
-            moved |= self.feed().await?;
-            moved |= self.answer()?;
-            moved |= self.take_read()?;
-        }
-        moved |= self.read_output().await?;
-        if let Some(program) = &mut self.supervisor.program
-            && (program.try_status()?.is_some() || self.nonsense.is_some())
-        {
-            self.end_program(true).await?;
-            return Ok(true);
-        }
-        moved |= self.supervisor.stop_step();
-        moved |= self.finish()?;
-        Ok(moved)
     }
 
     /// Takes records from the rings and puts lines into the feed.
@@ -855,27 +855,6 @@ impl Shim {
             return Ok(false);
         }
         if self.over && self.in_flight.is_empty() { finish_stage(stage, &mut self.over) } else { Ok(false) }
-    }
-
-    async fn rest(&mut self) -> Result<(), ShimError> {
-        self.hint()?;
-        // Nothing is written any more that would tell it.
-        if self.fed > 0
-            && self.supervisor.stage.is_some()
-            && self.supervisor.program.as_ref().is_some_and(Program::has_closed_stdin)
-        {
-            self.input_was_closed()?;
-        }
-        let wants_input =
-            self.feed.len() < BLOCK_BYTES && self.in_flight.len() < UNANSWERED_MAX && self.fed == self.in_flight.len();
-        if !self.supervisor.prepare_sleep(wants_input)? {
-            return Ok(());
-        }
-        let is_taking = self.is_closing || (self.acknowledgement == Acknowledgement::Read && self.fed > 0);
-        let wake = Wake { wants_input, time: is_taking.then_some(TAKEN_INTERVAL) };
-        let streams = (self.feed_begin < self.feed.len(), self.held.is_none());
-        self.supervisor.rest(streams, wake, std::future::pending::<()>()).await;
-        Ok(())
     }
 
     /// With `auto`: lines stay unanswered. A program that waits for more input has no answer to them; one that does anything

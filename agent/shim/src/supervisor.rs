@@ -10,7 +10,7 @@ use argo_streams_stage::{Backend, StageBell, choose_backend, path_keys, ready_de
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use crate::program::Program;
+use crate::program::{Fifos, OutputKind, Program};
 use crate::serve::{Options, ShimError};
 
 const LIBRARY: &str = concat!("argo-streams-shim ", env!("CARGO_PKG_VERSION"));
@@ -32,8 +32,14 @@ const SLEEP_MAX: Duration = Duration::from_secs(1);
 pub(crate) trait Serve {
     /// What it has in common with the others.
     fn supervisor(&mut self) -> &mut Supervisor;
-    /// The agent said something.
-    async fn hear(&mut self, message: Message) -> Result<(), ShimError>;
+    /// The agent wants a program; whether the shim is to be its stage.
+    fn start(&mut self, shim_is_stage: bool) -> Result<(), ShimError>;
+    /// The agent wants the program to end within this time.
+    fn stop(&mut self, grace: Duration);
+    /// The program opened the library. Whether the stage was given up for it, and how many bytes the program had taken.
+    fn give_up(&mut self) -> (bool, u64) {
+        (false, 0)
+    }
     /// The stage has finished, or the agent is gone: so is our reason to be.
     async fn closed(&mut self) -> Result<(), ShimError>;
     /// One round of work; whether anything moved.
@@ -47,7 +53,13 @@ pub(crate) async fn serve(mut shim: impl Serve) -> Result<(), ShimError> {
     loop {
         loop {
             match shim.supervisor().hear()? {
-                Heard::Message(message) => shim.hear(message).await?,
+                Heard::Message(Message::Event(Event::Start { shim_is_stage })) => shim.start(shim_is_stage)?,
+                Heard::Message(Message::Event(Event::Stop { grace_ms })) => shim.stop(Duration::from_millis(grace_ms)),
+                Heard::Message(Message::Event(Event::Yield)) => {
+                    let (given_up, taken_bytes) = shim.give_up();
+                    shim.supervisor().send(Event::Yielded { given_up, taken_bytes })?;
+                }
+                Heard::Message(_) => {}
                 Heard::Nothing => break,
                 Heard::Closed => return shim.closed().await,
             }
@@ -81,7 +93,7 @@ pub(crate) struct Stopping {
 #[derive(Debug)]
 pub(crate) struct Supervisor {
     pub(crate) options: Options,
-    pub(crate) backend: Backend,
+    backend: Backend,
     control: Control,
     control_ready: AsyncFd<OwnedFd>,
     /// `None`: not opened, given up, or the program is a stage by itself.
@@ -113,7 +125,7 @@ impl Supervisor {
         ShimError::Control { socket: self.options.socket.clone(), source }
     }
 
-    pub(crate) fn send(&self, event: Event) -> Result<(), ShimError> {
+    fn send(&self, event: Event) -> Result<(), ShimError> {
         self.control.send(&Message::Event(event), &[]).map_err(|source| self.control_error(source))
     }
 
@@ -124,6 +136,16 @@ impl Supervisor {
             Err(ControlError::Closed) => Ok(Heard::Closed),
             Err(source) => Err(self.control_error(source)),
         }
+    }
+
+    /// Starts the program with these variables besides its own.
+    pub(crate) fn start_program(
+        &self,
+        environment: &[(String, String)],
+        output: OutputKind,
+    ) -> std::io::Result<Program> {
+        let fifos = Fifos::beside(&self.options.socket);
+        Program::start(self.backend, &self.options.command, environment, output, &fifos)
     }
 
     pub(crate) fn say_started(&self, pid: u32) -> Result<(), ShimError> {
