@@ -4,7 +4,7 @@
 
 use std::process::Command;
 
-use argo_streams_tests::{Finished, Running, Scratch, binary, repository, target_directory};
+use argo_streams_tests::{Finished, Running, Scratch, binary, compile_with_library, repository};
 use serde_json::Value;
 
 fn conform(arguments: &[&str], cases: &[&str], program: &[&str]) -> Finished {
@@ -175,17 +175,7 @@ fn what_cannot_be_tried_or_is_no_step_has_its_own_code() {
 fn a_program_on_shared_memory_passes_and_one_that_never_opens_it_fails() {
     let scratch = Scratch::new();
     let program = scratch.path("identity");
-    let library = target_directory().join("libargo_streams.a");
-    let compiled = Command::new("cc")
-        .args(["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-I"])
-        .arg(repository().join("sdk-c/include"))
-        .arg("-o")
-        .arg(&program)
-        .args([repository().join("tests/identity.c"), library])
-        .args(["-lpthread", "-ldl", "-lm", "-lgcc_s"])
-        .output()
-        .unwrap();
-    assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
+    compile_with_library("identity.c", &program);
     let program = program.to_str().unwrap();
     for transport in ["shm", "auto"] {
         let run = conform(&["--transport", transport], &[], &[program]).expect_code(0);

@@ -9,7 +9,7 @@ use std::process::{Command, Output};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use argo_streams_tests::{Running, Scratch, binary, repository, target_directory, wait_for};
+use argo_streams_tests::{Running, Scratch, binary, compile_with_library, repository, wait_for};
 use serde_json::Value;
 
 /// Answers each line at once, in Python.
@@ -141,16 +141,7 @@ fn programs_with_the_library_are_replaced_under_load() {
     let scratch = Scratch::new();
     let (one, other) = (scratch.path("one"), scratch.path("other"));
     for program in [&one, &other] {
-        let compiled = Command::new("cc")
-            .args(["-O2", "-o"])
-            .arg(program)
-            .arg("-I")
-            .arg(repository().join("sdk-c/include"))
-            .args([repository().join("tests/identity.c"), target_directory().join("libargo_streams.a")])
-            .args(["-lpthread", "-ldl", "-lm", "-lgcc_s"])
-            .status()
-            .unwrap();
-        assert!(compiled.success());
+        compile_with_library("identity.c", program);
     }
     let (one, other) = ([one.to_str().unwrap()], [other.to_str().unwrap()]);
     replace_under_load("    transport: shm\n", &one, &[&other, &one, &other]);

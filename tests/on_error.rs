@@ -6,10 +6,9 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
-use std::process::Command;
 
 use argo_streams_tests::{
-    Scratch, kill_while_running, processes_of, processes_with, repository, shims_of, target_directory, wait_for,
+    Scratch, compile_with_library, kill_while_running, processes_of, processes_with, shims_of, wait_for,
 };
 use rustix::process::Signal;
 use serde_json::Value;
@@ -118,16 +117,7 @@ while True:
 /// The C program of tests/fails.c.
 fn compiled(scratch: &Scratch) -> String {
     let program = scratch.path("fails");
-    let compiled = Command::new("cc")
-        .args(["-O2", "-o"])
-        .arg(&program)
-        .arg("-I")
-        .arg(repository().join("sdk-c/include"))
-        .args([repository().join("tests/fails.c"), target_directory().join("libargo_streams.a")])
-        .args(["-lpthread", "-ldl", "-lm", "-lgcc_s"])
-        .status()
-        .unwrap();
-    assert!(compiled.success());
+    compile_with_library("fails.c", &program);
     program.display().to_string()
 }
 

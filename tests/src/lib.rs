@@ -319,3 +319,20 @@ pub fn shims_of(agent: u32) -> Vec<i32> {
     let children = std::fs::read_to_string(format!("/proc/{agent}/task/{agent}/children")).unwrap_or_default();
     children.split_whitespace().filter_map(|id| id.parse().ok()).collect()
 }
+
+/// Compiles a C program of this folder against the C library, with every warning an error.
+///
+/// # Panics
+/// When it does not compile.
+pub fn compile_with_library(source: &str, program: &Path) {
+    let compiled = Command::new("cc")
+        .args(["-std=c11", "-D_POSIX_C_SOURCE=200809L", "-O2", "-Wall", "-Wextra", "-Werror", "-I"])
+        .arg(repository().join("sdk-c/include"))
+        .arg("-o")
+        .arg(program)
+        .args([repository().join("tests").join(source), target_directory().join("libargo_streams.a")])
+        .args(["-lpthread", "-ldl", "-lm", "-lgcc_s"])
+        .output()
+        .unwrap();
+    assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
+}

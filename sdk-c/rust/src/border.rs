@@ -1,4 +1,5 @@
-//! The calls of the C library, each with Rust's lifetimes around it. The one unsafe file of this crate.
+//! The calls of the C library, each with Rust's lifetimes around it. The unsafe code of this crate is here, but for one block of lib.rs that joins a
+//! record with its mapping.
 #![allow(unsafe_code, reason = "the border to the C library")]
 
 use std::ffi::{CStr, CString, c_char};
