@@ -74,20 +74,10 @@ fn keyed_lines(ids: std::ops::Range<u64>) -> String {
     ids.map(|id| format!("{{\"key\":\"k{}\",\"n\":{}}}\n", id % 7, id / 7)).collect()
 }
 
-/// Replaces the program of step `p` by each of the commands in turn, under load; nothing is lost, doubled or out of order.
-fn replace_under_load(beside: &str, first: &[&str], commands: &[&[&str]]) {
-    let scratch = Scratch::new();
-    let first: Vec<String> = first.iter().map(|word| serde_json::to_string(word).unwrap()).collect();
-    let (pipeline, mut run) = start(
-        &scratch,
-        &format!(
-            "  - stdin: {{}}\n  - groupByKey: {{key: .key}}\n  - parDo: p\n    name: p\n    command: [{}]\n{beside}  - file: {{path: out}}\n",
-            first.join(", ")
-        ),
-    );
+/// Writes keyed lines to a run as fast as it takes them, for as long as `act` takes; how many. Then its input is over.
+fn under_load(run: &mut Running, act: impl FnOnce()) -> u64 {
     let mut input = run.child.stdin.take().unwrap();
     let is_over = Arc::new(AtomicBool::new(false));
-    // As fast as it is taken, for as long as programs are replaced.
     let writer = std::thread::spawn({
         let is_over = Arc::clone(&is_over);
         move || {
@@ -99,14 +89,30 @@ fn replace_under_load(beside: &str, first: &[&str], commands: &[&[&str]]) {
             count
         }
     });
-    for command in commands {
-        wait_for_progress(&pipeline);
-        let said = done(&pipeline, &[&["replace", "p", "--"], *command].concat());
-        assert!(said.contains("began again"), "{said}");
-    }
-    wait_for_progress(&pipeline);
+    act();
     is_over.store(true, Ordering::Relaxed);
-    let count = writer.join().unwrap();
+    writer.join().unwrap()
+}
+
+/// Replaces the program of step `p` by each of the commands in turn, under load; nothing is lost, doubled or out of order.
+fn replace_under_load(beside: &str, first: &[&str], commands: &[&[&str]]) {
+    let scratch = Scratch::new();
+    let first: Vec<String> = first.iter().map(|word| serde_json::to_string(word).unwrap()).collect();
+    let (pipeline, mut run) = start(
+        &scratch,
+        &format!(
+            "  - stdin: {{}}\n  - groupByKey: {{key: .key}}\n  - parDo: p\n    name: p\n    command: [{}]\n{beside}  - file: {{path: out}}\n",
+            first.join(", ")
+        ),
+    );
+    let count = under_load(&mut run, || {
+        for command in commands {
+            wait_for_progress(&pipeline);
+            let said = done(&pipeline, &[&["replace", "p", "--"], *command].concat());
+            assert!(said.contains("1 program(s) began") || said.contains("3 program(s) began"), "{said}");
+        }
+        wait_for_progress(&pipeline);
+    });
     let run = run.finish().expect_code(0);
     assert_eq!(run.summary()["steps"][2]["restarts"], 0, "{}", run.words());
     assert_whole_and_in_order(&scratch.text("out"), count);
@@ -201,6 +207,183 @@ fn every_source_can_be_paused() {
     let _good = run.finish().expect_code(0);
     assert_eq!(scratch.text("out"), "before\nmeanwhile\n");
     assert!(scratch.text("copy") == keyed_lines(0..200_000));
+}
+
+const SPEC: &str = "apiVersion: argoproj.io/v1alpha1\nkind: Pipeline\nmetadata:\n  name: test\nspec:\n";
+
+/// Writes other steps into a pipeline's file, and has them applied.
+fn apply(pipeline: &Path, steps: &str) -> String {
+    std::fs::write(pipeline, format!("{SPEC}{steps}")).unwrap();
+    done(pipeline, &["apply"])
+}
+
+/// Numbers of a step.
+fn step_of(status: &Value, name: &str) -> Value {
+    status["steps"].as_array().unwrap().iter().find(|step| step["name"] == name).cloned().unwrap_or(Value::Null)
+}
+
+/// Applies one list of steps after the other under load, each made from step `p`'s options; the output is whole and in order, and so
+/// are the numbers.
+fn apply_under_load(p: &str, changes: &[&str]) {
+    let scratch = Scratch::new();
+    let steps = |change: &str| {
+        let (options, between) = change.split_once('|').unwrap_or((change, ""));
+        let options: String = options.split_terminator(';').map(|option| format!("    {option}\n")).collect();
+        format!(
+            "  - stdin: {{}}\n  - groupByKey: {{key: .key}}\n  - parDo: p\n    name: p\n{p}{options}{between}  - file: {{path: out}}\n    name: out\n"
+        )
+    };
+    let (pipeline, mut run) = start(&scratch, &steps(""));
+    let count = under_load(&mut run, || {
+        for change in changes {
+            wait_for_progress(&pipeline);
+            let said = apply(&pipeline, &steps(change));
+            assert!(said.contains("began"), "{said}");
+        }
+        wait_for_progress(&pipeline);
+    });
+    let run = run.finish().expect_code(0);
+    assert_whole_and_in_order(&scratch.text("out"), count);
+    let summary = run.summary();
+    for (name, number) in [("stdin-0", "out"), ("groupbykey-1", "out"), ("p", "in"), ("p", "out"), ("out", "in")] {
+        assert_eq!(step_of(&summary, name)[number], count, "{number} of {name}: {summary}");
+    }
+    assert_eq!(step_of(&summary, "p")["restarts"], 0);
+}
+
+const Q: &str = "|  - parDo: q\n    name: q\n    command: [sed, -n, p]\n    ack: line\n";
+
+#[test]
+fn containers_and_steps_come_and_go_under_load() {
+    let lines = "    command: [cat]\n    ack: line\n";
+    apply_under_load(lines, &["containers: 3", "containers: 2", "", "containers: 4", "containers: 3"]);
+    apply_under_load(lines, &[Q, "", &format!("containers: 2{Q}"), "containers: 2", "onError: {attempts: 2}"]);
+    let stdio = format!("    transport: stdio\n{lines}");
+    apply_under_load(&stdio, &["containers: 3", &format!("containers: 3{Q}"), "containers: 2"]);
+    // A key that only a jq program takes, and an overflow that drops nothing while the sink keeps up.
+    let keyed = "|  - groupByKey: {key: .key + \"\"}\n    name: g\n";
+    apply_under_load(lines, &[keyed, "containers: 2", &format!("containers: 2{keyed}"), ""]);
+}
+
+#[test]
+fn programs_over_http_sockets_and_files_get_more_containers_under_load() {
+    for transport in ["http", "socket", "file"] {
+        let (program, runner) = if transport == "file" { ("identity_file.sh", "sh") } else { ("", "python3") };
+        let program = if program.is_empty() { format!("identity_{transport}.py") } else { program.to_owned() };
+        let program = repository().join("examples/transports").join(program);
+        let p = format!("    command: [{runner}, {}]\n    transport: {transport}\n", program.display());
+        apply_under_load(&p, &["containers: 2", Q, ""]);
+    }
+}
+
+#[test]
+fn keyed_state_goes_to_the_containers_that_have_its_keys_from_then_on() {
+    let scratch = Scratch::new();
+    let counts = scratch.path("counts");
+    compile_with_library("counts.cpp", &counts);
+    let p = format!("    command: [{}]\n    transport: shm\n", counts.display());
+    apply_under_load(
+        &p,
+        &["containers: 4", "containers: 3", "state: {limit: 2Gi};containers: 3", Q, "containers: 2", ""],
+    );
+}
+
+#[test]
+fn state_that_is_not_of_the_records_keys_is_not_dealt_out_and_the_run_goes_on_as_it_was() {
+    let scratch = Scratch::new();
+    let counts = scratch.path("counts");
+    compile_with_library("counts.cpp", &counts);
+    let steps = |containers: u32| {
+        format!(
+            "  - stdin: {{}}\n  - groupByKey: {{key: .key}}\n  - parDo: p\n    name: p\n    command: [{}]\n    transport: shm\n    env: [{{name: WHOLE, value: 'yes'}}]\n    containers: {containers}\n  - file: {{path: out}}\n",
+            counts.display()
+        )
+    };
+    let (pipeline, mut run) = start(&scratch, &steps(2));
+    let count = under_load(&mut run, || {
+        wait_for_progress(&pipeline);
+        std::fs::write(&pipeline, format!("{SPEC}{}", steps(3))).unwrap();
+        let said = refused(&pipeline, &["apply"], 1);
+        assert!(said.contains("two of its workers have a value for the key \"all of them\""), "{said}");
+        assert!(said.contains("the run goes on as it was"), "{said}");
+        wait_for_progress(&pipeline);
+    });
+    let _good = run.finish().expect_code(0);
+    assert_whole_and_in_order(&scratch.text("out"), count);
+}
+
+#[test]
+fn sinks_come_and_go_and_each_has_what_came_while_it_was_there() {
+    let scratch = Scratch::new();
+    let begin = "  - stdin: {}\n  - parDo: p\n    name: p\n    command: [cat]\n    ack: line\n  - file: {path: out}\n    from: [p]\n";
+    let (pipeline, mut run) = start(&scratch, begin);
+    let count = under_load(&mut run, || {
+        for copy in ["one", "two"] {
+            wait_for_progress(&pipeline);
+            apply(&pipeline, &format!("{begin}  - file: {{path: {copy}}}\n    name: copy\n    from: [stdin-0]\n"));
+            wait_for("the copy", || {
+                let text = std::fs::read_to_string(scratch.path(copy)).ok()?;
+                (text.lines().count() > 1000).then_some(())
+            });
+        }
+        apply(&pipeline, begin);
+        wait_for_progress(&pipeline);
+    });
+    let run = run.finish().expect_code(0);
+    let out = scratch.text("out");
+    assert_whole_and_in_order(&out, count);
+    assert_eq!(step_of(&run.summary(), "copy"), Value::Null);
+    let (one, two) = (scratch.text("one"), scratch.text("two"));
+    // One goes on where the other ended, and both are a part of all.
+    assert!(out.contains(&(one + &two)), "the copies are a stretch of what came");
+}
+
+#[test]
+fn what_cannot_be_applied_is_refused_and_nothing_is_changed() {
+    let scratch = Scratch::new();
+    let good = "  - stdin: {}\n  - parDo: p\n    name: p\n    command: [sh, -c, 'while read l; do case $l in stuck) sleep 1000;; esac; echo $l; done']\n    ack: line\n  - file: {path: out}\n";
+    let pipeline = scratch.pipeline(good);
+    let mut run = scratch.start(&pipeline, &["--output", "json", "--grace", "2s"]);
+    wait_for("the run", || ctl(&pipeline, &["status"]).status.success().then_some(()));
+    assert!(apply(&pipeline, good).contains("nothing was changed"));
+    for (steps, said) in [
+        (good.replace("stdin: {}", "generate: {}"), "where a source stands is known to this run only"),
+        (format!("{good}  - generate: {{}}\n    name: more\n    from: []\n"), "source \"more\" is new"),
+        (good.replace("[sh, -c", "[no-such-program, -c"), "no-such-program"),
+        (good.replace("path: out", "path: no/such/out"), "no/such is not there"),
+    ] {
+        std::fs::write(&pipeline, format!("{SPEC}{steps}")).unwrap();
+        let text = refused(&pipeline, &["apply"], 1);
+        assert!(text.contains(said) && text.contains("the run goes on as it is"), "{text}");
+    }
+    std::fs::write(&pipeline, format!("{SPEC}{}", good.replace("ack: line", "ack: soon"))).unwrap();
+    assert!(refused(&pipeline, &["apply"], 2).contains("ack"));
+    std::fs::write(&pipeline, format!("{SPEC}{}", good.replace("ack: line", "ack: line\n    containers: 2"))).unwrap();
+    run.write(b"stuck\nbehind\n");
+    wait_for("the program to take it", || (step_of(&status(&pipeline), "stdin-0")["out"] == 2).then_some(()));
+    let text = refused(&pipeline, &["apply"], 1);
+    assert!(text.contains("did not come to rest within 2 s") && text.contains("step p has records"), "{text}");
+    // Another program takes them up, and then it can be done.
+    done(&pipeline, &["replace", "p", "--", "cat"]);
+    wait_for("the lines", || (scratch.text("out") == "stuck\nbehind\n").then_some(()));
+    assert!(done(&pipeline, &["apply"]).contains("p is changed: 2 program(s) began"));
+    done(&pipeline, &["drain"]);
+    let run = run.finish().expect_code(0);
+    assert_eq!(step_of(&run.summary(), "p")["in"], 2, "{}", run.words());
+}
+
+#[test]
+fn a_run_that_outlives_its_agent_is_not_changed() {
+    let scratch = Scratch::new();
+    let steps = "  - stdin: {}\n  - parDo: p\n    name: p\n    command: [cat]\n    ack: line\n  - file: {path: out}\n";
+    let pipeline = scratch.pipeline(steps);
+    let state = scratch.path("state");
+    let mut run = scratch.start(&pipeline, &["--output", "json", "--state", state.to_str().unwrap()]);
+    wait_for("the run", || ctl(&pipeline, &["status"]).status.success().then_some(()));
+    std::fs::write(&pipeline, format!("{SPEC}{}", steps.replace("ack: line", "ack: line\n    containers: 2"))).unwrap();
+    assert!(refused(&pipeline, &["apply"], 1).contains("--state"));
+    drop(run.child.stdin.take());
+    let _good = run.finish().expect_code(0);
 }
 
 #[test]

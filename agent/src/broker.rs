@@ -19,6 +19,10 @@ use argo_streams_shm_protocol::{
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use serde::{Deserialize, Serialize};
 
+mod change;
+
+pub use change::ChangeError;
+
 use crate::accusation::{End, Finding, look_at_producer, look_at_reader};
 use crate::keeper::Kept;
 use crate::physical::Physical;
@@ -210,6 +214,10 @@ struct Worker {
     failure: Option<Failure>,
     /// Its program is being replaced, at the latest at this time, by force then.
     replaced_by_ns: Option<u64>,
+    /// Nothing is started when its program has ended: the pipeline is being changed.
+    is_held: bool,
+    /// What its step did over rings and with workers that a change of the pipeline took away.
+    gone: change::Gone,
 }
 
 impl Worker {
@@ -248,6 +256,8 @@ impl Worker {
             doubts: 0,
             failure: None,
             replaced_by_ns: None,
+            is_held: false,
+            gone: change::Gone::default(),
         }
     }
 }
@@ -911,7 +921,7 @@ impl Broker {
                 worker.restarts_in_a_row = 0;
                 // Another program may not open the library, or may.
                 worker.has_opened_itself = false;
-                worker.start_at_ns = Some(0);
+                worker.start_at_ns = (!worker.is_held).then_some(0);
                 self.say(stage, Level::Info, "its program is replaced".to_owned());
             }
         } else {
@@ -928,7 +938,7 @@ impl Broker {
         if worker.shim_must_start {
             // There is none.
             worker.replaced_by_ns = None;
-            worker.start_at_ns = Some(0);
+            worker.start_at_ns = (!worker.is_held).then_some(0);
             return;
         }
         worker.start_at_ns = None;
@@ -949,7 +959,7 @@ impl Broker {
         let page = worker.incarnation.page();
         let believed = (worker.phase != Phase::Failed).then(|| page.read().ok()).flatten();
         let is_believed = believed.is_some();
-        let slot = believed.unwrap_or_else(|| worker.slot_at_start.clone());
+        let mut slot = believed.unwrap_or_else(|| worker.slot_at_start.clone());
         let statistic = |offset| if is_believed { page.statistic(offset) } else { 0 };
         let mut latencies = worker.latencies.clone();
         for (input, latency) in latencies.iter_mut().enumerate().filter(|_| is_believed) {
@@ -960,8 +970,11 @@ impl Broker {
                 self.workers.get(producer.stage).map_or(0, |worker| worker.incarnation.page().tail(producer.index));
             tail.saturating_sub(slot.inputs.get(input).map_or(0, |entry| entry.acknowledged))
         });
+        let depths_bytes = depths.collect();
+        let gone_records = worker.gone.add_to(&mut slot, &plan.spec);
         Some(StageSnapshot {
-            depths_bytes: depths.collect(),
+            depths_bytes,
+            gone_records,
             slot,
             latencies,
             phase: worker.phase,
@@ -1311,19 +1324,22 @@ impl Broker {
     }
 
     fn yielded(&mut self, stage: usize, given_up: bool, taken_bytes: u64) {
-        let Some(opener) = self.workers.get_mut(stage).and_then(|worker| worker.opener.take()) else { return };
+        let opener = self.workers.get_mut(stage).and_then(|worker| worker.opener.take());
         if given_up {
+            // Also where the opener has died meanwhile: the stage is nobody's, and whoever comes next may have it.
             self.recover(stage);
-            if self.phase(stage) == Some(Phase::Failed) {
-                return self.refuse_client(opener, RefusalCode::State, "the step has failed");
-            }
-            self.grant(opener, stage, Role::Stage);
-        } else {
+        }
+        let Some(opener) = opener else { return };
+        if !given_up {
             let text = format!(
                 "the program took {taken_bytes} bytes of standard input before it opened the library: open it first, or declare `transport: shm`"
             );
-            self.refuse_client(opener, RefusalCode::TooLate, &text);
+            return self.refuse_client(opener, RefusalCode::TooLate, &text);
         }
+        if self.phase(stage) == Some(Phase::Failed) {
+            return self.refuse_client(opener, RefusalCode::State, "the step has failed");
+        }
+        self.grant(opener, stage, Role::Stage);
     }
 
     /// A stage says that its neighbour wrote something impossible. The agent looks itself; then the session of one of the two
@@ -1622,8 +1638,10 @@ impl Broker {
 /// What the status shows of one stage.
 #[derive(Clone, Debug)]
 pub struct StageSnapshot {
-    /// What it committed.
+    /// What it committed, with the numbers of rings and workers that are gone since.
     pub slot: Slot,
+    /// Records that it finished, or a worker of its step, from steps that it does not read any more.
+    pub gone_records: u64,
     /// Waiting bytes of each input.
     pub depths_bytes: Vec<u64>,
     /// Latency of each input, all incarnations.
@@ -1823,6 +1841,38 @@ mod tests {
         assert_eq!(ended(&broker), [(false, 0), (false, 0), (true, 1), (false, 0)]);
         reader.accuse(&mut broker, true);
         assert_eq!(ended(&broker)[READER], (true, 1), "who is ended is not heard any more");
+    }
+
+    #[test]
+    fn a_program_that_dies_while_the_shim_gives_the_stage_up_for_it_leaves_it_to_the_next_one() {
+        let mut broker = broker();
+        broker.workers[READER].transport = Transport::Auto;
+        let connect = |broker: &mut Broker, role: Role| {
+            let control = broker.internal_client(READER).expect("a socket");
+            let client = broker.next_client - 1;
+            let (version_min, version_max) = (PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MAX);
+            let library = "test".to_owned();
+            let hello = Hello { version_min, version_max, role, features: u64::MAX, pid: 1, library };
+            control.try_send(&Message::Hello(hello), &[]).expect("room");
+            broker.handle(client);
+            (control, client)
+        };
+        let granted = |control: &Control| matches!(control.try_receive(), Ok(Some((Message::Grant(_), _))));
+        let (shim, of_shim) = connect(&mut broker, Role::Supervisor);
+        let (first, of_first) = connect(&mut broker, Role::ShimStage);
+        assert!(granted(&first));
+        first.try_send(&Message::Mapped, &[]).expect("room");
+        broker.handle(of_first);
+        let (program, of_program) = connect(&mut broker, Role::Stage);
+        drop(program);
+        broker.handle(of_program);
+        drop(first);
+        broker.handle(of_first);
+        let yielded = Event::Yielded { given_up: true, taken_bytes: 0 };
+        shim.try_send(&Message::Event(yielded), &[]).expect("room");
+        broker.handle(of_shim);
+        let (again, _) = connect(&mut broker, Role::ShimStage);
+        assert!(granted(&again), "the stage is nobody's");
     }
 
     #[test]

@@ -377,6 +377,12 @@ pub enum CtlCommand {
         #[arg(last = true, required = true, value_name = "COMMAND")]
         command: Vec<String>,
     },
+    /// Make the run what FILE says by now: other programs and options, another number of containers, steps that are new or gone.
+    ///
+    /// Sources read nothing for as long as that takes; what is in flight is finished first. Steps that the change does not touch go on
+    /// with the processes that they have, the others begin again with their keyed state. Sources must stay as they are. If
+    /// something cannot be done, nothing is, and the answer says what.
+    Apply,
 }
 
 fn pair(text: &str) -> Result<(String, String), String> {

@@ -19,8 +19,8 @@ use crate::identity::{Identity, IdentityError};
 
 /// Requests at a time; a further one is told to come again.
 const REQUESTS_MAX: usize = 8;
-/// The longest request: a command with its arguments.
-const REQUEST_BYTES_MAX: u64 = 256 << 10;
+/// The longest request: a pipeline's file, as JSON.
+const REQUEST_BYTES_MAX: u64 = 4 << 20;
 /// How long a client may take to say what it wants.
 const REQUEST_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a client waits for an answer: a replaced program may take its grace time, and then start.
@@ -52,6 +52,11 @@ pub enum Request {
         step: String,
         /// The program and its arguments.
         command: Vec<String>,
+    },
+    /// The run becomes what this version of its file says.
+    Apply {
+        /// The file's text.
+        text: String,
     },
 }
 

@@ -27,6 +27,9 @@ pub enum InternalError {
     /// The stage failed.
     #[error("{0}")]
     Stage(#[from] StageError),
+    /// The step was taken out of the pipeline while it ran: what it had is finished, and the thread ends well.
+    #[error("the step was taken out of the pipeline")]
+    TakenOut,
     /// A file or stream failed.
     #[error("{what}: {source}")]
     Io {
@@ -48,11 +51,101 @@ impl InternalError {
     }
 }
 
+/// Between the agent's loop and the thread of one stage, when the pipeline is changed while it runs: the thread is asked to rest where
+/// it has nothing in hand, and told how it goes on.
+#[derive(Debug, Default)]
+pub struct Handover {
+    state: Mutex<Rest>,
+    told: tokio::sync::Notify,
+}
+
+#[derive(Debug, Default)]
+enum Rest {
+    /// Not asked for.
+    #[default]
+    No,
+    Asked,
+    /// The thread has committed what it has, and touches its stage no more.
+    Resting,
+    Told(GoesOn),
+}
+
+/// How a stage goes on behind a rest.
+#[derive(Debug)]
+pub enum GoesOn {
+    /// As it was.
+    Same,
+    /// Its rings are others: it is opened again over this socket.
+    Anew(Control),
+    /// It ends.
+    Not,
+}
+
+impl Handover {
+    fn with<T>(&self, act: impl FnOnce(&mut Rest) -> T) -> T {
+        // Nothing here panics while it holds the lock.
+        act(&mut self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+    }
+
+    /// Asks the thread to rest. Ring its bell then.
+    pub fn ask(&self) {
+        self.with(|rest| {
+            if matches!(rest, Rest::No) {
+                *rest = Rest::Asked;
+            }
+        });
+    }
+
+    /// Whether the thread rests.
+    #[must_use]
+    pub fn is_resting(&self) -> bool {
+        self.with(|rest| matches!(rest, Rest::Resting))
+    }
+
+    /// Tells the thread how to go on; one that does not rest yet will not.
+    pub fn tell(&self, goes_on: GoesOn) {
+        self.with(|rest| match rest {
+            Rest::Resting => *rest = Rest::Told(goes_on),
+            Rest::Asked if matches!(goes_on, GoesOn::Same) => *rest = Rest::No,
+            _ => {}
+        });
+        self.told.notify_one();
+    }
+
+    fn is_asked(&self) -> bool {
+        self.with(|rest| matches!(rest, Rest::Asked))
+    }
+
+    async fn rest(&self) -> GoesOn {
+        self.with(|rest| {
+            if matches!(rest, Rest::Asked) {
+                *rest = Rest::Resting;
+            }
+        });
+        loop {
+            let told = self.with(|rest| match std::mem::take(rest) {
+                Rest::Told(goes_on) => Some(goes_on),
+                Rest::No => Some(GoesOn::Same),
+                other => {
+                    *rest = other;
+                    None
+                }
+            });
+            match told {
+                Some(goes_on) => return goes_on,
+                None => self.told.notified().await,
+            }
+        }
+    }
+}
+
 /// What a thread is given to become a stage.
 #[derive(Debug)]
 pub struct Context {
     /// Its end of the control socket.
     pub control: Control,
+    /// How it is asked to rest.
+    pub handover: Arc<Handover>,
     /// Its step's name.
     pub name: String,
     /// What its I/O runs on.
@@ -76,6 +169,8 @@ pub struct Internal {
     /// How far a source has handed its input on. It is written to the slot by whatever commits the records, however early.
     partitions: Vec<(u64, u64)>,
     are_partitions_written: bool,
+    handover: Arc<Handover>,
+    wants_input_while_blocked: bool,
 }
 
 impl Internal {
@@ -83,11 +178,44 @@ impl Internal {
     ///
     /// # Errors
     /// [`InternalError::Open`].
-    pub fn open(control: Control) -> Result<Self, InternalError> {
-        let stage = Stage::open(control, Role::Stage, LIBRARY, agent_keys, OPEN_TIMEOUT_NS)?;
-        let bell = StageBell::new(&stage).map_err(InternalError::io("the stage's bell"))?;
+    pub fn open(control: Control, handover: &Arc<Handover>) -> Result<Self, InternalError> {
+        let (stage, bell) = open(control)?;
         let partitions = stage.slot().partitions.clone();
-        Ok(Self { stage, bell, partitions, are_partitions_written: true })
+        Ok(Self {
+            stage,
+            bell,
+            partitions,
+            are_partitions_written: true,
+            handover: Arc::clone(handover),
+            wants_input_while_blocked: false,
+        })
+    }
+
+    /// As [`Stage::set_wants_input_while_blocked`], also of the stage that comes after this one.
+    pub fn set_wants_input_while_blocked(&mut self, wants_input: bool) {
+        self.wants_input_while_blocked = wants_input;
+        self.stage.set_wants_input_while_blocked(wants_input);
+    }
+
+    /// Rests if the agent wants that, and nothing is in hand: the stage may be another one behind it. Whether it did.
+    ///
+    /// # Errors
+    /// [`InternalError::TakenOut`] where it is to end, and as [`Internal::open`].
+    async fn rest_if_asked(&mut self) -> Result<bool, InternalError> {
+        if !self.handover.is_asked() || self.stage.undone_len() > 0 {
+            return Ok(false);
+        }
+        self.publish()?;
+        let handover = Arc::clone(&self.handover);
+        match handover.rest().await {
+            GoesOn::Same => {}
+            GoesOn::Anew(control) => {
+                (self.stage, self.bell) = open(control)?;
+                self.stage.set_wants_input_while_blocked(self.wants_input_while_blocked);
+            }
+            GoesOn::Not => return Err(InternalError::TakenOut),
+        }
+        Ok(true)
     }
 
     /// Where a partition goes on, as it was committed, by an earlier agent perhaps.
@@ -129,21 +257,23 @@ impl Internal {
         self.stage.done(0)
     }
 
-    /// Waits until the stage has something to do.
+    /// Waits until the stage has something to do. Behind it the stage may be another one ([`Handover`]).
     ///
     /// # Errors
-    /// As [`Stage::prepare_sleep`].
-    pub async fn wait(&mut self) -> Result<(), StageError> {
-        self.bell.wait(&mut self.stage).await?;
+    /// As [`Stage::prepare_sleep`]; [`InternalError::TakenOut`].
+    pub async fn wait(&mut self) -> Result<(), InternalError> {
+        if !self.rest_if_asked().await? {
+            self.bell.wait(&mut self.stage).await?;
+        }
         Ok(())
     }
 
     /// Waits until the stage has something to do, or `other` ends. `other` may be dropped in the middle.
     ///
     /// # Errors
-    /// As [`Stage::prepare_sleep`].
-    pub async fn wait_or(&mut self, other: impl Future<Output = ()>) -> Result<(), StageError> {
-        if !self.stage.prepare_sleep()? {
+    /// As [`Internal::wait`].
+    pub async fn wait_or(&mut self, other: impl Future<Output = ()>) -> Result<(), InternalError> {
+        if self.rest_if_asked().await? || !self.stage.prepare_sleep()? {
             return Ok(());
         }
         tokio::select! {
@@ -157,8 +287,8 @@ impl Internal {
     /// Waits while the agent wants a source to read nothing. Returns how long that was, and at once where it wants no such thing.
     ///
     /// # Errors
-    /// As [`Stage::done`] and [`Stage::prepare_sleep`].
-    pub async fn pause(&mut self) -> Result<u64, StageError> {
+    /// As [`Internal::wait`].
+    pub async fn pause(&mut self) -> Result<u64, InternalError> {
         if !self.stage.is_pause_requested() || self.stage.is_stop_requested() {
             return Ok(0);
         }
@@ -174,7 +304,7 @@ impl Internal {
     ///
     /// # Errors
     /// As [`Stage::emit`], but never for want of room.
-    pub async fn emit(&mut self, emit: &Emit<'_>, payload: &[u8]) -> Result<(), StageError> {
+    pub async fn emit(&mut self, emit: &Emit<'_>, payload: &[u8]) -> Result<(), InternalError> {
         loop {
             match self.stage.emit(OUTPUT_MAIN, emit, payload) {
                 Err(StageError::Full | StageError::BatchFull) => {
@@ -183,7 +313,7 @@ impl Internal {
                         self.wait().await?;
                     }
                 }
-                result => return result,
+                result => return Ok(result?),
             }
         }
     }
@@ -192,14 +322,23 @@ impl Internal {
     ///
     /// # Errors
     /// As [`Stage::finish`], but never for want of room.
-    pub async fn finish(&mut self, is_stop: bool) -> Result<(), StageError> {
+    pub async fn finish(&mut self, is_stop: bool) -> Result<(), InternalError> {
         loop {
             match self.stage.finish(is_stop) {
-                Err(StageError::Full) => self.wait().await?,
-                result => return result,
+                // Its end is no place to rest at.
+                Err(StageError::Full) => {
+                    self.bell.wait(&mut self.stage).await?;
+                }
+                result => return Ok(result?),
             }
         }
     }
+}
+
+fn open(control: Control) -> Result<(Stage, StageBell), InternalError> {
+    let stage = Stage::open(control, Role::Stage, LIBRARY, agent_keys, OPEN_TIMEOUT_NS)?;
+    let bell = StageBell::new(&stage).map_err(InternalError::io("the stage's bell"))?;
+    Ok((stage, bell))
 }
 
 /// How a source emits: its records belong to nothing before them.

@@ -1,6 +1,6 @@
 //! Which brokers each Kafka step talks to: its own, those of `--kafka`, or an embedded one that this run starts and fills.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::BufRead;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -64,24 +64,10 @@ impl KafkaSetup {
     /// # Errors
     /// [`KafkaError`].
     pub fn prepare(plan: &Plan, options: &Options, directory: &Path) -> Result<Self, KafkaError> {
-        let mut topics = BTreeMap::new();
-        for step in plan.steps() {
-            let (topic, servers, properties) = match step.kind() {
-                StepKind::Source(Source::Kafka(kafka)) => {
-                    (kafka.topic(), kafka.bootstrap_servers(), kafka.properties())
-                }
-                StepKind::Sink(Sink::Kafka(kafka)) => (kafka.topic(), kafka.bootstrap_servers(), kafka.properties()),
-                _ => continue,
-            };
-            check_properties(properties).map_err(|error| KafkaError::Property {
-                place: step.place(),
-                name: step.name().to_owned(),
-                reason: error.to_string(),
-            })?;
-            if servers.is_none() && options.kafka.is_none() {
-                topics.insert(topic.to_owned(), EMBEDDED_PARTITIONS);
-            }
-        }
+        let topics: BTreeMap<String, i32> = Self::embedded_topics(plan, options.kafka.as_deref())?
+            .into_iter()
+            .map(|topic| (topic, EMBEDDED_PARTITIONS))
+            .collect();
         let mut this = Self { outside: options.kafka.clone(), until_end: options.until_end, ..Self::default() };
         for (topic, what) in &options.kafka_fill {
             if !topics.contains_key(topic) {
@@ -110,6 +96,43 @@ impl KafkaSetup {
         }
         this.embedded = Some(embedded);
         Ok(this)
+    }
+
+    /// Checks the Kafka steps of a changed plan: what is prepared is enough for them.
+    ///
+    /// # Errors
+    /// [`KafkaError`].
+    pub fn check(&self, before: &Plan, plan: &Plan) -> Result<(), KafkaError> {
+        let there = Self::embedded_topics(before, self.outside.as_deref())?;
+        match Self::embedded_topics(plan, self.outside.as_deref())?.into_iter().find(|topic| !there.contains(topic)) {
+            None => Ok(()),
+            Some(topic) => Err(KafkaError::Embedded(format!(
+                "topic {topic:?} is new, and the topics of an embedded Kafka are those that a run begins with: drain it, and run the changed file"
+            ))),
+        }
+    }
+
+    /// The topics that steps name without brokers.
+    fn embedded_topics(plan: &Plan, outside: Option<&str>) -> Result<BTreeSet<String>, KafkaError> {
+        let mut topics = BTreeSet::new();
+        for step in plan.steps() {
+            let (topic, servers, properties) = match step.kind() {
+                StepKind::Source(Source::Kafka(kafka)) => {
+                    (kafka.topic(), kafka.bootstrap_servers(), kafka.properties())
+                }
+                StepKind::Sink(Sink::Kafka(kafka)) => (kafka.topic(), kafka.bootstrap_servers(), kafka.properties()),
+                _ => continue,
+            };
+            check_properties(properties).map_err(|error| KafkaError::Property {
+                place: step.place(),
+                name: step.name().to_owned(),
+                reason: error.to_string(),
+            })?;
+            if servers.is_none() && outside.is_none() {
+                topics.insert(topic.to_owned());
+            }
+        }
+        Ok(topics)
     }
 
     /// What is less than it could be.

@@ -11,6 +11,7 @@ pub mod cli;
 pub mod conform;
 
 pub mod physical;
+pub mod reshape;
 
 mod accusation;
 pub mod broker;

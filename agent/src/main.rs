@@ -89,8 +89,8 @@ fn main() -> ExitCode {
 }
 
 fn ctl_command(arguments: CtlArguments) -> ExitCode {
-    let plan = match load(&arguments.file) {
-        Ok((plan, _)) => plan,
+    let (plan, text) = match load(&arguments.file) {
+        Ok(loaded) => loaded,
         Err(text) => {
             say(&text);
             return ExitCode::from(BAD_USAGE);
@@ -102,6 +102,7 @@ fn ctl_command(arguments: CtlArguments) -> ExitCode {
         CtlCommand::Pause => Request::Pause,
         CtlCommand::Resume => Request::Resume,
         CtlCommand::Drain => Request::Drain,
+        CtlCommand::Apply => Request::Apply { text },
         CtlCommand::Restart { step } => Request::Restart { step },
         CtlCommand::Replace { step, mut command } => {
             if let Some(program) = command.first_mut().filter(|program| program.contains('/')) {

@@ -73,6 +73,18 @@ impl OffsetTracker {
         Self { source, handed, note: None, committed: Vec::new(), said_held_back: false }
     }
 
+    /// The pipeline was changed while everything rested: the source is this stage now, and what it had read is finished.
+    pub fn rebase(&mut self, source: usize) {
+        self.source = source;
+        self.note = None;
+    }
+
+    /// The source.
+    #[must_use]
+    pub fn source(&self) -> usize {
+        self.source
+    }
+
     /// Looks how far the note has come. Returns the stage whose state holds the offsets back, once.
     pub fn look(&mut self, broker: &Broker, is_over: bool) -> Option<usize> {
         let mut held_back = None;

@@ -31,8 +31,8 @@ const RECORDS_AT_ONCE: usize = 256;
 /// # Errors
 /// [`InternalError`].
 pub async fn run(context: Context, policy: Overflow) -> Result<(), InternalError> {
-    let mut internal = Internal::open(context.control)?;
-    internal.stage.set_wants_input_while_blocked(true);
+    let mut internal = Internal::open(context.control, &context.handover)?;
+    internal.set_wants_input_while_blocked(true);
     let mut passage =
         Passage { policy, held_bytes: 0, stride: 1, turn: 0, payload: Vec::new(), attributes: Vec::new() };
     let mut received = Vec::new();
@@ -48,7 +48,7 @@ pub async fn run(context: Context, policy: Overflow) -> Result<(), InternalError
             continue;
         }
         if internal.stage.is_ended() {
-            return Ok(internal.finish(false).await?);
+            return internal.finish(false).await;
         }
         internal.wait().await?;
     }

@@ -65,6 +65,10 @@ pub struct Physical {
     pub stages: Vec<StagePlan>,
     /// groupByKey steps that are no stages.
     pub counted: Vec<CountedStep>,
+    /// The id that the next new stage is given, in a later version of the pipeline.
+    pub next_stage: u64,
+    /// The same for a ring.
+    pub next_ring: u64,
 }
 
 /// Why a plan cannot run on one node.
@@ -154,6 +158,8 @@ impl Physical {
             this.connect(plan, stage, main, step, Output::Main);
             this.connect(plan, stage, errors, step, Output::Errors);
         }
+        this.next_stage = this.stages.len() as u64 + 1;
+        this.next_ring = this.stages.iter().map(|stage| stage.spec.outputs.len() as u64).sum::<u64>() + 1;
         this.check(plan)?;
         Ok(this)
     }
@@ -279,8 +285,9 @@ fn workers_of(kind: &StepKind) -> usize {
     }
 }
 
-/// Equal, contiguous slices of the key groups.
-fn owner_table(workers: usize) -> Vec<u16> {
+/// Equal, contiguous slices of the key groups: which worker has each.
+#[must_use]
+pub fn owner_table(workers: usize) -> Vec<u16> {
     (0..KEY_GROUPS).map(|group| u16::try_from(group * workers / KEY_GROUPS).unwrap_or(0)).collect()
 }
 

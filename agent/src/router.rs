@@ -11,7 +11,7 @@ use crate::internal::{Context, Internal, InternalError};
 /// # Errors
 /// [`InternalError`].
 pub async fn run(context: Context, key: KeyExpression) -> Result<(), InternalError> {
-    let mut internal = Internal::open(context.control)?;
+    let mut internal = Internal::open(context.control, &context.handover)?;
     let mut records = Vec::new();
     let (mut payload, mut key_bytes) = (Vec::new(), Vec::new());
     loop {
@@ -43,7 +43,7 @@ pub async fn run(context: Context, key: KeyExpression) -> Result<(), InternalErr
         }
         if count == 0 {
             if internal.stage.is_ended() {
-                return Ok(internal.finish(false).await?);
+                return internal.finish(false).await;
             }
             internal.wait().await?;
         }

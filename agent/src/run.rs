@@ -25,7 +25,7 @@ use crate::broker::{Action, AdoptError, Broker, Level, Phase, Transport, listen}
 use crate::ctl::{Answer, Asked, Ctl, Request};
 use crate::engine::{Container, Engine, Image, REMOVE_PATIENCE, Removal};
 use crate::identity::{Identity, IdentityError};
-use crate::internal::{Context, InternalError};
+use crate::internal::{Context, GoesOn, Handover, InternalError};
 use crate::kafka_setup::{KafkaError, KafkaSetup};
 use crate::keeper::Kept;
 use crate::metrics::{Metrics, Numbers};
@@ -35,6 +35,10 @@ use crate::screen::Screen;
 use crate::state_directory::{StateDirectory, StateError};
 use crate::status::{Status, Summary, summary_text};
 use crate::{overflow, router, sinks, sources};
+
+mod change;
+
+use change::Change;
 
 /// How often we look at progress when nothing happens.
 const LOOK_INTERVAL_NS: u64 = 100_000_000;
@@ -254,6 +258,18 @@ struct Run {
     /// Whoever waits for programs to be replaced.
     replacing: Vec<Replacing>,
     io: (&'static str, String),
+    backend: Backend,
+    /// The directory of the pipeline's file.
+    directory: PathBuf,
+    /// Where its sockets are.
+    sockets: PathBuf,
+    run_id: Arc<str>,
+    /// The pipeline is being changed.
+    change: Option<Change>,
+    /// How the agent's own stages are asked to rest, by stage.
+    handovers: HashMap<usize, Arc<Handover>>,
+    /// Threads of stages that were taken out, with their steps' names.
+    leaving: Vec<(String, JoinHandle<Result<(), InternalError>>)>,
 }
 
 /// The engine, and the steps that it starts.
@@ -267,8 +283,9 @@ struct Containers {
 }
 
 impl Containers {
-    fn name(&self, stage: usize) -> String {
-        format!("{}-{stage}", self.prefix)
+    /// The name of a stage's container, by what stays the same of the stage when the pipeline is changed.
+    fn name(&self, id: u64) -> String {
+        format!("{}-{}", self.prefix, id.saturating_sub(1))
     }
 }
 
@@ -281,11 +298,12 @@ struct Removing {
     ended: Option<String>,
 }
 
-/// A request that is answered when the programs of its step have started.
+/// A request that is answered when the programs of its stages have started.
 #[derive(Debug)]
 struct Replacing {
     asked: Asked,
-    step: String,
+    /// The step, or what was changed.
+    what: String,
     stages: Vec<usize>,
     since_ns: u64,
     until_ns: u64,
@@ -370,6 +388,7 @@ impl Run {
         }
         let place = identity.directory().file_name().map(|name| name.to_string_lossy().into_owned());
         containers.prefix = format!("argo-streams-{}", place.unwrap_or_default());
+        let identity_directory = identity.directory().to_path_buf();
         let ctl = Ctl::listen(&identity).map_err(system("cannot listen for `argo-streams ctl`"))?;
         let kafka = KafkaSetup::prepare(&plan, &options, &directory)?;
         let plan = Arc::new(plan);
@@ -377,33 +396,18 @@ impl Run {
         let mut sockets = Vec::new();
         let mut listeners = Vec::new();
         for (index, stage) in physical.stages.iter().enumerate() {
-            let transport = match plan.step(stage.step).map(argo_streams_pipeline::Step::kind) {
-                Some(StepKind::ParDo(pardo)) => match pardo.transport() {
-                    // A process for each batch is no stage of its own.
-                    Declared::Auto if pardo.acknowledgement() == Acknowledgement::Exit => Transport::Stdio,
-                    Declared::Auto => Transport::Auto,
-                    Declared::Stdio | Declared::Fifo | Declared::Http | Declared::Socket | Declared::File => {
-                        Transport::Stdio
-                    }
-                    Declared::Shm => Transport::Shm,
-                },
-                _ => Transport::Internal,
-            };
-            let socket = (transport != Transport::Internal).then(|| identity.directory().join(format!("{index}.sock")));
+            let transport = transport_of(&plan, stage.step);
+            let socket = (transport != Transport::Internal).then(|| socket_of(&identity_directory, stage.spec.stage));
             if let Some(path) = &socket {
                 let listener = kept.remove(&listener_entry(index)).and_then(|kept| kept.descriptors.into_iter().next());
+                let is_container = containers.images.contains_key(&stage.step);
                 let listener = match listener {
                     Some(listener) => listener,
-                    None => listen(path).map_err(system("cannot listen for ParDos"))?,
+                    None => listen_for_pardo(path, is_container)?,
                 };
-                if containers.images.contains_key(&stage.step) {
-                    // Behind a directory of mode 0700, and in its container, where programs have users of their own.
-                    std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o666))
-                        .map_err(system("cannot open a socket to a container"))?;
-                    if let (Some(engine), false) = (&containers.engine, is_taken_over) {
-                        // A run that was killed may have left it.
-                        engine.remove(&containers.name(index));
-                    }
+                if let (true, Some(engine), false) = (is_container, &containers.engine, is_taken_over) {
+                    // A run that was killed may have left it.
+                    engine.remove(&containers.name(stage.spec.stage));
                 }
                 listeners.push((index, listener));
             }
@@ -416,13 +420,7 @@ impl Run {
             state => Broker::new(physical, &transports, &sockets, state)
                 .map_err(|error| RunError::Failed { step: "agent".to_owned(), text: error.to_string() })?,
         };
-        for (index, stage) in
-            broker.physical().stages.iter().enumerate().map(|(index, stage)| (index, stage.step)).collect::<Vec<_>>()
-        {
-            if containers.images.contains_key(&stage) {
-                broker.open_to_all(index);
-            }
-        }
+        open_containers(&mut broker, &containers);
         if let Some(state) = broker.state() {
             for (index, listener) in &listeners {
                 state.keeper.put(&listener_entry(*index), &[], &[listener.as_fd()]);
@@ -439,6 +437,10 @@ impl Run {
         if options.state.is_some() {
             degradations.extend(not_kept(&plan, &options));
         }
+        let run_id: Arc<str> = match broker.state() {
+            Some(state) => state.run_id().into(),
+            None => format!("{:x}-{:x}", std::process::id(), monotonic_ns()).into(),
+        };
         let mut run = Self {
             options,
             shim,
@@ -465,88 +467,92 @@ impl Run {
             replaced: HashMap::new(),
             replacing: Vec::new(),
             io: (backend.name(), String::new()),
+            backend,
+            directory,
+            sockets: identity_directory,
+            run_id,
+            change: None,
+            handovers: HashMap::new(),
+            leaving: Vec::new(),
         };
-        run.start_threads(backend, &directory, &kafka)?;
+        for stage in 0..run.broker.physical().stages.len() {
+            run.start_thread(stage, &kafka)?;
+        }
         Ok((run, identity, kafka))
     }
 
-    fn start_threads(&mut self, backend: Backend, directory: &Path, kafka: &KafkaSetup) -> Result<(), RunError> {
-        let run_id: Arc<str> = match self.broker.state() {
-            Some(state) => state.run_id().into(),
-            None => format!("{:x}-{:x}", std::process::id(), monotonic_ns()).into(),
-        };
+    /// Starts the thread of a stage that runs in the agent and has not finished.
+    fn start_thread(&mut self, index: usize, kafka: &KafkaSetup) -> Result<(), RunError> {
+        let backend = self.backend;
         let file = std::fs::canonicalize(&self.options.file).unwrap_or_else(|_| self.options.file.clone());
-        for index in 0..self.broker.physical().stages.len() {
-            let Some(stage) = self.broker.physical().stages.get(index) else { break };
-            let Some(step) = self.plan.step(stage.step) else { continue };
-            let kind = step.kind().clone();
-            if matches!(kind, StepKind::ParDo(_)) || self.broker.phase(index) == Some(Phase::Finished) {
-                continue;
-            }
-            let name = step.name().to_owned();
-            let step_index = step.index();
-            let control = self.broker.internal_client(index).map_err(system("cannot make a control socket"))?;
-            let latency = self.latencies.get(index).cloned().unwrap_or_default();
-            let context = Context {
-                control,
-                name: name.clone(),
-                backend,
-                directory: directory.to_path_buf(),
-                screen: Arc::clone(&self.screen),
-                run: Arc::clone(&run_id),
-                latency,
-            };
-            let job: Job = match kind {
-                StepKind::Source(Source::File(source)) => {
-                    Box::new(move || flatten(block_on(backend, sources::file::run(context, source))))
-                }
-                StepKind::Source(Source::Stdin) => {
-                    Box::new(move || flatten(block_on(backend, sources::stdin::run(context))))
-                }
-                StepKind::Source(Source::Generate(source)) => {
-                    Box::new(move || flatten(block_on(backend, sources::generate::run(context, source))))
-                }
-                StepKind::Source(Source::Kafka(source)) => {
-                    let (options, hooks) = kafka.source(step_index, &source);
-                    if let Some(group) = &hooks.group {
-                        self.trackers.push(OffsetTracker::new(index, Arc::clone(group)));
-                    }
-                    Box::new(move || flatten(block_on(backend, sources::kafka::run(context, options, hooks))))
-                }
-                StepKind::Sink(Sink::File(sink)) => {
-                    Box::new(move || flatten(block_on(backend, sinks::file::run(context, sink))))
-                }
-                StepKind::Sink(Sink::Log) => Box::new(move || flatten(block_on(backend, sinks::log::run(context)))),
-                StepKind::Sink(Sink::Discard) => {
-                    Box::new(move || flatten(block_on(backend, sinks::discard::run(context))))
-                }
-                StepKind::Sink(Sink::Kafka(sink)) if sink.transactions() => {
-                    // The same for every life of this pipeline, and another one for a copy of its file elsewhere.
-                    let place = hash_key(file.to_string_lossy().as_bytes());
-                    let id = format!("{}.{name}.{place:016x}", self.plan.name());
-                    let options = kafka.transactions(&sink, id);
-                    Box::new(move || flatten(block_on(backend, sinks::transactions::run(context, options))))
-                }
-                StepKind::Sink(Sink::Kafka(sink)) => {
-                    let options = kafka.sink(&sink);
-                    Box::new(move || flatten(block_on(backend, sinks::kafka::run(context, options))))
-                }
-                StepKind::GroupByKey(group) => {
-                    let key: KeyExpression = group.key().clone();
-                    Box::new(move || flatten(block_on(backend, router::run(context, key))))
-                }
-                StepKind::Overflow(policy) => {
-                    Box::new(move || flatten(block_on(backend, overflow::run(context, policy))))
-                }
-                StepKind::ParDo(_) => continue,
-            };
-            // Thread names are cut at 15 bytes by the kernel.
-            let thread = std::thread::Builder::new()
-                .name(name.chars().take(15).collect())
-                .spawn(job)
-                .map_err(system("cannot start a thread"))?;
-            self.threads.push((index, thread));
+        let Some(stage) = self.broker.physical().stages.get(index) else { return Ok(()) };
+        let Some(step) = self.plan.step(stage.step) else { return Ok(()) };
+        let kind = step.kind().clone();
+        if matches!(kind, StepKind::ParDo(_)) || self.broker.phase(index) == Some(Phase::Finished) {
+            return Ok(());
         }
+        let name = step.name().to_owned();
+        let step_index = step.index();
+        let control = self.broker.internal_client(index).map_err(system("cannot make a control socket"))?;
+        let latency = self.latencies.get(index).cloned().unwrap_or_default();
+        let handover: Arc<Handover> = Arc::default();
+        self.handovers.insert(index, Arc::clone(&handover));
+        let context = Context {
+            control,
+            handover,
+            name: name.clone(),
+            backend,
+            directory: self.directory.clone(),
+            screen: Arc::clone(&self.screen),
+            run: Arc::clone(&self.run_id),
+            latency,
+        };
+        let job: Job = match kind {
+            StepKind::Source(Source::File(source)) => {
+                Box::new(move || flatten(block_on(backend, sources::file::run(context, source))))
+            }
+            StepKind::Source(Source::Stdin) => {
+                Box::new(move || flatten(block_on(backend, sources::stdin::run(context))))
+            }
+            StepKind::Source(Source::Generate(source)) => {
+                Box::new(move || flatten(block_on(backend, sources::generate::run(context, source))))
+            }
+            StepKind::Source(Source::Kafka(source)) => {
+                let (options, hooks) = kafka.source(step_index, &source);
+                if let Some(group) = &hooks.group {
+                    self.trackers.push(OffsetTracker::new(index, Arc::clone(group)));
+                }
+                Box::new(move || flatten(block_on(backend, sources::kafka::run(context, options, hooks))))
+            }
+            StepKind::Sink(Sink::File(sink)) => {
+                Box::new(move || flatten(block_on(backend, sinks::file::run(context, sink))))
+            }
+            StepKind::Sink(Sink::Log) => Box::new(move || flatten(block_on(backend, sinks::log::run(context)))),
+            StepKind::Sink(Sink::Discard) => Box::new(move || flatten(block_on(backend, sinks::discard::run(context)))),
+            StepKind::Sink(Sink::Kafka(sink)) if sink.transactions() => {
+                // The same for every life of this pipeline, and another one for a copy of its file elsewhere.
+                let place = hash_key(file.to_string_lossy().as_bytes());
+                let id = format!("{}.{name}.{place:016x}", self.plan.name());
+                let options = kafka.transactions(&sink, id);
+                Box::new(move || flatten(block_on(backend, sinks::transactions::run(context, options))))
+            }
+            StepKind::Sink(Sink::Kafka(sink)) => {
+                let options = kafka.sink(&sink);
+                Box::new(move || flatten(block_on(backend, sinks::kafka::run(context, options))))
+            }
+            StepKind::GroupByKey(group) => {
+                let key: KeyExpression = group.key().clone();
+                Box::new(move || flatten(block_on(backend, router::run(context, key))))
+            }
+            StepKind::Overflow(policy) => Box::new(move || flatten(block_on(backend, overflow::run(context, policy)))),
+            StepKind::ParDo(_) => return Ok(()),
+        };
+        // Thread names are cut at 15 bytes by the kernel.
+        let thread = std::thread::Builder::new()
+            .name(name.chars().take(15).collect())
+            .spawn(job)
+            .map_err(system("cannot start a thread"))?;
+        self.threads.push((index, thread));
         Ok(())
     }
 
@@ -562,6 +568,7 @@ impl Run {
             let due = self.broker.tick(now);
             self.act();
             self.look(now);
+            self.turn_change(now, kafka);
             if let Some(failure) = self.failure.take() {
                 return Err(failure);
             }
@@ -593,6 +600,9 @@ impl Run {
             if self.is_ending() || !self.replacing.is_empty() {
                 wake_ns = now + LOOK_INTERVAL_NS / 10;
             }
+            if self.change.is_some() {
+                wake_ns = now + LOOK_INTERVAL_NS / 100;
+            }
             if !self.trackers.is_empty() {
                 wake_ns = wake_ns.min(now + LOOK_INTERVAL_NS / 2);
             }
@@ -606,7 +616,7 @@ impl Run {
                     Heard::Words(stage) => self.read_words(stage),
                     Heard::ShimEnded(stage) => self.shim_ended(stage),
                     Heard::Removed(stage) => self.removal_ended(stage),
-                    Heard::Ctl => self.do_asked(),
+                    Heard::Ctl => self.do_asked(kafka),
                     Heard::Scrape => self.answer_scrapes(),
                     Heard::Signal => {
                         if signals.take() == 0 {
@@ -631,13 +641,15 @@ impl Run {
     }
 
     /// Does what was asked over the control socket of the run.
-    fn do_asked(&mut self) {
+    fn do_asked(&mut self, kafka: &KafkaSetup) {
         for asked in self.ctl.take() {
             let answer = match &asked.request {
                 Request::Status => {
                     let summary = self.summary();
                     let state = if self.is_draining {
                         "draining"
+                    } else if self.change.is_some() {
+                        "being changed"
                     } else if self.broker.is_paused() {
                         "paused"
                     } else {
@@ -645,6 +657,9 @@ impl Run {
                     };
                     let text = format!("{state}\n{}", summary_text(&summary));
                     Answer { summary: serde_json::to_value(&summary).ok(), ..Answer::done(text) }
+                }
+                request if self.change.is_some() && *request != Request::Drain => {
+                    Answer::refused("the pipeline is being changed: ask again when that is done")
                 }
                 Request::Pause | Request::Resume if self.is_draining => {
                     Answer::refused("the run is being drained: its sources have stopped for good")
@@ -664,13 +679,24 @@ impl Run {
                     self.drain();
                     Answer::done("sources stop, what is in flight is finished, and the run ends")
                 }
+                Request::Apply { text } => {
+                    let text = text.clone();
+                    match self.begin_change(&text, kafka) {
+                        Ok(None) => Answer::done("the file says what runs already: nothing was changed"),
+                        Ok(Some(change)) => {
+                            self.change = Some(change.asked_by(asked));
+                            continue;
+                        }
+                        Err(text) => Answer::refused(format!("{text}\nthe run goes on as it is")),
+                    }
+                }
                 Request::Restart { step } | Request::Replace { step, .. } => {
                     let (step, command) = (step.clone(), asked.request.command().map(<[String]>::to_vec));
                     match self.replace(&step, command) {
                         Ok(stages) => {
                             let since_ns = monotonic_ns();
                             let until_ns = since_ns + nanoseconds(self.options.grace) + END_PATIENCE_NS;
-                            self.replacing.push(Replacing { asked, step, stages, since_ns, until_ns });
+                            self.replacing.push(Replacing { asked, what: step, stages, since_ns, until_ns });
                             continue;
                         }
                         Err(text) => Answer::refused(text),
@@ -694,7 +720,9 @@ impl Run {
             let names: Vec<&str> = pardos().collect();
             return Err(format!("{step} has no program of its own; steps that do are {}", names.join(", ")));
         }
-        if self.replacing.iter().any(|replacing| replacing.step == step) {
+        let stages: Vec<usize> = self.broker.physical().stages_of(found.index()).collect();
+        let is_one_of_them = |replacing: &Replacing| replacing.stages.iter().any(|stage| stages.contains(stage));
+        if self.replacing.iter().any(is_one_of_them) {
             return Err(format!("{step} is being replaced already: wait for that"));
         }
         if let Some(command) = command {
@@ -715,8 +743,6 @@ impl Run {
             self.replaced.insert(step.to_owned(), command);
         }
         let now = monotonic_ns();
-        let index = found.index();
-        let stages: Vec<usize> = self.broker.physical().stages_of(index).collect();
         let stages: Vec<usize> = stages
             .into_iter()
             .filter(|stage| self.broker.replace_program(*stage, now, self.options.grace / 2))
@@ -733,12 +759,12 @@ impl Run {
             let waits = replacing.stages.iter().filter(|stage| self.broker.is_being_replaced(**stage)).count();
             if waits == 0 {
                 let (count, ms) = (replacing.stages.len(), now.saturating_sub(replacing.since_ns) / 1_000_000);
-                let text = format!("{}: {count} program(s) began again, {ms} ms after that was asked", replacing.step);
+                let text = format!("{}: {count} program(s) began, {ms} ms after that was asked", replacing.what);
                 replacing.asked.answer(Answer::done(text));
             } else if now >= replacing.until_ns {
                 let text = format!(
                     "{}: {waits} of {} program(s) have not started yet; the run goes on trying, and says why on standard error",
-                    replacing.step,
+                    replacing.what,
                     replacing.stages.len()
                 );
                 replacing.asked.answer(Answer::refused(text));
@@ -808,6 +834,7 @@ impl Run {
     }
 
     fn drain(&mut self) {
+        self.abandon_change("the run is being drained");
         if !std::mem::replace(&mut self.is_draining, true) {
             self.broker.stop_sources();
             self.drain_deadline_ns = Some(monotonic_ns() + nanoseconds(self.options.grace));
@@ -842,14 +869,12 @@ impl Run {
             }
             let (stage, thread) = self.threads.swap_remove(index);
             let step = self.broker.physical().stages.get(stage).map_or(String::new(), |stage| stage.spec.name.clone());
-            match thread.join() {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => self.fail(RunError::Failed { step, text: error.to_string() }),
-                Err(_panic) => self.fail(RunError::Failed {
-                    step,
-                    text: "its thread panicked: this is a bug of Argo Streams".to_owned(),
-                }),
-            }
+            self.thread_ended(step, thread);
+        }
+        let (gone, leaving): (Vec<_>, Vec<_>) = self.leaving.drain(..).partition(|(_, thread)| thread.is_finished());
+        self.leaving = leaving;
+        for (step, thread) in gone {
+            self.thread_ended(step, thread);
         }
         if self.is_draining {
             self.drain();
@@ -861,6 +886,15 @@ impl Run {
         if now >= self.say_errors_at_ns {
             self.say_errors_at_ns = now + ERRORS_INTERVAL_NS;
             self.say_what_is_dropped();
+        }
+    }
+
+    fn thread_ended(&mut self, step: String, thread: JoinHandle<Result<(), InternalError>>) {
+        match thread.join() {
+            Ok(Ok(()) | Err(InternalError::TakenOut)) => {}
+            Ok(Err(error)) => self.fail(RunError::Failed { step, text: error.to_string() }),
+            Err(_panic) => self
+                .fail(RunError::Failed { step, text: "its thread panicked: this is a bug of Argo Streams".to_owned() }),
         }
     }
 
@@ -978,10 +1012,9 @@ impl Run {
         let Some(step) = self.plan.step(plan.step) else { return Ok(()) };
         let StepKind::ParDo(pardo) = step.kind() else { return Ok(()) };
         let Some(socket) = self.broker.socket(stage) else { return Ok(()) };
-        let directory = self.options.file.parent().unwrap_or(Path::new("."));
         let command = match self.replaced.get(step.name()) {
             Some(command) => Some(command.clone()),
-            None => command_of(&self.options, step.name(), &step.place(), pardo, directory)
+            None => command_of(&self.options, step.name(), &step.place(), pardo, &self.directory)
                 .map_err(|error| io::Error::other(error.to_string()))?,
         };
         let container = self.containers.engine.as_ref().zip(self.containers.images.get(&plan.step));
@@ -1001,7 +1034,7 @@ impl Run {
             }
             (None, Some((engine, image)), Some(program)) => {
                 let container = Container {
-                    name: &self.containers.name(stage),
+                    name: &self.containers.name(plan.spec.stage),
                     step: step.name(),
                     shim: program,
                     socket,
@@ -1121,6 +1154,10 @@ impl Run {
         self.broker.shim_ended(stage, &text);
     }
 
+    fn container_name(&self, stage: usize) -> String {
+        self.containers.name(self.broker.physical().stages.get(stage).map_or(0, |stage| stage.spec.stage))
+    }
+
     fn is_container(&self, stage: usize) -> bool {
         let step = self.broker.physical().stages.get(stage).map(|stage| stage.step);
         step.is_some_and(|step| self.containers.images.contains_key(&step))
@@ -1133,13 +1170,13 @@ impl Run {
             return;
         }
         let Some(engine) = &self.containers.engine else { return };
-        match engine.begin_removal(&self.containers.name(stage)) {
+        match engine.begin_removal(&self.container_name(stage)) {
             Ok(removal) => {
                 let until_ns = monotonic_ns() + nanoseconds(REMOVE_PATIENCE);
                 self.removals.insert(stage, Removing { removal, until_ns, ended });
             }
             Err(error) => {
-                tracing::warn!("container {} cannot be removed: {error}", self.containers.name(stage));
+                tracing::warn!("container {} cannot be removed: {error}", self.container_name(stage));
                 self.container_removed(stage, ended, false);
             }
         }
@@ -1150,7 +1187,7 @@ impl Run {
         let is_removed = match removing.removal.finish() {
             Ok(()) => true,
             Err(said) => {
-                tracing::warn!("container {} cannot be removed: {said}", self.containers.name(stage));
+                tracing::warn!("container {} cannot be removed: {said}", self.container_name(stage));
                 false
             }
         };
@@ -1210,6 +1247,7 @@ impl Run {
 
     /// Ends processes and threads that are still there, in bounded time.
     fn end(&mut self) {
+        self.abandon_change("the run has ended");
         self.broker.revoke_all();
         let deadline_ns = monotonic_ns() + END_PATIENCE_NS.min(nanoseconds(self.options.grace));
         while !self.shims.is_empty() && monotonic_ns() < deadline_ns {
@@ -1233,7 +1271,7 @@ impl Run {
             if self.is_container(stage)
                 && let Some(engine) = &self.containers.engine
             {
-                engine.remove(&self.containers.name(stage));
+                engine.remove(&self.container_name(stage));
             }
         }
         for (_, shim) in self.shims.drain() {
@@ -1253,7 +1291,9 @@ impl Run {
         if let Some(state) = self.broker.state() {
             state.keeper.goodbye();
         }
-        for (_, thread) in self.threads.drain(..) {
+        for thread in
+            self.threads.drain(..).map(|(_, thread)| thread).chain(self.leaving.drain(..).map(|(_, thread)| thread))
+        {
             // A thread that waits for a broker or a disk is not waited for: the process ends with it.
             while !thread.is_finished() && monotonic_ns() < deadline_ns {
                 std::thread::yield_now();
@@ -1266,6 +1306,46 @@ impl Run {
         }
         self.replacing.clear();
         self.ctl.end();
+    }
+}
+
+/// Who becomes the worker's stage.
+fn transport_of(plan: &Plan, step: usize) -> Transport {
+    match plan.step(step).map(argo_streams_pipeline::Step::kind) {
+        Some(StepKind::ParDo(pardo)) => match pardo.transport() {
+            // A process for each batch is no stage of its own.
+            Declared::Auto if pardo.acknowledgement() == Acknowledgement::Exit => Transport::Stdio,
+            Declared::Auto => Transport::Auto,
+            Declared::Stdio | Declared::Fifo | Declared::Http | Declared::Socket | Declared::File => Transport::Stdio,
+            Declared::Shm => Transport::Shm,
+        },
+        _ => Transport::Internal,
+    }
+}
+
+/// The socket of a ParDo's worker, by the id that its stage keeps when the pipeline is changed.
+fn socket_of(directory: &Path, id: u64) -> PathBuf {
+    directory.join(format!("{}.sock", id.saturating_sub(1)))
+}
+
+/// Listens for a ParDo's worker.
+fn listen_for_pardo(path: &Path, is_container: bool) -> Result<OwnedFd, RunError> {
+    let listener = listen(path).map_err(system("cannot listen for ParDos"))?;
+    if is_container {
+        // Behind a directory of mode 0700, and in its container, where programs have users of their own.
+        std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o666))
+            .map_err(system("cannot open a socket to a container"))?;
+    }
+    Ok(listener)
+}
+
+/// Lets the users that programs have in containers connect to their sockets.
+fn open_containers(broker: &mut Broker, containers: &Containers) {
+    for stage in 0..broker.physical().stages.len() {
+        let step = broker.physical().stages.get(stage).map(|stage| stage.step);
+        if step.is_some_and(|step| containers.images.contains_key(&step)) {
+            broker.open_to_all(stage);
+        }
     }
 }
 

@@ -6,9 +6,8 @@ pub mod kafka;
 pub mod stdin;
 
 use argo_streams_shim::{LINE_BYTES_MAX, Line, LineSplitter};
-use argo_streams_shm_protocol::stage::StageError;
 
-use crate::internal::{Internal, from_source};
+use crate::internal::{Internal, InternalError, from_source};
 use crate::physical::COUNTER_ERRORS;
 
 /// Bytes that are read at once.
@@ -24,7 +23,7 @@ async fn emit_lines(
     is_end: bool,
     name: &str,
     end: u64,
-) -> Result<(), StageError> {
+) -> Result<(), InternalError> {
     let mut emitted = 0;
     while let Some(line) = splitter.next_line().or_else(|| if is_end { splitter.take_unterminated() } else { None }) {
         match line {

@@ -190,7 +190,7 @@ impl Status {
             errors += refused;
         }
         for (stage, snapshot) in self.of(broker, step) {
-            let read: u64 = snapshot.slot.inputs.iter().map(|input| input.records).sum();
+            let read = snapshot.slot.inputs.iter().map(|input| input.records).sum::<u64>() + snapshot.gone_records;
             let given = self.counter(stage, COUNTER_MAIN);
             let refused = self.counter(stage, COUNTER_ERRORS);
             match self.plan.step(step).map(argo_streams_pipeline::Step::kind) {

@@ -3,6 +3,9 @@
 //! Every incarnation gets a fresh commit page and fresh output segments: a sealed one can't be mapped for writing again,
 //! and a forked child of the dead process may still hold the old mapping. Generation g+1 goes on with the epoch and the
 //! positions of g; unread bytes are copied to the same positions, so a reader simply switches at its head.
+//!
+//! A stage's layout may change between two incarnations, when a pipeline is changed while it runs: rings are known by their
+//! ids, and keyed state can be dealt out anew among other workers ([`deal_state`]).
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -15,11 +18,11 @@ use crate::parking::RetryPolicy;
 use crate::ring::{RingViolation, copy_unread};
 use crate::segment::{Kind, Segment, SegmentError};
 use crate::session::{SessionPage, session_len_bytes};
-use crate::state::StateShape;
+use crate::state::{KeyedState, StateError, StateShape};
 use crate::version::{FEATURE_PARKING, FEATURE_STATE_EXTENTS, FEATURES_INCOMPATIBLE};
 
-/// What stays the same for all incarnations of a stage.
-#[derive(Clone, Debug)]
+/// What stays the same for all incarnations of a stage, as long as the pipeline does.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StageSpec {
     /// Its id.
     pub stage: u64,
@@ -65,6 +68,17 @@ pub enum IncarnationError {
         /// How much that is.
         limit_bytes: u64,
     },
+    /// Keyed state that is to be dealt out is not what a stage writes, or does not fit.
+    #[error("its keyed state: {0}")]
+    State(#[from] StateError),
+    /// Two workers have a value for the same key, so that the key is not that of their records.
+    #[error(
+        "two of its workers have a value for the key {key:?} in their state: only state whose keys are those of the records can be dealt out anew"
+    )]
+    KeyOfTwo {
+        /// The key, as text.
+        key: String,
+    },
     /// The kernel refused.
     #[error(transparent)]
     System(#[from] std::io::Error),
@@ -109,6 +123,8 @@ pub struct Incarnation {
     session: SessionPage<Mapping>,
     bell: Bell,
     outputs: Vec<Segment>,
+    /// The ids of their rings.
+    rings: Vec<u64>,
     state: Vec<Segment>,
     parking: Option<Segment>,
     free: Vec<u64>,
@@ -116,7 +132,7 @@ pub struct Incarnation {
 
 impl Incarnation {
     /// Makes the segments of an incarnation that goes on where `slot` says. `readers` are the positions of the readers of
-    /// its outputs; `before` is the dead incarnation whose unread bytes and state it takes over.
+    /// its outputs; `before` is the dead incarnation whose unread bytes (of the rings that both have) and state it takes over.
     ///
     /// # Errors
     /// [`IncarnationError`].
@@ -134,7 +150,7 @@ impl Incarnation {
         for (index, output) in spec.outputs.iter().enumerate() {
             let segment = Segment::create_data(owner, generation, output.ring, output.capacity, output.large_capacity)?;
             let reader = readers.get(index).copied().unwrap_or_default();
-            if let Some(old) = before.and_then(|before| before.outputs.get(index)) {
+            if let Some(old) = before.and_then(|before| before.output_of(output.ring)) {
                 let tail = slot.outputs.get(index).map_or(0, |entry| entry.tail);
                 if reader.acknowledged > tail {
                     // An honest reader acknowledges only what was published: the dead stage took its own tail back.
@@ -182,10 +198,31 @@ impl Incarnation {
             session,
             bell: Bell::new()?,
             outputs,
+            rings: spec.outputs.iter().map(|output| output.ring).collect(),
             state,
             parking,
             free,
         })
+    }
+
+    /// The data segment of a ring.
+    fn output_of(&self, ring: u64) -> Option<&Segment> {
+        self.rings.iter().zip(&self.outputs).find(|(known, _)| **known == ring).map(|(_, output)| output)
+    }
+
+    /// Puts keyed state that was dealt out in the place of its own. Only before it is granted.
+    pub fn set_state(&mut self, dealt: DealtState) {
+        self.state = dealt.extents;
+    }
+
+    /// Goes on with the bell of the incarnation before, for whoever in the agent rings it from other threads. Only before it is
+    /// granted.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn share_bell(&mut self, before: &Self) -> Result<(), IncarnationError> {
+        self.bell = Bell::adopt(before.bell()?);
+        Ok(())
     }
 
     /// Takes an incarnation over from a dead agent: the descriptors are those that [`Incarnation::kept`] named. Which of them
@@ -226,6 +263,7 @@ impl Incarnation {
             session_descriptor,
             session,
             bell: Bell::adopt(kept.bell),
+            rings: spec.outputs.iter().map(|output| output.ring).collect(),
             outputs,
             state,
             parking,
@@ -457,5 +495,106 @@ impl Incarnation {
     /// What the kernel says.
     pub fn bell(&self) -> std::io::Result<OwnedFd> {
         self.bell.descriptor().try_clone_to_owned()
+    }
+}
+
+/// Keyed state as a worker begins with it, for [`Incarnation::set_state`].
+#[derive(Debug)]
+pub struct DealtState {
+    extents: Vec<Segment>,
+    /// The epoch at which it counts: the slot of whoever begins with it must say it.
+    pub epoch: u64,
+    /// Bytes in use, for the slot.
+    pub used_bytes: u64,
+}
+
+impl DealtState {
+    /// Extents, for the slot.
+    #[must_use]
+    pub fn extents(&self) -> u64 {
+        self.extents.len() as u64
+    }
+}
+
+/// Deals the keyed state of some workers out among others. `from` are those that have it, at rest, each with its last committed epoch; `to`
+/// those that are to have it, each with its generation and the epoch that it goes on from; `owner` says which of them has a key.
+/// No value of `from` is changed. Reads all of it and writes it again.
+///
+/// # Errors
+/// [`IncarnationError::KeyOfTwo`], [`IncarnationError::State`] when it is damaged or does not fit, and what the kernel says.
+pub fn deal_state(
+    from: &[(&Incarnation, &StageSpec, u64)],
+    to: &[(&StageSpec, u64, u64)],
+    owner: impl Fn(&[u8]) -> usize,
+) -> Result<Vec<DealtState>, IncarnationError> {
+    let mut hands = Vec::with_capacity(to.len());
+    for (spec, generation, epoch) in to {
+        let first = Segment::create_state(spec.stage, *generation, 0, spec.state.extent_len_bytes(0))?;
+        let state = KeyedState::attach(vec![first.map(Access::Writable)?], spec.state, *epoch)?;
+        hands.push(Hand { spec, generation: *generation, epoch: *epoch, extents: vec![first], state });
+    }
+    for (incarnation, spec, epoch) in from {
+        let mut extents = Vec::with_capacity(incarnation.state.len());
+        for extent in &incarnation.state {
+            extents.push(extent.map(Access::Writable)?);
+        }
+        if extents.is_empty() {
+            continue;
+        }
+        let mut dealt = Ok(());
+        KeyedState::attach(extents, spec.state, *epoch)?.for_each(|key, value| {
+            if dealt.is_ok()
+                && let Some(hand) = hands.get_mut(owner(key))
+            {
+                dealt = hand.take(key, value);
+            }
+        })?;
+        dealt?;
+    }
+    let finish = |mut hand: Hand<'_>| {
+        hand.state.mark_done();
+        hand.state.committed(hand.epoch + 1);
+        let used_bytes = hand.state.sizes().1 as u64;
+        DealtState { extents: hand.extents, epoch: hand.epoch + 1, used_bytes }
+    };
+    Ok(hands.into_iter().map(finish).collect())
+}
+
+/// Who is dealt to.
+struct Hand<'a> {
+    spec: &'a StageSpec,
+    generation: u64,
+    epoch: u64,
+    extents: Vec<Segment>,
+    state: KeyedState<Mapping>,
+}
+
+impl Hand<'_> {
+    fn take(&mut self, key: &[u8], value: &[u8]) -> Result<(), IncarnationError> {
+        let mut before = Vec::new();
+        if self.state.get_into(key, &mut before)? {
+            return Err(IncarnationError::KeyOfTwo { key: String::from_utf8_lossy(key).into_owned() });
+        }
+        if self.state.wants_extent() {
+            self.grow()?;
+        }
+        while let Err(error) = self.state.put(key, value) {
+            if !matches!(error, StateError::Growing { .. }) {
+                return Err(error.into());
+            }
+            self.grow()?;
+        }
+        // One by one: what is pending is remembered, and this is all of it.
+        self.state.mark_done();
+        Ok(())
+    }
+
+    fn grow(&mut self) -> Result<(), IncarnationError> {
+        let extent = u32::try_from(self.extents.len()).unwrap_or(u32::MAX);
+        let len_bytes = self.spec.state.extent_len_bytes(u64::from(extent));
+        let segment = Segment::create_state(self.spec.stage, self.generation, extent, len_bytes)?;
+        self.state.add_extent(segment.map(Access::Writable)?)?;
+        self.extents.push(segment);
+        Ok(())
     }
 }

@@ -39,7 +39,9 @@ pub use control::{
     RefusalCode, Role, RouteEdge, RouteNode, Routes, receive_packet, send_packet,
 };
 pub use histogram::{BUCKETS, Histogram, HistogramView, bucket_of, bucket_upper_ns};
-pub use incarnation::{Incarnation, IncarnationError, KeptDescriptors, ReaderPosition, StageSpec};
+pub use incarnation::{
+    DealtState, Incarnation, IncarnationError, KeptDescriptors, ReaderPosition, StageSpec, deal_state,
+};
 pub use key::{KEY_GROUPS, hash_key, key_group};
 pub use memory::{Access, Bytes, Mapping, RingMapping, Words};
 pub use parking::{Alone, Attempts, ParkedRecord, Parking, RetryPolicy};

@@ -238,8 +238,16 @@ impl Finished {
     /// When it is another one.
     #[must_use]
     pub fn expect_code(self, code: i32) -> Self {
-        assert_eq!(self.code(), code, "exit code; standard error:\n{}", self.words());
+        assert_eq!(self.code(), code, "exit code; standard error:\n{}{}", self.words(), self.failed_cases());
         self
+    }
+
+    /// The cases of `conform --output json` that failed, a line each.
+    fn failed_cases(&self) -> String {
+        let text = String::from_utf8_lossy(&self.output.stdout);
+        let report: Value = serde_json::from_str(text.lines().last().unwrap_or_default()).unwrap_or_default();
+        let cases = report["cases"].as_array().map_or(&[][..], Vec::as_slice);
+        cases.iter().filter(|case| case["passed"] == false).map(|case| format!("failed: {case}\n")).collect()
     }
 }
 
@@ -320,14 +328,23 @@ pub fn shims_of(agent: u32) -> Vec<i32> {
     children.split_whitespace().filter_map(|id| id.parse().ok()).collect()
 }
 
-/// Compiles a C program of this folder against the C library, with every warning an error.
+/// Compiles a C or C++ program of this folder against the C library, with every warning an error.
 ///
 /// # Panics
 /// When it does not compile.
 pub fn compile_with_library(source: &str, program: &Path) {
-    let compiled = Command::new("cc")
-        .args(["-std=c11", "-D_POSIX_C_SOURCE=200809L", "-O2", "-Wall", "-Wextra", "-Werror", "-I"])
+    let (compiler, language) = if source.ends_with(".cpp") {
+        ("c++", &["-std=c++17"][..])
+    } else {
+        ("cc", &["-std=c11", "-D_POSIX_C_SOURCE=200809L"][..])
+    };
+    let compiled = Command::new(compiler)
+        .args(language)
+        .args(["-O2", "-Wall", "-Wextra", "-Werror"])
+        .arg("-I")
         .arg(repository().join("sdk-c/include"))
+        .arg("-I")
+        .arg(repository().join("sdk-c/cpp"))
         .arg("-o")
         .arg(program)
         .args([repository().join("tests").join(source), target_directory().join("libargo_streams.a")])

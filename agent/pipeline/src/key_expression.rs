@@ -22,6 +22,13 @@ pub enum KeyExpression {
     Program(KeyProgram),
 }
 
+/// The same text: programs that differ in it and give the same keys are another expression.
+impl PartialEq for KeyExpression {
+    fn eq(&self, other: &Self) -> bool {
+        self.to_string() == other.to_string()
+    }
+}
+
 impl KeyExpression {
     /// Reads a key expression: `.licenseId`, or any jq program without input and output.
     ///

@@ -89,7 +89,7 @@ pub enum Output {
 }
 
 /// What a step does.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum StepKind {
     /// Brings records in.
     Source(Source),
@@ -130,7 +130,7 @@ impl Overflow {
 }
 
 /// Where records come from.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Source {
     /// A Kafka topic.
     Kafka(KafkaSource),
@@ -143,7 +143,7 @@ pub enum Source {
 }
 
 /// Where records go.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Sink {
     /// A Kafka topic.
     Kafka(KafkaSink),
@@ -156,7 +156,7 @@ pub enum Sink {
 }
 
 /// Gives every record a key.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct GroupByKey {
     pub(crate) key: KeyExpression,
 }
@@ -169,7 +169,7 @@ impl GroupByKey {
 }
 
 /// Runs the user's program.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ParDo {
     pub(crate) image: String,
     pub(crate) command: Option<Vec<String>>,
@@ -242,6 +242,12 @@ impl ParDo {
     /// How the program's standard output is made to flush.
     pub fn buffering(&self) -> Buffering {
         self.buffering
+    }
+
+    /// The same with another number of workers.
+    #[must_use]
+    pub fn with_containers(&self, containers: u16) -> Self {
+        Self { containers, ..self.clone() }
     }
 
     /// Parallel workers, 1 to [`CONTAINERS_MAX`](crate::limits::CONTAINERS_MAX).
@@ -374,7 +380,7 @@ pub enum Buffering {
 }
 
 /// Reads a Kafka topic.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct KafkaSource {
     pub(crate) topic: String,
     pub(crate) bootstrap_servers: Option<String>,
@@ -426,7 +432,7 @@ pub enum StartAt {
 }
 
 /// Writes a Kafka topic.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct KafkaSink {
     pub(crate) topic: String,
     pub(crate) bootstrap_servers: Option<String>,
@@ -458,7 +464,7 @@ impl KafkaSink {
 }
 
 /// Reads a file's lines.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct FileSource {
     pub(crate) path: String,
 }
@@ -476,7 +482,7 @@ impl FileSource {
 }
 
 /// Writes a file's lines.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct FileSink {
     pub(crate) path: String,
     pub(crate) truncate: bool,
@@ -495,7 +501,7 @@ impl FileSink {
 }
 
 /// Makes records.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Generate {
     pub(crate) generator: Generator,
     pub(crate) count: Option<u64>,

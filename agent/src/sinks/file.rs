@@ -28,7 +28,7 @@ const RETRY_AFTER: Duration = Duration::from_millis(500);
 /// [`InternalError`].
 pub async fn run(context: Context, sink: FileSink) -> Result<(), InternalError> {
     let path = context.directory.join(sink.path());
-    let mut internal = Internal::open(context.control)?;
+    let mut internal = Internal::open(context.control, &context.handover)?;
     let before = Committed::read(&internal.stage.slot().opaque);
     let (file, mut len_bytes) = open(&path, sink.truncate(), before)?;
     let identity = identity(&file).map_err(InternalError::io(format!("cannot look at {}", path.display())))?;
@@ -53,14 +53,22 @@ pub async fn run(context: Context, sink: FileSink) -> Result<(), InternalError> 
             remember(&mut internal.stage, identity, len_bytes);
             internal.stage.done(count)?;
         } else if internal.stage.is_ended() {
-            file.sync_data()
-                .await
-                .map_err(InternalError::io(format!("cannot bring {} to the disk", path.display())))?;
-            return Ok(internal.finish(false).await?);
+            sync(&file, &path).await?;
+            return internal.finish(false).await;
         } else {
-            internal.wait().await?;
+            match internal.wait().await {
+                Err(InternalError::TakenOut) => {
+                    sync(&file, &path).await?;
+                    return Err(InternalError::TakenOut);
+                }
+                result => result?,
+            }
         }
     }
+}
+
+async fn sync(file: &RegularFile, path: &Path) -> Result<(), InternalError> {
+    file.sync_data().await.map_err(InternalError::io(format!("cannot bring {} to the disk", path.display())))
 }
 
 /// The next commit says which file it is, and how long.

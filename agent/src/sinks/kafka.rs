@@ -19,7 +19,7 @@ const FINISH_PATIENCE: std::time::Duration = std::time::Duration::from_secs(30);
 /// [`InternalError`].
 pub async fn run(context: Context, options: SinkOptions) -> Result<(), InternalError> {
     let topic = options.topic.clone();
-    let mut internal = Internal::open(context.control)?;
+    let mut internal = Internal::open(context.control, &context.handover)?;
     let bell = internal.stage.bell_descriptor().try_clone_to_owned().map_err(InternalError::io("the stage's bell"))?;
     let bell = Bell::adopt(bell);
     let sink = Sink::start(options, Box::new(move || bell.ring()))
@@ -75,7 +75,7 @@ pub async fn run(context: Context, options: SinkOptions) -> Result<(), InternalE
         hear(&context.name, &topic, &mut internal, event)?;
     }
     finished.outcome.map_err(|error| InternalError::Refused(error.to_string()))?;
-    Ok(internal.finish(false).await?)
+    internal.finish(false).await
 }
 
 /// A received record as it goes to a topic.

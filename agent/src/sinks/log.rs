@@ -9,7 +9,7 @@ use crate::internal::{Context, Internal, InternalError, measure};
 /// # Errors
 /// [`InternalError`].
 pub async fn run(context: Context) -> Result<(), InternalError> {
-    let mut internal = Internal::open(context.control)?;
+    let mut internal = Internal::open(context.control, &context.handover)?;
     let mut records = Vec::with_capacity(TAKE_RECORDS);
     let mut block = Vec::new();
     loop {
@@ -24,7 +24,7 @@ pub async fn run(context: Context) -> Result<(), InternalError> {
             measure(&context.latency, records.iter().map(|record| record.view.ingest_time_ns));
             internal.stage.done(count)?;
         } else if internal.stage.is_ended() {
-            return Ok(internal.finish(false).await?);
+            return internal.finish(false).await;
         } else {
             internal.wait().await?;
         }

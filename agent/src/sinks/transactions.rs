@@ -7,6 +7,7 @@
 
 use argo_streams_kafka::{TransactionEvent, TransactionOptions, TransactionSink};
 use argo_streams_shm_protocol::Bell;
+use argo_streams_shm_protocol::stage::Stage;
 use serde::{Deserialize, Serialize};
 
 use super::kafka::{hear, outgoing};
@@ -30,12 +31,12 @@ struct Mark {
 /// [`InternalError`].
 pub async fn run(context: Context, options: TransactionOptions) -> Result<(), InternalError> {
     let topic = options.topic.clone();
-    let mut internal = Internal::open(context.control)?;
+    let mut internal = Internal::open(context.control, &context.handover)?;
     let bell = internal.stage.bell_descriptor().try_clone_to_owned().map_err(InternalError::io("the stage's bell"))?;
     let bell = Bell::adopt(bell);
     let sink = TransactionSink::start(options, Box::new(move || bell.ring()))
         .map_err(|error| InternalError::Refused(error.to_string()))?;
-    let inputs = internal.stage.grant().inputs.len();
+    let mut rings = rings_of(&internal.stage);
     let mut mark: Option<Mark> = None;
     let mut records = Vec::new();
     let mut is_writing = false;
@@ -47,8 +48,8 @@ pub async fn run(context: Context, options: TransactionOptions) -> Result<(), In
             match event {
                 TransactionEvent::Begun { mark: last } => {
                     let last = last.and_then(|last| serde_json::from_str::<Mark>(&last).ok());
-                    let is_ours = |last: &Mark| last.run == *context.run && last.positions.len() == inputs;
-                    let fresh = Mark { run: context.run.to_string(), positions: vec![0; inputs] };
+                    let is_ours = |last: &Mark| last.run == *context.run && last.positions.len() == rings.len();
+                    let fresh = Mark { run: context.run.to_string(), positions: vec![0; rings.len()] };
                     mark = Some(last.filter(is_ours).unwrap_or(fresh));
                 }
                 TransactionEvent::Committed => {
@@ -89,12 +90,23 @@ pub async fn run(context: Context, options: TransactionOptions) -> Result<(), In
             continue;
         }
         if internal.stage.is_ended() && !is_writing {
-            return Ok(internal.finish(false).await?);
+            return internal.finish(false).await;
         }
         internal.stage.set_wants_input(!is_writing && mark.is_some());
         internal.wait().await?;
         internal.stage.set_wants_input(true);
+        let now = rings_of(&internal.stage);
+        if let (Some(mark), true) = (&mut mark, now != rings) {
+            // The pipeline was changed, when everything was written: where its rings stand is where they are written.
+            let slot = internal.stage.slot();
+            mark.positions = slot.inputs.iter().take(now.len()).map(|input| input.acknowledged).collect();
+        }
+        rings = now;
     }
+}
+
+fn rings_of(stage: &Stage) -> Vec<u64> {
+    stage.grant().inputs.iter().map(|input| input.ring).collect()
 }
 
 fn ingest_time_ns(record: &argo_streams_shm_protocol::stage::Received) -> u64 {

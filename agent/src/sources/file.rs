@@ -23,7 +23,7 @@ pub async fn run(context: Context, source: FileSource) -> Result<(), InternalErr
     let file = std::fs::File::open(&path).map_err(failed("cannot open"))?;
     let len = file.metadata().map_err(failed("cannot look at"))?.len();
     let file = RegularFile::new(context.backend, file).map_err(failed("cannot open"))?;
-    let mut internal = Internal::open(context.control)?;
+    let mut internal = Internal::open(context.control, &context.handover)?;
     let mut splitter = LineSplitter::default();
     let mut decoder = source.is_gzip().then(|| MultiGzDecoder::new(Vec::new()));
     let done_before = internal.partition(0).unwrap_or(0);
@@ -39,7 +39,7 @@ pub async fn run(context: Context, source: FileSource) -> Result<(), InternalErr
     loop {
         internal.pause().await?;
         if internal.stage.is_stop_requested() {
-            return Ok(internal.finish(true).await?);
+            return internal.finish(true).await;
         }
         let buffer = if decoder.is_some() { Vec::new() } else { splitter.take_buffer() };
         let (result, buffer) = {
@@ -73,7 +73,7 @@ pub async fn run(context: Context, source: FileSource) -> Result<(), InternalErr
         emit_lines(&mut internal, &mut splitter, count == 0, &context.name, unpacked).await?;
         internal.publish()?;
         if count == 0 {
-            return Ok(internal.finish(false).await?);
+            return internal.finish(false).await;
         }
         if !internal.stage.prepare_sleep()? {
             // Looks whether the agent asked for something; nothing is waited for.

@@ -13,7 +13,7 @@ use crate::internal::{Context, Internal, InternalError, from_source};
 /// [`InternalError`].
 pub async fn run(context: Context, generate: Generate) -> Result<(), InternalError> {
     let mut records = generator::records(&generate);
-    let mut internal = Internal::open(context.control)?;
+    let mut internal = Internal::open(context.control, &context.handover)?;
     let mut begin_ns = monotonic_ns();
     let mut count = 0_u64;
     let mut record = Record::default();
@@ -50,7 +50,7 @@ pub async fn run(context: Context, generate: Generate) -> Result<(), InternalErr
         }
         begin_ns += internal.pause().await?;
         if internal.stage.is_stop_requested() {
-            return Ok(internal.finish(true).await?);
+            return internal.finish(true).await;
         }
         internal.emit(&from_source(None, record.event_time_ns), &record.payload).await?;
         count += 1;
@@ -58,5 +58,5 @@ pub async fn run(context: Context, generate: Generate) -> Result<(), InternalErr
             internal.stage.done(0)?;
         }
     }
-    Ok(internal.finish(false).await?)
+    internal.finish(false).await
 }

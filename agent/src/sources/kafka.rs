@@ -43,7 +43,7 @@ impl std::fmt::Debug for Hooks {
 /// [`InternalError`].
 pub async fn run(context: Context, mut options: SourceOptions, hooks: Hooks) -> Result<(), InternalError> {
     let topic = options.topic.clone();
-    let mut internal = Internal::open(context.control)?;
+    let mut internal = Internal::open(context.control, &context.handover)?;
     let bell = internal.stage.bell_descriptor().try_clone_to_owned().map_err(InternalError::io("the stage's bell"))?;
     let bell = Bell::adopt(bell);
     // What an earlier agent had committed to its slot is ahead of what the group has stored, and believed over it.
@@ -88,12 +88,12 @@ pub async fn run(context: Context, mut options: SourceOptions, hooks: Hooks) -> 
                     let emit = Emit { attributes: &attributes, ..from_source(None, event_time_ns) };
                     match internal.emit(&emit, &record.payload).await {
                         Ok(()) => {}
-                        Err(error @ StageError::TooLarge(_)) => {
+                        Err(InternalError::Stage(error @ StageError::TooLarge(_))) => {
                             internal.stage.add_counter(COUNTER_ERRORS, 1);
                             let (partition, offset) = (record.partition, record.offset);
                             tracing::warn!(step = context.name, topic, partition, offset, %error, "a record is left out; it is counted as an error of this step");
                         }
-                        Err(error) => return Err(error.into()),
+                        Err(error) => return Err(error),
                     }
                     let (partition, next) = (record.partition.unsigned_abs().into(), record.offset.unsigned_abs() + 1);
                     internal.set_partition(partition, next);

@@ -16,7 +16,7 @@ pub async fn run(context: Context) -> Result<(), InternalError> {
     let descriptor =
         rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3).map_err(|error| failed()(error.into()))?;
     let stream = Stream::new(context.backend, descriptor, Interest::READABLE).map_err(failed())?;
-    let mut internal = Internal::open(context.control)?;
+    let mut internal = Internal::open(context.control, &context.handover)?;
     let mut splitter = LineSplitter::default();
     let mut taken = 0;
     loop {
@@ -29,9 +29,9 @@ pub async fn run(context: Context) -> Result<(), InternalError> {
         }
         if internal.stage.is_stop_requested() {
             // What was read is emitted; a started line is not a record yet, and stays uncounted with its sender.
-            return Ok(internal.finish(true).await?);
+            return internal.finish(true).await;
         }
-        let Some(descriptor) = stream.descriptor() else { return Ok(internal.finish(false).await?) };
+        let Some(descriptor) = stream.descriptor() else { return internal.finish(false).await };
         if !argo_streams_shm_protocol::wait_readable(descriptor, 0) {
             internal.stage.commit()?;
             continue;
@@ -50,7 +50,7 @@ pub async fn run(context: Context) -> Result<(), InternalError> {
         emit_lines(&mut internal, &mut splitter, count == 0, &context.name, taken).await?;
         internal.publish()?;
         if count == 0 {
-            return Ok(internal.finish(false).await?);
+            return internal.finish(false).await;
         }
     }
 }
