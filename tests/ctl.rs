@@ -9,7 +9,8 @@ use std::process::{Command, Output};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use argo_streams_tests::{Running, Scratch, binary, compile_with_library, repository, wait_for};
+use argo_streams_tests::{Running, Scratch, binary, compile_with_library, repository, shims_of, wait_for};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 /// Answers each line at once, in Python.
@@ -72,6 +73,15 @@ fn assert_whole_and_in_order(text: &str, count: u64) {
 /// Records whose ids count on for each of seven keys.
 fn keyed_lines(ids: std::ops::Range<u64>) -> String {
     ids.map(|id| format!("{{\"key\":\"k{}\",\"n\":{}}}\n", id % 7, id / 7)).collect()
+}
+
+/// Says that it is over, also when the test fails.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// Writes keyed lines to a run as fast as it takes them, for as long as `act` takes; how many. Then its input is over.
@@ -286,6 +296,59 @@ fn keyed_state_goes_to_the_containers_that_have_its_keys_from_then_on() {
         &p,
         &["containers: 4", "containers: 3", "state: {limit: 2Gi};containers: 3", Q, "containers: 2", ""],
     );
+}
+
+#[test]
+fn programs_and_shims_are_killed_while_the_pipeline_is_changed() {
+    let scratch = Scratch::new();
+    let counts = scratch.path("counts");
+    compile_with_library("counts.cpp", &counts);
+    let steps = |containers: u32, q: &str| {
+        format!(
+            "  - stdin: {{}}\n  - groupByKey: {{key: .key}}\n  - parDo: p\n    name: p\n    command: [{}]\n    transport: shm\n    containers: {containers}\n{q}  - file: {{path: out}}\n",
+            counts.display()
+        )
+    };
+    let (pipeline, mut run) = start(&scratch, &steps(1, ""));
+    let agent = run.child.id();
+    let is_over = AtomicBool::new(false);
+    let (mut kills, mut count) = (0, 0);
+    std::thread::scope(|scope| {
+        let killer = scope.spawn(|| {
+            let (mut kills, mut len_at_kill) = (0, 0);
+            while !is_over.load(Ordering::Relaxed) {
+                // In turn a program of the library, a shim, and whatever else they started.
+                let shims = shims_of(agent);
+                let programs =
+                    shims.iter().flat_map(|shim| shims_of(u32::try_from(*shim).unwrap())).collect::<Vec<_>>();
+                let victims = if kills % 3 == 0 { shims } else { programs };
+                let len = std::fs::metadata(scratch.path("out")).map_or(0, |out| out.len());
+                // Behind progress only: who gets nowhere in ten lives is given up.
+                if let Some(victim) = victims.get(kills % victims.len().max(1)).copied().and_then(Pid::from_raw)
+                    && len > len_at_kill
+                {
+                    kills += usize::from(kill_process(victim, Signal::KILL).is_ok());
+                    len_at_kill = len;
+                }
+                // The pace of the kills; nothing is proven by it.
+                std::thread::park_timeout(std::time::Duration::from_millis(5));
+            }
+            kills
+        });
+        let _over = Over(&is_over);
+        count = under_load(&mut run, || {
+            for turn in 0..12_u32 {
+                wait_for_progress(&pipeline);
+                apply(&pipeline, &steps(turn % 4 + 1, if turn % 3 == 1 { &Q[1..] } else { "" }));
+            }
+            wait_for_progress(&pipeline);
+        });
+        is_over.store(true, Ordering::Relaxed);
+        kills = killer.join().unwrap();
+    });
+    let run = run.finish().expect_code(0);
+    assert_whole_and_in_order(&scratch.text("out"), count);
+    assert!(kills >= 20, "only {kills} kills: {}", run.words());
 }
 
 #[test]

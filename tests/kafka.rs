@@ -10,7 +10,7 @@ use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use argo_streams_kafka::{Connection, Sink, SinkOptions, SinkRecord, Source, SourceEvent, SourceOptions, SourceRecord};
-use argo_streams_tests::{PATIENCE, Running, Scratch, repository, wait_for};
+use argo_streams_tests::{PATIENCE, Running, Scratch, binary, repository, wait_for};
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
@@ -247,6 +247,60 @@ fn killed_agents_leave_exact_sums_and_no_id_lost_or_doubled() {
     println!(
         "{agents_killed} agents and {programs_killed} programs killed, {count} records, {aircraft} aircraft: sums exact, 0 lost, 0 doubled, in order"
     );
+}
+
+/// From a group's topic through keyed state into transactions, with another number of containers, a step more and a sink more in
+/// between: sums are exact, and the rings that the transactions' marks are about have changed.
+#[test]
+fn a_run_from_kafka_to_kafka_is_changed_and_sums_stay_exact() {
+    let broker = broker();
+    broker.topic("changed-flights", 3);
+    broker.topic("changed-miles", 3);
+    let flights = flights();
+    let rounds = 6;
+    let scratch = Scratch::new();
+    let combiner = repository().join("examples/work-time/build/combiner");
+    let steps = |containers: u32, between: &str, behind: &str| {
+        format!(
+            "  - kafka: {{topic: changed-flights, group: changed}}\n  - groupByKey: {{key: .tailnum}}\n  - parDo: combiner\n    name: combiner\n    command: [{}]\n    env: [{{name: COMBINE_FIELD, value: distance}}, {{name: COMBINE_KEY, value: tailnum}}]\n    containers: {containers}\n{between}  - kafka: {{topic: changed-miles, transactions: true}}\n    name: out\n{behind}",
+            combiner.display()
+        )
+    };
+    let pipeline = scratch.pipeline(&steps(1, "", ""));
+    let run = scratch.start(&pipeline, &["--kafka", &broker.servers, "--output", "json"]);
+    let ctl = |words: &[&str]| Command::new(binary()).arg("ctl").arg(&pipeline).args(words).output().unwrap();
+    let apply = |text: String| {
+        // As `start` wrote it, with other steps.
+        let _written = scratch.pipeline(&text);
+        let output = ctl(&["apply"]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    };
+    let written = || {
+        let status: Value = serde_json::from_slice(&ctl(&["status", "--output", "json"]).stdout).unwrap_or_default();
+        let out = status["steps"].as_array().and_then(|steps| steps.iter().find(|step| step["name"] == "out")).cloned();
+        usize::try_from(out.unwrap_or_default()["in"].as_u64().unwrap_or(0)).unwrap()
+    };
+    let cat = "  - parDo: cat\n    name: cat\n    command: [cat]\n    ack: line\n";
+    let more = "  - discard: {}\n    name: more\n    from: [combiner]\n";
+    let changes = [steps(3, "", ""), steps(3, cat, ""), steps(2, cat, more), steps(2, "", more), steps(1, "", "")];
+    let mut changes = changes.into_iter();
+    for round in 1..=rounds {
+        broker.write("changed-flights", flights.iter().cloned());
+        wait_for("a part of the round", || (written() >= flights.len() * (round - 1) + 1000).then_some(()));
+        if let Some(change) = changes.next() {
+            apply(change);
+        }
+    }
+    assert!(changes.next().is_none());
+    wait_for("everything", || (written() == flights.len() * rounds).then_some(()));
+    run.signal(Signal::TERM);
+    let run = run.finish().expect_code(0);
+    sums_are_exact(&broker, "changed-miles", &flights, rounds as u64);
+    let summary = run.summary();
+    let steps = summary["steps"].as_array().unwrap();
+    let number = |name: &str, field: &str| steps.iter().find(|step| step["name"] == name).unwrap()[field].clone();
+    let count = flights.len() * rounds;
+    assert_eq!((number("combiner", "in"), number("out", "in")), (count.into(), count.into()), "{summary}");
 }
 
 #[test]

@@ -268,6 +268,17 @@ impl Internal {
         Ok(())
     }
 
+    /// As [`Internal::wait`], for whoever waits for nothing else: without the runtime, one poll in place of an event loop's turn. Blocks.
+    ///
+    /// # Errors
+    /// As [`Internal::wait`].
+    pub async fn wait_blocking(&mut self) -> Result<(), InternalError> {
+        if !self.rest_if_asked().await? {
+            self.stage.wait(u64::MAX)?;
+        }
+        Ok(())
+    }
+
     /// Waits until the stage has something to do, or `other` ends. `other` may be dropped in the middle.
     ///
     /// # Errors

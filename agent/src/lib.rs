@@ -1,7 +1,7 @@
 //! The agent of Argo Streams: it checks and lays out a pipeline, starts its ParDos, brokers their rings, runs sources and
 //! sinks, supervises and measures. `argo-streams run` is the agent in the foreground of one machine.
 //!
-//! Reading order: `physical` lays a plan out; `broker` hands out, joins and recovers; `accusation`
+//! Reading order: `physical` lays a plan out; `reshape` says what another plan changes; `broker` hands out, joins and recovers; `accusation`
 //! looks whether a neighbour was accused rightly; `run` owns processes, threads and
 //! time, and `engine` is how it starts containers; `keeper` and `state_directory` make a run outlive its agent; `internal` is what sources, sinks and the router share; `status` shows numbers.
 #![forbid(unsafe_code)]

@@ -1,7 +1,8 @@
 //! What another version of a pipeline's file changes in a run: which stages stay as they are, which go on with other rings or
 //! another program, which are new, and which end. Pure; [`crate::run`] does it, when nothing is in flight.
 //!
-//! Steps are the same when they have the same name, and stages when they are the same worker of the same step. Rings are the
+//! Steps are the same when they have the same name and the same definition; of those that are left, when they have the same definition (a step that
+//! comes in between moves the default names of those behind it), and then programs also by their name alone. Stages are the same when they are the same worker of the same step. Rings are the
 //! same when they lead from the same node of the same stage to the same stage. Whatever is the same keeps its id, so that a stage
 //! that did not change in any way can be left alone: its neighbours die and are born again, as after a kill.
 
@@ -24,6 +25,10 @@ pub struct Reshaping {
     pub ended: Vec<usize>,
     /// Steps whose keyed state is to be dealt out among other workers.
     pub deals: Vec<Deal>,
+    /// For each step to be, the step at present that it is.
+    pub same: Vec<Option<usize>>,
+    /// Names of nodes that are others by now.
+    renamed: HashMap<String, String>,
 }
 
 /// A step with another number of workers, or another limit of state.
@@ -61,29 +66,27 @@ impl Reshaping {
     /// # Errors
     /// [`ReshapeError`].
     pub fn new(old_plan: &Plan, old: &Physical, new_plan: &Plan) -> Result<Self, ReshapeError> {
-        for (in_plan, other, what) in
-            [(old_plan, new_plan, "is gone, or another one"), (new_plan, old_plan, "is new, or another one")]
-        {
-            for step in in_plan.steps().iter().filter(|step| matches!(step.kind(), StepKind::Source(_))) {
-                if !named(other, step.name()).is_some_and(|found| found.kind() == step.kind()) {
-                    return Err(ReshapeError::Source { name: step.name().to_owned(), what });
-                }
+        let same = same_steps(old_plan, new_plan);
+        let source = |step: &&Step| matches!(step.kind(), StepKind::Source(_));
+        let gone = old_plan.steps().iter().filter(source).find(|step| !same.contains(&Some(step.index())));
+        let new = new_plan.steps().iter().filter(source).find(|step| same.get(step.index()) == Some(&None));
+        for (step, what) in [(gone, "is gone, or another one"), (new, "is new, or another one")] {
+            if let Some(step) = step {
+                return Err(ReshapeError::Source { name: step.name().to_owned(), what });
             }
         }
+        let renamed = renamed(old_plan, new_plan, &same);
         let mut physical = Physical::new(new_plan)?;
         let before: Vec<Option<usize>> = physical
             .stages
             .iter()
             .map(|stage| {
-                let step = new_plan.step(stage.step)?;
-                old.stages.iter().position(|found| {
-                    found.worker == stage.worker
-                        && old_plan.step(found.step).is_some_and(|found| goes_on_as(found, step))
-                })
+                let step = same.get(stage.step).copied().flatten()?;
+                old.stages.iter().position(|found| found.worker == stage.worker && found.step == step)
             })
             .collect();
-        number_as(&mut physical, old, &before);
-        let deals = deals(old_plan, old, new_plan, &physical);
+        number_as(&mut physical, old, &before, &renamed);
+        let deals = deals(old_plan, old, new_plan, &physical, &same);
         let is_kept = physical
             .stages
             .iter()
@@ -101,7 +104,13 @@ impl Reshaping {
             })
             .collect();
         let ended = (0..old.stages.len()).filter(|stage| !before.contains(&Some(*stage))).collect();
-        Ok(Self { physical, before, is_kept, ended, deals })
+        Ok(Self { physical, before, is_kept, ended, deals, same, renamed })
+    }
+
+    /// The name that a node of the present layout has in the new one.
+    #[must_use]
+    pub fn name_of<'a>(&'a self, node: &'a str) -> &'a str {
+        self.renamed.get(node).map_or(node, String::as_str)
     }
 
     /// Whether a stage of the present layout stays as it is.
@@ -137,17 +146,43 @@ fn edges(physical: &Physical) -> HashMap<u64, Vec<u64>> {
     edges
 }
 
-fn named<'a>(plan: &'a Plan, name: &str) -> Option<&'a Step> {
-    plan.steps().iter().find(|step| step.name() == name)
+fn is_program(step: &Step) -> bool {
+    matches!(step.kind(), StepKind::ParDo(_))
 }
 
-/// Whether a step's stages go on from those of another one: programs may change, what runs in the agent may not.
-fn goes_on_as(old: &Step, new: &Step) -> bool {
-    old.name() == new.name()
-        && match (old.kind(), new.kind()) {
-            (StepKind::ParDo(_), StepKind::ParDo(_)) => true,
-            (old, new) => old == new,
+/// For each step of a plan, the step of another one that it is.
+fn same_steps(old_plan: &Plan, new_plan: &Plan) -> Vec<Option<usize>> {
+    let mut same = vec![None; new_plan.steps().len()];
+    let alike: [fn(&Step, &Step) -> bool; 3] = [
+        |old, new| old.name() == new.name() && starts_as(old, new),
+        starts_as,
+        |old, new| old.name() == new.name() && is_program(old) && is_program(new),
+    ];
+    for alike in alike {
+        for step in new_plan.steps() {
+            if same.get(step.index()) != Some(&None) {
+                continue;
+            }
+            let found = old_plan.steps().iter().find(|old| !same.contains(&Some(old.index())) && alike(old, step));
+            if let (Some(entry), Some(found)) = (same.get_mut(step.index()), found) {
+                *entry = Some(found.index());
+            }
         }
+    }
+    same
+}
+
+/// Names of nodes that are others by now.
+fn renamed(old_plan: &Plan, new_plan: &Plan, same: &[Option<usize>]) -> HashMap<String, String> {
+    let mut renamed = HashMap::new();
+    for (step, before) in new_plan.steps().iter().zip(same) {
+        let Some(before) = before.and_then(|before| old_plan.step(before)) else { continue };
+        if before.name() != step.name() {
+            renamed.insert(before.name().to_owned(), step.name().to_owned());
+            renamed.insert(format!("{}.errors", before.name()), format!("{}.errors", step.name()));
+        }
+    }
+    renamed
 }
 
 /// Whether a worker of a step is started as before.
@@ -163,10 +198,11 @@ fn may_have_state(pardo: &ParDo) -> bool {
     matches!(pardo.transport(), Transport::Auto | Transport::Shm)
 }
 
-fn deals(old_plan: &Plan, old: &Physical, new_plan: &Plan, new: &Physical) -> Vec<Deal> {
+fn deals(old_plan: &Plan, old: &Physical, new_plan: &Plan, new: &Physical, same: &[Option<usize>]) -> Vec<Deal> {
     let mut deals = Vec::new();
     for step in new_plan.steps() {
-        let (StepKind::ParDo(pardo), Some(found)) = (step.kind(), named(old_plan, step.name())) else { continue };
+        let found = same.get(step.index()).copied().flatten().and_then(|before| old_plan.step(before));
+        let (StepKind::ParDo(pardo), Some(found)) = (step.kind(), found) else { continue };
         let StepKind::ParDo(before) = found.kind() else { continue };
         let is_same =
             pardo.containers() == before.containers() && pardo.state_limit_bytes() == before.state_limit_bytes();
@@ -182,7 +218,7 @@ fn deals(old_plan: &Plan, old: &Physical, new_plan: &Plan, new: &Physical) -> Ve
 }
 
 /// Gives stages and rings the ids of those that they are, and all others new ones, which nothing of this run has had before.
-fn number_as(physical: &mut Physical, old: &Physical, before: &[Option<usize>]) {
+fn number_as(physical: &mut Physical, old: &Physical, before: &[Option<usize>], renamed: &HashMap<String, String>) {
     let (mut next_stage, mut next_ring) = (old.next_stage, old.next_ring);
     let take = |next: &mut u64| std::mem::replace(next, *next + 1);
     for (stage, before) in physical.stages.iter_mut().zip(before) {
@@ -195,7 +231,8 @@ fn number_as(physical: &mut Physical, old: &Physical, before: &[Option<usize>]) 
     let mut known: HashMap<(usize, usize, &str), VecDeque<u64>> = HashMap::new();
     for (consumer, stage) in old.stages.iter().enumerate() {
         for (producer, input) in stage.producers.iter().zip(&stage.spec.inputs) {
-            known.entry((producer.stage, consumer, &input.from)).or_default().push_back(input.ring);
+            let from = renamed.get(&input.from).unwrap_or(&input.from);
+            known.entry((producer.stage, consumer, from)).or_default().push_back(input.ring);
         }
     }
     let mut numbered = Vec::new();
@@ -319,10 +356,23 @@ mod tests {
     }
 
     #[test]
+    fn default_names_that_move_take_nothing_from_their_steps() {
+        let begin = "  - stdin: {}\n  - parDo: a\n  - file: {path: out, truncate: true}\n";
+        let with = begin.replace("  - parDo: a\n", "  - parDo: c\n  - parDo: a\n");
+        let reshaping = reshape(begin, &with).expect("possible");
+        // pardo-1 was the name of a, and is that of c.
+        assert_eq!(told(&reshaping), ["stdin-0/0 goes on", "pardo-1/0 new", "pardo-2/0 goes on", "file-3/0 goes on"]);
+        assert_eq!(reshaping.name_of("pardo-1.errors"), "pardo-2.errors");
+        let ring = reshaping.physical.stages[3].spec.inputs[0].ring;
+        assert_eq!(ring, 2, "the ring from a to its file is the one that it was");
+        assert!(reshaping.ended.is_empty());
+    }
+
+    #[test]
     fn sources_are_what_they_were() {
         for other in [
             CHAIN.replace("  - stdin: {}\n    name: in\n", "  - generate: {}\n    name: in\n"),
-            CHAIN.replace("name: in\n", "name: other\n"),
+            CHAIN.replace("stdin: {}", "file: {path: in}"),
             format!("{CHAIN}  - generate: {{}}\n    name: more\n    from: []\n  - discard: {{}}\n    from: [more]\n"),
         ] {
             assert!(matches!(reshape(CHAIN, &other), Err(ReshapeError::Source { .. })), "{other}");

@@ -270,6 +270,8 @@ struct Run {
     handovers: HashMap<usize, Arc<Handover>>,
     /// Threads of stages that were taken out, with their steps' names.
     leaving: Vec<(String, JoinHandle<Result<(), InternalError>>)>,
+    /// Stages whose threads are started when those have ended.
+    to_start: Vec<usize>,
 }
 
 /// The engine, and the steps that it starts.
@@ -474,6 +476,7 @@ impl Run {
             change: None,
             handovers: HashMap::new(),
             leaving: Vec::new(),
+            to_start: Vec::new(),
         };
         for stage in 0..run.broker.physical().stages.len() {
             run.start_thread(stage, &kafka)?;
@@ -569,6 +572,7 @@ impl Run {
             self.act();
             self.look(now);
             self.turn_change(now, kafka);
+            self.start_new_threads(kafka)?;
             if let Some(failure) = self.failure.take() {
                 return Err(failure);
             }
@@ -600,7 +604,7 @@ impl Run {
             if self.is_ending() || !self.replacing.is_empty() {
                 wake_ns = now + LOOK_INTERVAL_NS / 10;
             }
-            if self.change.is_some() {
+            if self.change.is_some() || !self.to_start.is_empty() {
                 wake_ns = now + LOOK_INTERVAL_NS / 100;
             }
             if !self.trackers.is_empty() {

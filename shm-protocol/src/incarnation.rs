@@ -215,14 +215,9 @@ impl Incarnation {
         self.state = dealt.extents;
     }
 
-    /// Goes on with the bell of the incarnation before, for whoever in the agent rings it from other threads. Only before it is
-    /// granted.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    pub fn share_bell(&mut self, before: &Self) -> Result<(), IncarnationError> {
-        self.bell = Bell::adopt(before.bell()?);
-        Ok(())
+    /// Goes on with the bell of an incarnation before, for whoever in the agent rings it from other threads. Only before it is granted.
+    pub fn set_bell(&mut self, bell: OwnedFd) {
+        self.bell = Bell::adopt(bell);
     }
 
     /// Takes an incarnation over from a dead agent: the descriptors are those that [`Incarnation::kept`] named. Which of them

@@ -19,9 +19,10 @@ use argo_streams_shm_protocol::stage::{
 };
 use argo_streams_shm_protocol::version::FEATURE_STATE_EXTENTS;
 use argo_streams_shm_protocol::{
-    Access, Bell, CommitPage, CommitPageReader, Control, EmitError, Event, Grant, Kind, Mapping, Message, PageShape,
-    Peer, Producer, RecordFields, RecordKind, RefusalCode, RingMapping, Role, RouteEdge, Segment, StageState,
-    StateError, StateShape, Words, attributes_iter, hash_key, key_group,
+    Access, Bell, CommitPage, CommitPageReader, Control, DealtState, EmitError, Event, Grant, Incarnation,
+    IncarnationError, KEY_GROUPS, KeyedState, Kind, Mapping, Message, PageShape, Peer, Producer, RecordFields,
+    RecordKind, RefusalCode, RingMapping, Role, RouteEdge, Segment, Slot, StageState, StateError, StateShape, Words,
+    attributes_iter, deal_state, hash_key, key_group,
 };
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
@@ -864,6 +865,92 @@ fn state_grows_ahead_of_need_until_its_limit() {
     agent.recover(1);
     let sink = open(&mut agent, 1);
     assert!((0..count).all(|number| has_number(&sink, number)) && !has_number(&sink, count));
+}
+
+/// The state of a step, dealt out from two workers among three and back: each key is with its owner and has its value, what was not
+/// committed is gone, it grows as it must, and nothing that does not fit or is of two is taken.
+#[test]
+fn keyed_state_is_dealt_out_among_other_workers() {
+    let of_group = |workers: usize| move |key: &[u8]| key_group(hash_key(key)) * workers / KEY_GROUPS;
+    let mut agent = TestAgent::chain(3, SMALL, |_, spec| spec.state = GROWING);
+    let mut stages = open_all(&mut agent);
+    let count = 1500_u64;
+    for number in 0..count {
+        let worker = of_group(2)(&number.to_le_bytes());
+        put_number(&mut stages[worker], number).unwrap();
+        stages[worker].done(0).unwrap();
+        agent.hear(worker).unwrap();
+    }
+    // Not committed, and in the extents when their stage dies.
+    put_number(&mut stages[0], 99_999).unwrap();
+    drop(stages);
+    let epoch = |agent: &TestAgent, stage: usize| agent.workers[stage].incarnation.page().read().unwrap().epoch;
+    let from = |agent: &TestAgent, stages: &[usize]| -> Vec<_> {
+        let entry = |stage: &usize| (agent.workers[*stage].incarnation.generation(), epoch(agent, *stage));
+        stages.iter().map(entry).collect()
+    };
+    let deal = |agent: &TestAgent, of: &[usize], limits: &[StateShape]| {
+        let epochs = from(agent, of);
+        let of: Vec<_> = of
+            .iter()
+            .zip(&epochs)
+            .map(|(stage, (_, epoch))| (&agent.workers[*stage].incarnation, &agent.workers[*stage].spec, *epoch))
+            .collect();
+        let specs: Vec<_> = limits
+            .iter()
+            .enumerate()
+            .map(|(index, state)| {
+                let mut spec = spec(index as u64 + 10, 0, 0, SMALL);
+                spec.state = *state;
+                spec
+            })
+            .collect();
+        let to: Vec<_> = specs.iter().map(|spec| (spec, 1, 7)).collect();
+        deal_state(&of, &to, of_group(limits.len())).map(|dealt| dealt.into_iter().zip(specs).collect::<Vec<_>>())
+    };
+    let hold = |(dealt, spec): (DealtState, argo_streams_shm_protocol::StageSpec)| {
+        assert_eq!(dealt.epoch, 8, "the first epoch behind the one that it goes on from");
+        let slot = Slot {
+            epoch: dealt.epoch,
+            state_extents: dealt.extents(),
+            state_used_bytes: dealt.used_bytes,
+            ..Slot::empty(&spec.shape)
+        };
+        let mut incarnation = Incarnation::create(&spec, 1, slot, &[], None).unwrap();
+        incarnation.set_state(dealt);
+        (incarnation, spec)
+    };
+    let state_of = |(incarnation, spec): &(Incarnation, argo_streams_shm_protocol::StageSpec)| {
+        let extents = (0..incarnation.state_extents()).map(|extent| {
+            let descriptor = incarnation.state_extent(extent as u32).unwrap().try_clone_to_owned().unwrap();
+            Segment::adopt(descriptor, Kind::State).unwrap().map(Access::Writable).unwrap()
+        });
+        let mut found = std::collections::BTreeMap::new();
+        let state = KeyedState::attach(extents.collect(), spec.state, 8).unwrap();
+        state.for_each(|key, value| assert!(found.insert(key.to_vec(), value.to_vec()).is_none())).unwrap();
+        found
+    };
+    let three: Vec<_> = deal(&agent, &[0, 1], &[GROWING; 3]).unwrap().into_iter().map(hold).collect();
+    let mut all = std::collections::BTreeSet::new();
+    for (worker, held) in three.iter().enumerate() {
+        for (key, value) in state_of(held) {
+            assert_eq!((of_group(3)(&key), &value[..]), (worker, &[7; 10][..]));
+            assert!(all.insert(key));
+        }
+    }
+    assert_eq!(all, (0..count).map(|number| number.to_le_bytes().to_vec()).collect());
+    let back: Vec<_> = three.iter().map(|(incarnation, spec)| (incarnation, spec, 8)).collect();
+    let mut one = spec(20, 0, 0, SMALL);
+    one.state = GROWING;
+    let dealt = deal_state(&back, &[(&one, 1, 7)], |_| 0).unwrap();
+    let one = hold((dealt.into_iter().next().unwrap(), one));
+    assert_eq!((state_of(&one).len() as u64, one.0.state_extents()), (count, 2), "all of it, and it grew");
+    // What does not fit is an answer; so is what two of them have.
+    let small = StateShape { limit_bytes: 64 << 10, extent_bytes: 64 << 10 };
+    let full = deal(&agent, &[0, 1], &[small]).unwrap_err();
+    assert!(matches!(full, IncarnationError::State(StateError::Full { .. })), "{full}");
+    let twice = deal(&agent, &[0, 0], &[GROWING]).unwrap_err();
+    assert!(matches!(twice, IncarnationError::KeyOfTwo { .. }), "{twice}");
 }
 
 /// An answer that takes its time: the put is told to wait, the wait ends with the answer and not before, and then it succeeds.

@@ -198,8 +198,17 @@ impl Drop for Running {
         // A failed test leaves nothing behind.
         let _gone = self.child.kill();
         let _reaped = self.child.wait();
+        if let (true, Some(words)) = (std::thread::panicking(), self.words.take())
+            && let Ok(words) = words.join()
+        {
+            let from = words.len().saturating_sub(WORDS_SHOWN_BYTES);
+            eprintln!("what the run said last:\n{}", String::from_utf8_lossy(&words[from..]));
+        }
     }
 }
+
+/// What is shown of what a run said when a test fails before its end.
+const WORDS_SHOWN_BYTES: usize = 8 << 10;
 
 /// A run that has ended.
 #[derive(Debug)]
@@ -321,7 +330,7 @@ pub fn processes_of(program: &Path) -> Vec<i32> {
     ids.filter(|id| std::fs::read_link(format!("/proc/{id}/exe")).is_ok_and(|found| found == program)).collect()
 }
 
-/// The children of an agent: its shims.
+/// The children of a process: the shims of an agent, the program of a shim.
 #[must_use]
 pub fn shims_of(agent: u32) -> Vec<i32> {
     let children = std::fs::read_to_string(format!("/proc/{agent}/task/{agent}/children")).unwrap_or_default();

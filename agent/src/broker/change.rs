@@ -106,7 +106,13 @@ impl Broker {
             self.deal(deal, reshaping, &mut dealt)
                 .map_err(|error| ChangeError::State { step: deal.step.clone(), error })?;
         }
+        // What rings the bell of a stage of the agent's own besides its neighbours goes on doing so.
+        let mut bells = HashMap::new();
         for stage in (0..self.workers.len()).filter(|stage| !reshaping.keeps(*stage)) {
+            let own = self.workers.get(stage).filter(|worker| worker.transport == Transport::Internal);
+            if let Some(worker) = own {
+                bells.insert(stage, worker.incarnation.bell().map_err(IncarnationError::from)?);
+            }
             self.recover(stage);
             if self.phase(stage) == Some(Phase::Failed) {
                 return Err(ChangeError::Page);
@@ -122,7 +128,10 @@ impl Broker {
             let worker = match (worker, before.and_then(|before| old.stages.get(before))) {
                 (Some(worker), _) if reshaping.is_kept.get(index) == Some(&true) => worker,
                 (Some(worker), Some(old)) => {
-                    let mut worker = reborn(worker, old, plan, &readers, dealt.remove(&index))?;
+                    let mut worker = reborn(worker, old, plan, &readers, dealt.remove(&index), reshaping)?;
+                    if let Some(bell) = before.and_then(|before| bells.remove(&before)) {
+                        worker.incarnation.set_bell(bell);
+                    }
                     worker.transport = transport;
                     worker
                 }
@@ -154,10 +163,11 @@ impl Broker {
         for (ended, plan) in
             reshaping.ended.iter().filter_map(|stage| Some((workers.get_mut(*stage)?.take()?, old.stages.get(*stage)?)))
         {
-            let heir = |stage: &StagePlan| stage.spec.name == plan.spec.name && stage.worker == 0;
+            let is_same = |stage: &StagePlan| reshaping.same.get(stage.step).copied().flatten() == Some(plan.step);
+            let heir = |stage: &StagePlan| is_same(stage) && stage.worker == 0;
             let heir = self.physical.stages.iter().position(heir).and_then(|heir| self.workers.get_mut(heir));
             if let Some(heir) = heir {
-                heir.inherit(&ended, plan);
+                heir.inherit(&ended, plan, reshaping);
             }
         }
         let now: HashMap<usize, usize> =
@@ -242,8 +252,10 @@ fn reborn(
     plan: &StagePlan,
     readers: &HashMap<u64, ReaderPosition>,
     dealt: Option<argo_streams_shm_protocol::DealtState>,
+    reshaping: &Reshaping,
 ) -> Result<Worker, IncarnationError> {
-    let mut slot = moved(&worker.slot_at_start, old, plan);
+    let mut slot = moved(&worker.slot_at_start, old, plan, reshaping);
+    worker.gone.rename(reshaping);
     say_state(&mut slot, dealt.as_ref());
     let position = |ring: u64| readers.get(&ring).copied().unwrap_or_default();
     let positions: Vec<ReaderPosition> = plan.spec.outputs.iter().map(|output| position(output.ring)).collect();
@@ -253,12 +265,9 @@ fn reborn(
     if let Some(dealt) = dealt {
         next.set_state(dealt);
     }
-    if worker.transport == Transport::Internal {
-        next.share_bell(before)?;
-    }
     let lost = old.spec.inputs.iter().zip(&worker.slot_at_start.inputs);
     for (input, entry) in lost.filter(|(input, _)| !plan.spec.inputs.iter().any(|known| known.ring == input.ring)) {
-        worker.gone.add_input(&input.from, entry.records, entry.bytes);
+        worker.gone.add_input(reshaping.name_of(&input.from), entry.records, entry.bytes);
     }
     let latencies = plan.spec.inputs.iter().map(|input| {
         let index = old.spec.inputs.iter().position(|known| known.ring == input.ring);
@@ -291,6 +300,13 @@ impl Gone {
         *sums = (sums.0 + records, sums.1 + bytes);
     }
 
+    /// Nodes have the names of the new layout from now on.
+    fn rename(&mut self, reshaping: &Reshaping) {
+        let rename = |name: String| reshaping.name_of(&name).to_owned();
+        self.inputs = std::mem::take(&mut self.inputs).into_iter().map(|(name, sums)| (rename(name), sums)).collect();
+        self.nodes = std::mem::take(&mut self.nodes).into_iter().map(|(name, sum)| (rename(name), sum)).collect();
+    }
+
     /// Adds everything to a slot, and says how many records came from what is not read any more.
     pub(super) fn add_to(&self, slot: &mut Slot, spec: &argo_streams_shm_protocol::StageSpec) -> u64 {
         let mut from_elsewhere = 0;
@@ -317,13 +333,14 @@ impl Gone {
 
 impl Worker {
     /// Another worker of the same step is gone, and its numbers are this one's from now on.
-    fn inherit(&mut self, ended: &Self, plan: &StagePlan) {
+    fn inherit(&mut self, ended: &Self, plan: &StagePlan, reshaping: &Reshaping) {
+        let name_of = |name: &str| reshaping.name_of(name).to_owned();
         let slot = &ended.slot_at_start;
         for (input, entry) in plan.spec.inputs.iter().zip(&slot.inputs) {
-            self.gone.add_input(&input.from, entry.records, entry.bytes);
+            self.gone.add_input(&name_of(&input.from), entry.records, entry.bytes);
         }
         for (from, (records, bytes)) in &ended.gone.inputs {
-            self.gone.add_input(from, *records, *bytes);
+            self.gone.add_input(&name_of(from), *records, *bytes);
         }
         let counted = plan
             .spec
@@ -332,7 +349,7 @@ impl Worker {
             .iter()
             .map(|node| (&node.name, slot.counters.get(node.counter as usize).copied().unwrap_or(0)));
         for (name, records) in counted.chain(ended.gone.nodes.iter().map(|(name, records)| (name, *records))) {
-            *self.gone.nodes.entry(name.clone()).or_default() += records;
+            *self.gone.nodes.entry(name_of(name)).or_default() += records;
         }
         self.restarts += ended.restarts;
         self.violations += ended.violations;
@@ -342,7 +359,7 @@ impl Worker {
 }
 
 /// A slot with its entries where the new layout has them.
-fn moved(slot: &Slot, old: &StagePlan, plan: &StagePlan) -> Slot {
+fn moved(slot: &Slot, old: &StagePlan, plan: &StagePlan, reshaping: &Reshaping) -> Slot {
     let mut moved = Slot { state: StageState::Running, ..slot.clone() };
     moved.inputs.fill_with(Default::default);
     moved.outputs.fill_with(Default::default);
@@ -370,7 +387,10 @@ fn moved(slot: &Slot, old: &StagePlan, plan: &StagePlan) -> Slot {
     }
     let mut taken = vec![false; nodes[0].len()];
     for node in nodes[1] {
-        let before = nodes[0].iter().zip(&taken).position(|(known, taken)| known.name == node.name && !taken);
+        let before = nodes[0]
+            .iter()
+            .zip(&taken)
+            .position(|(known, taken)| reshaping.name_of(&known.name) == node.name && !taken);
         let Some(before) = before else { continue };
         if let Some(taken) = taken.get_mut(before) {
             *taken = true;

@@ -5,8 +5,6 @@
 //! was touched begins again, and the sources go on. Until the broker begins, everything can be undone, and is when something
 //! takes too long. Who asked hears so.
 
-use argo_streams_pipeline::Step;
-
 use super::*;
 use crate::broker::ChangeError;
 use crate::reshape::Reshaping;
@@ -162,8 +160,13 @@ impl Run {
                     None
                 }
             }
-            Stand::Resting if self.all_rest(&own) => return self.make_change(change, kafka),
-            Stand::Resting => Some("a sink or another step of the agent has something in hand".to_owned()),
+            Stand::Resting => match own.iter().find(|stage| !self.all_rest(&[**stage])) {
+                None => return self.make_change(change, kafka),
+                Some(stage) => {
+                    let name = self.broker.physical().stages.get(*stage).map_or("", |stage| stage.spec.name.as_str());
+                    Some(format!("step {name} has something in hand"))
+                }
+            },
         };
         let is_late = now >= change.until_ns;
         self.change = Some(change);
@@ -225,6 +228,7 @@ impl Run {
             transports.push(transport);
             sockets.push(socket);
         }
+        let old_physical = self.broker.physical().clone();
         match self.broker.reshape(reshaping, &transports, &sockets) {
             Ok(()) => {}
             Err(error @ ChangeError::State { .. }) => {
@@ -235,7 +239,8 @@ impl Run {
             }
             Err(error) => return Err(Undone::Over(error.to_string())),
         }
-        self.follow(change, listeners, kafka).map_err(|error| Undone::Over(error.to_string()))?;
+        self.follow(change, listeners, &transports, &old_physical, kafka)
+            .map_err(|error| Undone::Over(error.to_string()))?;
         for path in gone {
             // A directory that is cleared with the run.
             let _left = std::fs::remove_file(path);
@@ -244,7 +249,14 @@ impl Run {
     }
 
     /// The broker has the new layout: everything that goes by the numbers of stages and steps follows.
-    fn follow(&mut self, change: Change, listeners: Vec<(usize, OwnedFd)>, kafka: &KafkaSetup) -> Result<(), RunError> {
+    fn follow(
+        &mut self,
+        change: Change,
+        listeners: Vec<(usize, OwnedFd)>,
+        transports: &[Transport],
+        old_physical: &Physical,
+        kafka: &KafkaSetup,
+    ) -> Result<(), RunError> {
         let Change { asked, plan, reshaping, images, was_paused, since_ns, .. } = change;
         let now: HashMap<usize, usize> =
             reshaping.before.iter().enumerate().filter_map(|(now, before)| Some(((*before)?, now))).collect();
@@ -271,30 +283,30 @@ impl Run {
             tracker.rebase(now.get(&tracker.source()).copied().unwrap_or(usize::MAX));
         }
         let said = std::mem::take(&mut self.said_dropped);
-        self.said_dropped = self
-            .plan
-            .steps()
+        self.said_dropped = reshaping
+            .same
             .iter()
-            .map(|step| old_plan.steps().iter().position(|old| old.name() == step.name()))
-            .map(|old| old.and_then(|old| said.get(old).copied()).unwrap_or(0))
+            .map(|before| before.and_then(|before| said.get(before).copied()).unwrap_or(0))
             .collect();
-        let is_as_before = |name: &str| {
-            let find = |plan: &Plan| plan.steps().iter().find(|step| step.name() == name).map(Step::kind).cloned();
-            match (find(&old_plan), find(&self.plan)) {
-                (Some(StepKind::ParDo(old)), Some(StepKind::ParDo(new))) => {
-                    old.with_containers(new.containers()) == new
-                }
-                _ => false,
-            }
-        };
         // A command that was put in the place of a step's own stays for as long as the file does not say something else of it.
-        self.replaced.retain(|name, _| is_as_before(name));
-        self.go_on(&old_plan, &reshaping, &now, kafka)?;
+        let mut replaced = std::mem::take(&mut self.replaced);
+        for (step, before) in self.plan.steps().iter().zip(&reshaping.same) {
+            let Some(before) = before.and_then(|before| old_plan.step(before)) else { continue };
+            if let (StepKind::ParDo(old), StepKind::ParDo(new)) = (before.kind(), step.kind())
+                && old.with_containers(new.containers()) == *new
+                && let Some(command) = replaced.remove(before.name())
+            {
+                self.replaced.insert(step.name().to_owned(), command);
+            }
+        }
+        self.go_on(old_physical, &reshaping, &now, kafka)?;
         self.broker.pause_sources(was_paused);
+        let is_program = |stage: &usize| transports.get(*stage).is_some_and(|found| *found != Transport::Internal);
         let started: Vec<usize> = (0..reshaping.physical.stages.len())
-            .filter(|stage| reshaping.is_kept.get(*stage) != Some(&true) && !self.handovers.contains_key(stage))
+            .filter(|stage| reshaping.is_kept.get(*stage) != Some(&true))
+            .filter(is_program)
             .collect();
-        let what = describe(&old_plan, &self.plan);
+        let what = describe(&old_plan, &self.plan, &reshaping.same);
         tracing::info!("the pipeline is changed: {what}");
         if let Some(asked) = asked {
             let until_ns = monotonic_ns() + nanoseconds(self.options.grace) + END_PATIENCE_NS;
@@ -306,7 +318,7 @@ impl Run {
     /// Tells the threads of the agent's own stages how they go on, and starts those of new ones.
     fn go_on(
         &mut self,
-        old_plan: &Plan,
+        old_physical: &Physical,
         reshaping: &Reshaping,
         now: &HashMap<usize, usize>,
         kafka: &KafkaSetup,
@@ -329,14 +341,20 @@ impl Run {
             match now.get(&old) {
                 Some(stage) => self.threads.push((*stage, thread)),
                 None => {
-                    let name = thread.thread().name().unwrap_or_default().to_owned();
-                    let step = old_plan.steps().iter().find(|step| step.name().starts_with(&name));
-                    self.leaving.push((step.map_or(name, |step| step.name().to_owned()), thread));
+                    let step = old_physical.stages.get(old).map_or(String::new(), |stage| stage.spec.name.clone());
+                    self.leaving.push((step, thread));
                 }
             }
         }
-        for (stage, before) in reshaping.before.iter().enumerate() {
-            if before.is_none() {
+        let new = (0..reshaping.before.len()).filter(|stage| reshaping.before.get(*stage) == Some(&None));
+        self.to_start = new.collect();
+        self.start_new_threads(kafka)
+    }
+
+    /// Starts the threads of new steps, when those of steps that are gone have let go of what they had: it may be the same file.
+    pub(super) fn start_new_threads(&mut self, kafka: &KafkaSetup) -> Result<(), RunError> {
+        if self.leaving.is_empty() {
+            for stage in std::mem::take(&mut self.to_start) {
                 self.start_thread(stage, kafka)?;
             }
         }
@@ -353,21 +371,19 @@ enum Undone {
 }
 
 /// What of the steps is new, gone or another.
-fn describe(old: &Plan, new: &Plan) -> String {
-    let named = |plan: &Plan, name: &str| plan.steps().iter().find(|step| step.name() == name).cloned();
+fn describe(old: &Plan, new: &Plan, same: &[Option<usize>]) -> String {
     let mut words = Vec::new();
-    for step in new.steps() {
-        match named(old, step.name()) {
+    for (step, before) in new.steps().iter().zip(same) {
+        match before.and_then(|before| old.step(before)) {
             None => words.push(format!("{} is new", step.name())),
             Some(before) if before.kind() != step.kind() => words.push(format!("{} is changed", step.name())),
+            Some(before) if before.name() != step.name() => {
+                words.push(format!("{} is called {} now", before.name(), step.name()));
+            }
             Some(_) => {}
         }
     }
-    words.extend(
-        old.steps()
-            .iter()
-            .filter(|step| named(new, step.name()).is_none())
-            .map(|step| format!("{} is gone", step.name())),
-    );
+    let gone = old.steps().iter().filter(|step| !same.contains(&Some(step.index())));
+    words.extend(gone.map(|step| format!("{} is gone", step.name())));
     if words.is_empty() { "steps read from other steps".to_owned() } else { words.join(", ") }
 }

@@ -19,8 +19,8 @@ pub async fn run(context: Context) -> Result<(), InternalError> {
         } else if internal.stage.is_ended() {
             return internal.finish(false).await;
         } else {
-            // It has no I/O of its own, so it waits without a runtime: one poll instead of an event loop's turn.
-            internal.stage.wait(u64::MAX)?;
+            // It has no I/O of its own.
+            internal.wait_blocking().await?;
         }
     }
 }
