@@ -4,13 +4,15 @@
 //! the program opens the C library itself. Reading order: `program` starts and ends a process group; `lines` cuts its
 //! output; `supervisor` is what every loop has in common, `serve` the loop for lines and frames;
 //! `exchange` is that loop for transports in which each record has an answer of its own, `batch` for batches that are
-//! answered as a whole; `framing` is how records lie in a stream of bytes.
+//! answered as a whole; `framing` is how records lie in a stream of bytes. `levels` is what programs see that work on
+//! panes and steps, which nothing drives yet.
 #![deny(unsafe_code)]
 
 mod arguments;
 mod batch;
 mod exchange;
 mod framing;
+pub mod levels;
 mod lines;
 mod program;
 mod serve;
