@@ -797,8 +797,9 @@ impl Run {
     /// Whether some stage has finished, so that the others are about to.
     fn is_ending(&self) -> bool {
         self.is_draining
-            || self.threads.iter().any(|(_, thread)| thread.is_finished())
             || self.threads.len() < self.internal_count()
+            // Its thread may not be gone yet.
+            || (0..self.broker.physical().stages.len()).any(|stage| self.broker.phase(stage) == Some(Phase::Finished))
     }
 
     fn internal_count(&self) -> usize {

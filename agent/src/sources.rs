@@ -25,10 +25,18 @@ async fn emit_lines(
     end: u64,
 ) -> Result<(), InternalError> {
     let mut emitted = 0;
-    while let Some(line) = splitter.next_line().or_else(|| if is_end { splitter.take_unterminated() } else { None }) {
+    loop {
+        let line = match splitter.next_line() {
+            Some(line) => line,
+            None if !is_end => return Ok(()),
+            None => match splitter.take_unterminated() {
+                Some(line) => line,
+                None => return Ok(()),
+            },
+        };
         match line {
             // The position is that of the lines before, also while this one waits for room.
-            Line::Whole(payload) => internal.emit(&from_source(None, None), &payload).await?,
+            Line::Whole(payload) => internal.emit(&from_source(None, None), payload).await?,
             Line::TooLong { len_bytes } => {
                 internal.stage.add_counter(COUNTER_ERRORS, 1);
                 tracing::warn!(
@@ -45,5 +53,4 @@ async fn emit_lines(
             internal.publish()?;
         }
     }
-    Ok(())
 }

@@ -256,8 +256,10 @@ impl Attempt {
         self.until(None, |attempt| attempt.stdout.is_none() && attempt.stderr.is_none())?;
         self.until(None, |_| false)?;
         let code = self.child.wait().ok().and_then(|status| status.code());
-        if let Some(line) = self.splitter.take_unterminated() {
-            self.judge_line(line)?;
+        if let Some(line) = self.splitter.take_unterminated()
+            && let Err(finding) = judge_line(&mut self.judge, line, self.queued)
+        {
+            return Err(self.with_words(finding));
         }
         self.judge_errors()?;
         if code != Some(0) {
@@ -328,19 +330,11 @@ impl Attempt {
 
     fn judge_lines(&mut self) -> Result<(), Finding> {
         while let Some(line) = self.splitter.next_line() {
-            self.judge_line(line)?;
+            if let Err(finding) = judge_line(&mut self.judge, line, self.queued) {
+                return Err(self.with_words(finding));
+            }
         }
         Ok(())
-    }
-
-    fn judge_line(&mut self, line: Line) -> Result<(), Finding> {
-        match line {
-            Line::Whole(line) => self.judge.line(&line, self.queued).map_err(|finding| self.with_words(finding)),
-            Line::TooLong { len_bytes } => Err(Finding::new(
-                format!("a line of {len_bytes} bytes"),
-                "A record has at most 16 MiB. Each line needs its newline.",
-            )),
-        }
     }
 
     /// An end that we did not cause.
@@ -610,4 +604,14 @@ fn pipeline_text(place: &Place, setup: &Setup) -> String {
         ],
     })
     .to_string()
+}
+
+fn judge_line(judge: &mut Judge, line: Line<'_>, queued: u64) -> Result<(), Finding> {
+    match line {
+        Line::Whole(line) => judge.line(line, queued),
+        Line::TooLong { len_bytes } => Err(Finding::new(
+            format!("a line of {len_bytes} bytes"),
+            "A record has at most 16 MiB. Each line needs its newline.",
+        )),
+    }
 }

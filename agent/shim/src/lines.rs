@@ -4,11 +4,11 @@
 pub const LINE_BYTES_MAX: usize = 16 << 20;
 const _: () = assert!(LINE_BYTES_MAX <= argo_streams_shm_protocol::limits::RECORD_PAYLOAD_BYTES_MAX);
 
-/// One line of output.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Line {
+/// One line of output, where it lies in the splitter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Line<'a> {
     /// A whole line, without its newline.
-    Whole(Vec<u8>),
+    Whole(&'a [u8]),
     /// A line longer than [`LINE_BYTES_MAX`]; its bytes were dropped as they came.
     TooLong {
         /// Its length without its newline.
@@ -76,16 +76,14 @@ impl LineSplitter {
     }
 
     /// The next line, if there is a whole one.
-    pub fn next_line(&mut self) -> Option<Line> {
+    pub fn next_line(&mut self) -> Option<Line<'_>> {
         let rest = self.buffer.get(self.searched..).unwrap_or_default();
-        match rest.iter().position(|byte| *byte == b'\n') {
+        match memchr::memchr(b'\n', rest) {
             Some(at) => {
-                let end = self.searched + at;
-                let line = self.buffer.get(self.begin..end).unwrap_or_default();
-                let line = self.finish_line(line.to_vec());
+                let (begin, end) = (self.begin, self.searched + at);
                 self.begin = end + 1;
                 self.searched = self.begin;
-                Some(line)
+                Some(self.line(begin, end))
             }
             None => {
                 self.searched = self.buffer.len();
@@ -100,18 +98,23 @@ impl LineSplitter {
         }
     }
 
-    /// What is left behind the last newline, at the end of the output.
-    pub fn take_unterminated(&mut self) -> Option<Line> {
-        let rest = self.buffer.get(self.begin..).unwrap_or_default().to_vec();
-        let is_empty = rest.is_empty() && self.dropped == 0;
-        let line = self.finish_line(rest);
-        self.clear();
-        (!is_empty).then_some(line)
+    /// What is left behind the last newline, at the end of the output. Nothing is left then.
+    pub fn take_unterminated(&mut self) -> Option<Line<'_>> {
+        let (begin, end) = (self.begin, self.buffer.len());
+        if begin == end && self.dropped == 0 {
+            return None;
+        }
+        self.begin = end;
+        self.searched = end;
+        Some(self.line(begin, end))
     }
 
-    fn finish_line(&mut self, line: Vec<u8>) -> Line {
-        let len_bytes = line.len() as u64 + std::mem::take(&mut self.dropped);
-        if len_bytes > self.line_bytes_max as u64 { Line::TooLong { len_bytes } } else { Line::Whole(line) }
+    fn line(&mut self, begin: usize, end: usize) -> Line<'_> {
+        let len_bytes = (end - begin) as u64 + std::mem::take(&mut self.dropped);
+        if len_bytes > self.line_bytes_max as u64 {
+            return Line::TooLong { len_bytes };
+        }
+        Line::Whole(self.buffer.get(begin..end).unwrap_or_default())
     }
 }
 
@@ -119,15 +122,23 @@ impl LineSplitter {
 mod tests {
     use super::*;
 
-    fn feed(splitter: &mut LineSplitter, bytes: &[u8]) -> Vec<Line> {
+    /// Lines as texts, or how long one was that is too long.
+    fn feed(splitter: &mut LineSplitter, bytes: &[u8]) -> Vec<Result<Vec<u8>, u64>> {
         let mut buffer = splitter.take_buffer();
         buffer.extend_from_slice(bytes);
         splitter.put_buffer(buffer);
-        std::iter::from_fn(|| splitter.next_line()).collect()
+        let mut lines = Vec::new();
+        while let Some(line) = splitter.next_line() {
+            lines.push(match line {
+                Line::Whole(line) => Ok(line.to_vec()),
+                Line::TooLong { len_bytes } => Err(len_bytes),
+            });
+        }
+        lines
     }
 
-    fn whole(text: &str) -> Line {
-        Line::Whole(text.as_bytes().to_vec())
+    fn whole(text: &str) -> Result<Vec<u8>, u64> {
+        Ok(text.as_bytes().to_vec())
     }
 
     #[test]
@@ -135,13 +146,13 @@ mod tests {
         let text = b"one\r\n\ntwo\n\0three\xff\nlast";
         for step in 1..=text.len() {
             let mut splitter = LineSplitter::default();
-            let lines: Vec<Line> = text.chunks(step).flat_map(|chunk| feed(&mut splitter, chunk)).collect();
+            let lines: Vec<_> = text.chunks(step).flat_map(|chunk| feed(&mut splitter, chunk)).collect();
             assert_eq!(
                 lines,
-                [whole("one\r"), whole(""), whole("two"), Line::Whole(b"\0three\xff".to_vec())],
+                [whole("one\r"), whole(""), whole("two"), Ok(b"\0three\xff".to_vec())],
                 "chunks of {step}"
             );
-            assert_eq!(splitter.take_unterminated(), Some(whole("last")));
+            assert_eq!(splitter.take_unterminated(), Some(Line::Whole(b"last")));
             assert_eq!(splitter.take_unterminated(), None);
         }
     }
@@ -155,8 +166,8 @@ mod tests {
             assert_eq!(splitter.pending_bytes(), round << 20);
         }
         assert!(splitter.buffer.len() <= LINE_BYTES_MAX);
-        assert_eq!(feed(&mut splitter, b"\nnext\n"), [Line::TooLong { len_bytes: 20 << 20 }, whole("next")]);
+        assert_eq!(feed(&mut splitter, b"\nnext\n"), [Err(20 << 20), whole("next")]);
         let longest = [vec![b'y'; LINE_BYTES_MAX], b"\n".to_vec()].concat();
-        assert_eq!(feed(&mut splitter, &longest), [Line::Whole(vec![b'y'; LINE_BYTES_MAX])]);
+        assert_eq!(feed(&mut splitter, &longest), [Ok(vec![b'y'; LINE_BYTES_MAX])]);
     }
 }

@@ -270,7 +270,7 @@ fn read_batch(body: &[u8], requests: &[&Request]) -> Result<Vec<Outcome>, String
         requests.iter().enumerate().map(|(place, request)| (request.id.as_str(), place)).collect();
     let mut without_id = 0;
     for (number, line) in lines.iter().enumerate() {
-        let (id, outcome) = match frame_of_json(Line::Whole(line.to_vec())) {
+        let (id, outcome) = match frame_of_json(Line::Whole(line)) {
             Frame::Whole(mut answer) => {
                 let id = answer.id.take();
                 let output = Output {
