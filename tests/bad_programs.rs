@@ -114,6 +114,49 @@ fn never_reads() {
 }
 
 #[test]
+fn fills_a_buffer_with_short_answers_to_long_records() {
+    let scratch = Scratch::new();
+    let text = "import sys\nout = []\nfor l in sys.stdin:\n  out.append(l[:6].strip() + '\\n')\n  if len(out) == 5000: sys.stdout.write(''.join(out)); out.clear(); sys.stdout.flush()\nsys.stdout.write(''.join(out))\n";
+    let program = scratch.write("bad.py", text);
+    // Five thousand records of 300 B must be in its hands before the first answer: six times what a ring holds else.
+    let input: String = (0..20_000).map(|i| format!("{i:6}{}\n", "x".repeat(300))).collect();
+    scratch.write("in", &input);
+    let pipeline = scratch.pipeline(&format!(
+        "  - file: {{path: in}}\n  - parDo: bad\n    name: bad\n    command: [python3, {}]\n    ack: line\n    buffering: block\n  - file: {{path: out}}\n",
+        program.display()
+    ));
+    let _run = scratch.run(&pipeline, &[]).expect_code(0);
+    let expected: String = (0..20_000).map(|i| format!("{i}\n")).collect();
+    assert!(scratch.text("out") == expected, "{} lines", scratch.text("out").lines().count());
+}
+
+#[test]
+fn holds_back_more_than_the_ring_holds() {
+    let scratch = Scratch::new();
+    let text = "import sys\nlines = sys.stdin.readlines()\nsys.stdout.writelines(lines)\n";
+    let program = scratch.write("bad.py", text);
+    let input: String = (0..20_000).map(|i| format!("{i:300}\n")).collect();
+    scratch.write("in", &input);
+    let pipeline = scratch.pipeline(&format!(
+        "  - file: {{path: in}}\n  - parDo: bad\n    name: bad\n    command: [python3, {}]\n    ack: line\n  - file: {{path: out}}\n",
+        program.display()
+    ));
+    let running = scratch.start(&pipeline, &["--grace", "1s", "--output", "json"]);
+    let ctl = || {
+        let mut command = std::process::Command::new(argo_streams_tests::binary());
+        command.arg("ctl").arg(&pipeline).args(["status", "--output", "json"]).output().unwrap().stdout
+    };
+    // It is in the status of a run that has not ended.
+    wait_for("the word", || String::from_utf8_lossy(&ctl()).contains("step bad stands still").then_some(()));
+    running.signal(Signal::TERM);
+    // The end of its input is what it waits for: what it was given is answered then, and that is not all.
+    let run = running.finish().expect_code(0);
+    assert_eq!(run.words().matches("stands still").count(), 1, "{}", run.words());
+    let out = scratch.text("out");
+    assert!(input.starts_with(&out) && out.len() > 100_000 && out.len() < input.len(), "{} bytes", out.len());
+}
+
+#[test]
 fn dies_on_one_record() {
     let scratch = Scratch::new();
     let text = "import sys\nfor l in sys.stdin:\n  if l == '1234\\n': raise ValueError(l)\n  sys.stdout.write(l); sys.stdout.flush()\n";

@@ -3,7 +3,7 @@
 //! Sources, sinks and ParDos are stages. A `groupByKey` with a plain path is none: the stages before it take the key and
 //! pick the ring, so there is no shuffle process; one with a jq program becomes a router stage in the agent.
 
-use argo_streams_pipeline::{KeyExpression, Output, Plan, Retry, StepKind};
+use argo_streams_pipeline::{Acknowledgement, Buffering, KeyExpression, Output, Plan, Retry, StepKind};
 use argo_streams_shm_protocol::limits::{
     INPUTS_MAX, LARGE_CAPACITY_BYTES, OUTPUTS_MAX, RECORD_PAYLOAD_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX_BEFORE,
     RING_CAPACITY_BYTES,
@@ -16,6 +16,10 @@ use argo_streams_shm_protocol::{
 pub const COUNTER_MAIN: usize = 0;
 /// The counter of the error output.
 pub const COUNTER_ERRORS: usize = 1;
+
+/// Capacity of a ring into a program whose output is a pipe and who answers line for line: such a program answers when its buffer is
+/// full, of 4 to 64 KiB mostly, and until then everything that it was given must stay in the ring.
+const BUFFERED_RING_CAPACITY_BYTES: u64 = 4 << 20;
 
 /// One end of a ring: a stage and the index of its input or output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -195,13 +199,14 @@ impl Physical {
                     self.connect(plan, stage, main, reader, Output::Main);
                     self.connect(plan, stage, errors, reader, Output::Errors);
                 }
-                _ => self.add_edge(stage, node, reader, step, output),
+                _ => self.add_edge(plan, stage, node, reader, (step, output)),
             }
         }
     }
 
-    fn add_edge(&mut self, stage: usize, node: usize, reader: usize, from: usize, output: Output) {
+    fn add_edge(&mut self, plan: &Plan, stage: usize, node: usize, reader: usize, (from, output): (usize, Output)) {
         let workers: Vec<usize> = self.stages_of(reader).collect();
+        let capacity = plan.step(reader).map_or(RING_CAPACITY_BYTES, |step| capacity_into(step.kind()));
         let mut rings = Vec::with_capacity(workers.len());
         for worker in &workers {
             let ring_id = self.stages.iter().map(|stage| stage.spec.outputs.len() as u64).sum::<u64>() + 1;
@@ -215,7 +220,7 @@ impl Physical {
             consumer.spec.inputs.push(GrantInput {
                 ring: ring_id,
                 from: from_name,
-                capacity: RING_CAPACITY_BYTES,
+                capacity,
                 large_capacity: LARGE_CAPACITY_BYTES,
             });
             consumer.input_edges.push((from, output));
@@ -223,7 +228,7 @@ impl Physical {
             let index = producer.spec.outputs.len();
             producer.spec.outputs.push(GrantOutput {
                 ring: ring_id,
-                capacity: RING_CAPACITY_BYTES,
+                capacity,
                 large_capacity: LARGE_CAPACITY_BYTES,
                 free: 0,
             });
@@ -270,6 +275,19 @@ fn retry_policy(retry: &Retry) -> RetryPolicy {
         max_ns: retry.max_ns(),
         factor_thousandths: thousandths(retry.factor()),
         jitter_thousandths: thousandths(retry.jitter()),
+    }
+}
+
+/// How much may wait in a ring into a step.
+fn capacity_into(kind: &StepKind) -> u64 {
+    match kind {
+        StepKind::ParDo(pardo)
+            if pardo.buffering() == Buffering::Block
+                && matches!(pardo.acknowledgement(), Acknowledgement::Line | Acknowledgement::Auto) =>
+        {
+            BUFFERED_RING_CAPACITY_BYTES
+        }
+        _ => RING_CAPACITY_BYTES,
     }
 }
 

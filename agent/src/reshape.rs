@@ -228,11 +228,11 @@ fn number_as(physical: &mut Physical, old: &Physical, before: &[Option<usize>], 
         };
     }
     // Two rings may lead from nodes of the same name, where a groupByKey reads two outputs of one step.
-    let mut known: HashMap<(usize, usize, &str), VecDeque<u64>> = HashMap::new();
+    let mut known: HashMap<(usize, usize, u64, &str), VecDeque<u64>> = HashMap::new();
     for (consumer, stage) in old.stages.iter().enumerate() {
         for (producer, input) in stage.producers.iter().zip(&stage.spec.inputs) {
             let from = renamed.get(&input.from).unwrap_or(&input.from);
-            known.entry((producer.stage, consumer, from)).or_default().push_back(input.ring);
+            known.entry((producer.stage, consumer, input.capacity, from)).or_default().push_back(input.ring);
         }
     }
     let mut numbered = Vec::new();
@@ -240,7 +240,7 @@ fn number_as(physical: &mut Physical, old: &Physical, before: &[Option<usize>], 
         for (input, (producer, granted)) in stage.producers.iter().zip(&stage.spec.inputs).enumerate() {
             let ends = before.get(producer.stage).copied().flatten().zip(before.get(consumer).copied().flatten());
             let same = ends.and_then(|(producer, consumer)| {
-                known.get_mut(&(producer, consumer, granted.from.as_str()))?.pop_front()
+                known.get_mut(&(producer, consumer, granted.capacity, granted.from.as_str()))?.pop_front()
             });
             numbered.push((consumer, input, *producer, same.unwrap_or_else(|| take(&mut next_ring))));
         }

@@ -44,6 +44,8 @@ use change::Change;
 const LOOK_INTERVAL_NS: u64 = 100_000_000;
 /// How often errors that nobody reads are logged while they grow.
 const ERRORS_INTERVAL_NS: u64 = 5_000_000_000;
+/// A step that has finished nothing for so long, with its ring full, is said to stand still.
+const STANDS_STILL_NS: u64 = 5_000_000_000;
 /// How often the live view is drawn.
 const DRAW_INTERVAL_NS: u64 = 500_000_000;
 /// How long processes and threads may take to end when all work is done or given up.
@@ -891,6 +893,7 @@ impl Run {
         if now >= self.say_errors_at_ns {
             self.say_errors_at_ns = now + ERRORS_INTERVAL_NS;
             self.say_what_is_dropped();
+            self.say_what_stands_still(now);
         }
     }
 
@@ -900,6 +903,30 @@ impl Run {
             Ok(Err(error)) => self.fail(RunError::Failed { step, text: error.to_string() }),
             Err(_panic) => self
                 .fail(RunError::Failed { step, text: "its thread panicked: this is a bug of Argo Streams".to_owned() }),
+        }
+    }
+
+    /// A program that has taken all that its ring holds, and finished none of it for a while, may wait for more before it answers: then
+    /// nothing moves any more. Said once a step.
+    fn say_what_stands_still(&mut self, now: u64) {
+        for (stage, plan) in self.broker.physical().stages.iter().enumerate() {
+            let is_pardo = self.plan.step(plan.step).is_some_and(|step| matches!(step.kind(), StepKind::ParDo(_)));
+            let Some(snapshot) = self.broker.snapshot(stage).filter(|_| is_pardo) else { continue };
+            let is_full =
+                |(depth, input): (&u64, &argo_streams_shm_protocol::GrantInput)| *depth >= input.capacity / 8 * 7;
+            let stands = snapshot.phase == Phase::Live
+                && snapshot.undone > 0
+                && snapshot.undone_since_ns > 0
+                && now.saturating_sub(snapshot.undone_since_ns) >= STANDS_STILL_NS
+                && snapshot.depths_bytes.iter().zip(&plan.spec.inputs).any(is_full);
+            let name = &plan.spec.name;
+            let text = format!(
+                "step {name} stands still: its program was given all that the ring holds, and has finished none of it for a while. It is stuck or slow, or waits for more before it answers: have it flush its output (`buffering: line`, `stdbuf -oL`), or declare another `ack`"
+            );
+            if stands && !self.degradations.contains(&text) {
+                tracing::warn!("{text}");
+                self.degradations.push(text);
+            }
         }
     }
 
