@@ -596,6 +596,10 @@ impl Run {
             }
             if self.screen.is_live() && now >= draw_at_ns {
                 let status = Status::take(&self.plan, &self.broker, &self.latencies);
+                if !drawn.is_of(&self.plan) {
+                    // The pipeline was changed: rates are shown from here on.
+                    drawn = Status::take(&self.plan, &self.broker, &self.latencies);
+                }
                 let mut text = status.live(&self.broker, &drawn);
                 text.push_str(&kafka.status_text());
                 self.screen.draw(&text);

@@ -344,7 +344,13 @@ impl Status {
         }
     }
 
-    /// The live view; `before` gives the rates.
+    /// Whether it is of this plan, and not of one before a change.
+    #[must_use]
+    pub fn is_of(&self, plan: &Arc<Plan>) -> bool {
+        Arc::ptr_eq(&self.plan, plan)
+    }
+
+    /// The live view; `before`, of the same plan, gives the rates.
     #[must_use]
     pub fn live(&self, broker: &Broker, before: &Self) -> String {
         #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
