@@ -938,7 +938,13 @@ impl Broker {
         if worker.shim_must_start {
             // There is none.
             worker.replaced_by_ns = None;
-            worker.start_at_ns = (!worker.is_held).then_some(0);
+            if worker.is_held {
+                worker.start_at_ns = None;
+                // Its program may have opened the library with its last breath, behind its shim's end.
+                self.recover(stage);
+            } else {
+                worker.start_at_ns = Some(0);
+            }
             return;
         }
         worker.start_at_ns = None;
@@ -1023,6 +1029,9 @@ impl Broker {
         match (hello.role, worker.transport) {
             (Role::Supervisor, Transport::Internal) => {
                 self.refuse_client(client, RefusalCode::State, "this stage runs in the agent")
+            }
+            (Role::Stage | Role::ShimStage, _) if worker.is_held && worker.shim_must_start => {
+                self.refuse_client(client, RefusalCode::State, "the pipeline is being changed, and its shim is gone");
             }
             (_, _) if worker.phase == Phase::Failed => {
                 self.refuse_client(client, RefusalCode::State, "the step has failed");
@@ -1873,6 +1882,32 @@ mod tests {
         broker.handle(of_shim);
         let (again, _) = connect(&mut broker, Role::ShimStage);
         assert!(granted(&again), "the stage is nobody's");
+    }
+
+    #[test]
+    fn a_program_that_opens_the_library_behind_its_shims_end_does_not_hold_a_change_up() {
+        let mut broker = broker();
+        // Its shim has ended, and the next one is to be started in a while.
+        broker.workers[READER].shim_must_start = true;
+        broker.workers[READER].start_at_ns = Some(u64::MAX);
+        let late = Raw::open(&mut broker, READER);
+        assert_eq!(broker.phase(READER), Some(Phase::Live));
+        drop(late.control);
+        broker.handle(late.client);
+        broker.hold_program(READER, 5, Duration::from_secs(1));
+        broker.tick(6);
+        assert!(broker.has_ended(READER));
+        let later = broker.internal_client(READER).expect("a socket");
+        let client = broker.next_client - 1;
+        let (version_min, version_max, library) = (PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MAX, "test".to_owned());
+        let hello = Hello { version_min, version_max, role: Role::Stage, features: u64::MAX, pid: 1, library };
+        later.try_send(&Message::Hello(hello), &[]).expect("room");
+        broker.handle(client);
+        assert!(matches!(later.try_receive(), Ok(Some((Message::Refused { code: RefusalCode::State, .. }, _)))));
+        assert!(broker.has_ended(READER) && broker.tick(u64::MAX).is_none(), "and nothing is started");
+        broker.release_held();
+        broker.tick(7);
+        assert!(broker.take_actions().contains(&Action::StartShim { stage: READER }), "until it is over");
     }
 
     #[test]
