@@ -331,7 +331,7 @@ fn programs_and_shims_are_killed_while_the_pipeline_is_changed() {
                     len_at_kill = len;
                 }
                 // The pace of the kills; nothing is proven by it.
-                std::thread::park_timeout(std::time::Duration::from_millis(5));
+                std::thread::park_timeout(std::time::Duration::from_millis(25));
             }
             kills
         });
