@@ -1,9 +1,10 @@
 //! What another version of a pipeline's file changes in a run: which stages stay as they are, which go on with other rings or
 //! another program, which are new, and which end. Pure; [`crate::run`] does it, when nothing is in flight.
 //!
-//! Steps are the same when they have the same name and the same definition; of those that are left, when they have the same definition (a step that
-//! comes in between moves the default names of those behind it), and then programs also by their name alone. Stages are the same when they are the same worker of the same step. Rings are the
-//! same when they lead from the same node of the same stage to the same stage. Whatever is the same keeps its id, so that a stage
+//! Steps are the same when they have the same name and the same definition; of those that are left, when they have the same
+//! definition (a step that comes in between moves the default names of those behind it), and then programs also by their name
+//! alone. Stages are the same when they are the same worker of the same step. Rings are the same when they lead from the same node
+//! of the same stage to the same stage. Whatever is the same keeps its id, so that a stage
 //! that did not change in any way can be left alone: its neighbours die and are born again, as after a kill.
 
 use std::collections::{HashMap, VecDeque};
@@ -105,6 +106,24 @@ impl Reshaping {
             .collect();
         let ended = (0..old.stages.len()).filter(|stage| !before.contains(&Some(*stage))).collect();
         Ok(Self { physical, before, is_kept, ended, deals, same, renamed })
+    }
+
+    /// The stage of the present layout that a stage goes on from.
+    #[must_use]
+    pub fn before(&self, stage: usize) -> Option<usize> {
+        self.before.get(stage).copied().flatten()
+    }
+
+    /// Whether a stage stays as it is.
+    #[must_use]
+    pub fn is_kept(&self, stage: usize) -> bool {
+        self.is_kept.get(stage) == Some(&true)
+    }
+
+    /// What the stages of the present layout become that go on.
+    #[must_use]
+    pub fn now(&self) -> HashMap<usize, usize> {
+        self.before.iter().enumerate().filter_map(|(now, before)| Some(((*before)?, now))).collect()
     }
 
     /// The name that a node of the present layout has in the new one.

@@ -210,6 +210,13 @@ impl Incarnation {
         self.rings.iter().zip(&self.outputs).find(|(known, _)| **known == ring).map(|(_, output)| output)
     }
 
+    /// Where the reader of a ring stood when this incarnation was made, as the agent believed it then.
+    #[must_use]
+    pub fn reader_position(&self, ring: u64) -> ReaderPosition {
+        let free = self.rings.iter().zip(&self.free).find(|(known, _)| **known == ring).map_or(0, |(_, free)| *free);
+        ReaderPosition { acknowledged: free, free }
+    }
+
     /// Puts keyed state that was dealt out in the place of its own. Only before it is granted.
     pub fn set_state(&mut self, dealt: DealtState) {
         self.state = dealt.extents;

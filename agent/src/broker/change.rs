@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 
-use argo_streams_shm_protocol::{deal_state, hash_key, key_group};
+use argo_streams_shm_protocol::{DealtState, StageSpec, deal_state, hash_key, key_group};
 
 use super::*;
 use crate::physical::{StagePlan, owner_table};
@@ -118,17 +118,16 @@ impl Broker {
                 return Err(ChangeError::Page);
             }
         }
-        let readers = self.reader_positions();
         let old = std::mem::replace(&mut self.physical, reshaping.physical.clone());
         let mut workers: Vec<Option<Worker>> = self.workers.drain(..).map(Some).collect();
         for (index, plan) in reshaping.physical.stages.iter().enumerate() {
-            let before = reshaping.before.get(index).copied().flatten();
+            let before = reshaping.before(index);
             let worker = before.and_then(|before| workers.get_mut(before)?.take());
             let transport = transports.get(index).copied().unwrap_or(Transport::Internal);
             let worker = match (worker, before.and_then(|before| old.stages.get(before))) {
-                (Some(worker), _) if reshaping.is_kept.get(index) == Some(&true) => worker,
+                (Some(worker), _) if reshaping.is_kept(index) => worker,
                 (Some(worker), Some(old)) => {
-                    let mut worker = reborn(worker, old, plan, &readers, dealt.remove(&index), reshaping)?;
+                    let mut worker = reborn(worker, old, plan, dealt.remove(&index), reshaping)?;
                     if let Some(bell) = before.and_then(|before| bells.remove(&before)) {
                         worker.incarnation.set_bell(bell);
                     }
@@ -154,7 +153,7 @@ impl Broker {
                     worker.incarnation.session().set_attention(session::ATTENTION_PAUSE);
                     worker.incarnation.publish_session();
                 }
-                if reshaping.is_kept.get(index) != Some(&true) && worker.transport != Transport::Internal {
+                if !reshaping.is_kept(index) && worker.transport != Transport::Internal {
                     worker.shim_must_start = false;
                     self.actions.push(Action::StartShim { stage: index });
                 }
@@ -170,8 +169,7 @@ impl Broker {
                 heir.inherit(&ended, plan, reshaping);
             }
         }
-        let now: HashMap<usize, usize> =
-            reshaping.before.iter().enumerate().filter_map(|(now, before)| Some(((*before)?, now))).collect();
+        let now = reshaping.now();
         self.clients.retain(|_, (stage, _)| match now.get(stage) {
             Some(now) => {
                 *stage = *now;
@@ -187,7 +185,7 @@ impl Broker {
         &self,
         deal: &Deal,
         reshaping: &Reshaping,
-        dealt: &mut HashMap<usize, argo_streams_shm_protocol::DealtState>,
+        dealt: &mut HashMap<usize, DealtState>,
     ) -> Result<(), IncarnationError> {
         let mut from = Vec::with_capacity(deal.from.len());
         for stage in &deal.from {
@@ -200,8 +198,7 @@ impl Broker {
             .iter()
             .filter_map(|stage| {
                 let plan = reshaping.physical.stages.get(*stage)?;
-                let before =
-                    reshaping.before.get(*stage).copied().flatten().and_then(|before| self.workers.get(before));
+                let before = reshaping.before(*stage).and_then(|before| self.workers.get(before));
                 let epoch =
                     before.and_then(|worker| worker.incarnation.page().read().ok()).map_or(0, |slot| slot.epoch);
                 Some((&plan.spec, before.map_or(1, |worker| worker.incarnation.generation()), epoch))
@@ -211,18 +208,6 @@ impl Broker {
         let owner = |key: &[u8]| owners.get(key_group(hash_key(key))).copied().map_or(0, usize::from);
         dealt.extend(deal.to.iter().copied().zip(deal_state(&from, &to, owner)?));
         Ok(())
-    }
-
-    /// Where the reader of each ring stands.
-    fn reader_positions(&self) -> HashMap<u64, ReaderPosition> {
-        let mut positions = HashMap::new();
-        for (plan, worker) in self.physical.stages.iter().zip(&self.workers) {
-            for (index, input) in plan.spec.inputs.iter().enumerate() {
-                let (acknowledged, free) = worker.incarnation.page().acknowledgement(index);
-                positions.insert(input.ring, ReaderPosition { acknowledged: acknowledged.max(free), free });
-            }
-        }
-        positions
     }
 }
 
@@ -250,16 +235,15 @@ fn reborn(
     mut worker: Worker,
     old: &StagePlan,
     plan: &StagePlan,
-    readers: &HashMap<u64, ReaderPosition>,
-    dealt: Option<argo_streams_shm_protocol::DealtState>,
+    dealt: Option<DealtState>,
     reshaping: &Reshaping,
 ) -> Result<Worker, IncarnationError> {
     let mut slot = moved(&worker.slot_at_start, old, plan, reshaping);
     worker.gone.rename(reshaping);
     say_state(&mut slot, dealt.as_ref());
-    let position = |ring: u64| readers.get(&ring).copied().unwrap_or_default();
-    let positions: Vec<ReaderPosition> = plan.spec.outputs.iter().map(|output| position(output.ring)).collect();
     let before = &worker.incarnation;
+    // What readers wrote was looked at when this one was made; what they have read since, they say themselves.
+    let positions: Vec<_> = plan.spec.outputs.iter().map(|output| before.reader_position(output.ring)).collect();
     // The one before was made a moment ago and never shown to anybody: this one has its number.
     let mut next = Incarnation::create(&plan.spec, before.generation(), slot.clone(), &positions, Some(before))?;
     if let Some(dealt) = dealt {
@@ -308,7 +292,7 @@ impl Gone {
     }
 
     /// Adds everything to a slot, and says how many records came from what is not read any more.
-    pub(super) fn add_to(&self, slot: &mut Slot, spec: &argo_streams_shm_protocol::StageSpec) -> u64 {
+    pub(super) fn add_to(&self, slot: &mut Slot, spec: &StageSpec) -> u64 {
         let mut from_elsewhere = 0;
         for (from, (records, bytes)) in &self.inputs {
             let input = spec.inputs.iter().position(|input| input.from == *from);
@@ -403,7 +387,7 @@ fn moved(slot: &Slot, old: &StagePlan, plan: &StagePlan, reshaping: &Reshaping) 
     moved
 }
 
-fn say_state(slot: &mut Slot, dealt: Option<&argo_streams_shm_protocol::DealtState>) {
+fn say_state(slot: &mut Slot, dealt: Option<&DealtState>) {
     if let Some(dealt) = dealt {
         slot.epoch = dealt.epoch;
         slot.state_extents = dealt.extents();

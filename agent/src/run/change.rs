@@ -218,11 +218,14 @@ impl Run {
         for (index, stage) in reshaping.physical.stages.iter().enumerate() {
             let transport = transport_of(&change.plan, stage.step);
             let socket = (transport != Transport::Internal).then(|| socket_of(&self.sockets, stage.spec.stage));
-            let is_new = reshaping.before.get(index).copied().flatten().is_none();
+            let is_new = reshaping.before(index).is_none();
             if let (Some(path), true) = (&socket, is_new) {
                 match listen_for_pardo(path, change.images.contains_key(&stage.step)) {
                     Ok(listener) => listeners.push((index, listener)),
-                    Err(error) => return Err(Undone::Abandoned(Box::new(change), error.to_string())),
+                    Err(error) => {
+                        forget(&listeners, &sockets);
+                        return Err(Undone::Abandoned(Box::new(change), error.to_string()));
+                    }
                 }
             }
             transports.push(transport);
@@ -232,9 +235,7 @@ impl Run {
         match self.broker.reshape(reshaping, &transports, &sockets) {
             Ok(()) => {}
             Err(error @ ChangeError::State { .. }) => {
-                for path in listeners.iter().filter_map(|(index, _)| sockets.get(*index)?.as_ref()) {
-                    let _gone = std::fs::remove_file(path);
-                }
+                forget(&listeners, &sockets);
                 return Err(Undone::Abandoned(Box::new(change), error.to_string()));
             }
             Err(error) => return Err(Undone::Over(error.to_string())),
@@ -258,8 +259,7 @@ impl Run {
         kafka: &KafkaSetup,
     ) -> Result<(), RunError> {
         let Change { asked, plan, reshaping, images, was_paused, since_ns, .. } = change;
-        let now: HashMap<usize, usize> =
-            reshaping.before.iter().enumerate().filter_map(|(now, before)| Some(((*before)?, now))).collect();
+        let now = reshaping.now();
         let old_plan = std::mem::replace(&mut self.plan, Arc::new(plan));
         self.containers.images = images;
         open_containers(&mut self.broker, &self.containers);
@@ -303,7 +303,7 @@ impl Run {
         self.broker.pause_sources(was_paused);
         let is_program = |stage: &usize| transports.get(*stage).is_some_and(|found| *found != Transport::Internal);
         let started: Vec<usize> = (0..reshaping.physical.stages.len())
-            .filter(|stage| reshaping.is_kept.get(*stage) != Some(&true))
+            .filter(|stage| !reshaping.is_kept(*stage))
             .filter(is_program)
             .collect();
         let what = describe(&old_plan, &self.plan, &reshaping.same);
@@ -329,7 +329,7 @@ impl Run {
                 handover.tell(GoesOn::Not);
                 continue;
             };
-            let goes_on = if reshaping.is_kept.get(stage) == Some(&true) {
+            let goes_on = if reshaping.is_kept(stage) {
                 GoesOn::Same
             } else {
                 GoesOn::Anew(self.broker.internal_client(stage).map_err(system("cannot make a control socket"))?)
@@ -346,7 +346,7 @@ impl Run {
                 }
             }
         }
-        let new = (0..reshaping.before.len()).filter(|stage| reshaping.before.get(*stage) == Some(&None));
+        let new = (0..reshaping.before.len()).filter(|stage| reshaping.before(*stage).is_none());
         self.to_start = new.collect();
         self.start_new_threads(kafka)
     }
@@ -359,6 +359,14 @@ impl Run {
             }
         }
         Ok(())
+    }
+}
+
+/// Takes sockets away that nobody will connect to: the next try has the same names.
+fn forget(listeners: &[(usize, OwnedFd)], sockets: &[Option<PathBuf>]) {
+    for path in listeners.iter().filter_map(|(index, _)| sockets.get(*index)?.as_ref()) {
+        // It was made a moment ago, in a directory of our own.
+        let _gone = std::fs::remove_file(path);
     }
 }
 
