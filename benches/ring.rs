@@ -5,8 +5,8 @@
 
 use argo_streams_shm_protocol::layout::DATA_OFFSET;
 use argo_streams_shm_protocol::{
-    Access, CommitPage, CommitPageReader, Consumer, Kind, PageShape, Producer, ReadPosition, RecordFields, RingMapping,
-    Segment, Slot,
+    Access, CommitPage, CommitPageReader, Consumer, Kind, PageShape, Producer, Published, ReadPosition, RecordFields,
+    RingMapping, Segment, Slot,
 };
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 
@@ -38,8 +38,8 @@ impl Pair {
             self.producer.emit(&RecordFields::default(), payload).unwrap();
         }
         self.producer.mark_done();
-        let (tail, ..) = self.producer.seal(0).unwrap();
-        self.page.change_output(0, |slot| slot.tail = tail);
+        let (tail, records, bytes) = self.producer.seal(0).unwrap();
+        self.page.publish(0, &Published { tail, large_tail: 0, records, bytes, generation: 0, flags: 0 });
         self.page.commit(0);
         self.consumer.take_tail(self.reader.tail(0)).unwrap();
         let mut bytes = 0;

@@ -22,8 +22,8 @@ use std::time::Instant;
 
 use argo_streams_shm_protocol::stage::{BelongsTo, Emit, KeyChoice, OUTPUT_MAIN, Stage, StageError};
 use argo_streams_shm_protocol::{
-    Access, CommitPage, CommitPageReader, Consumer, Control, Kind, Mapping, Origin, PageShape, Producer, ReadPosition,
-    RecordFields, RecordView, RingMapping, Role, Segment, Slot,
+    Access, Acknowledged, CommitPage, CommitPageReader, Consumer, Control, Kind, Mapping, Origin, PageShape, Producer,
+    Published, ReadPosition, RecordFields, RecordView, RingMapping, Role, Segment, Slot,
 };
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::thread::{CpuSet, sched_setaffinity};
@@ -167,11 +167,14 @@ fn two_rings(records: u64, batch: u64, has_pages: bool) -> f64 {
                     std::hint::spin_loop();
                 }
                 sent += count;
-                let (published, ..) = producer.seal(begin.elapsed().as_nanos().try_into().unwrap()).unwrap();
+                let (published, records, bytes) =
+                    producer.seal(begin.elapsed().as_nanos().try_into().unwrap()).unwrap();
                 match &mut writes {
                     Positions::Plain => tail.store(published, Ordering::Release),
                     Positions::Pages(pages) => {
-                        pages.0.change_output(0, |slot| slot.tail = published);
+                        let (tail, large_tail) = (published, producer.large_published());
+                        let publication = Published { tail, large_tail, records, bytes, generation: 0, flags: 0 };
+                        pages.0.publish(0, &publication);
                         pages.0.commit(sent);
                     }
                 }
@@ -181,6 +184,7 @@ fn two_rings(records: u64, batch: u64, has_pages: bool) -> f64 {
             pin(1);
             let (mut received, mut view) = (0, RecordView::default());
             while received < records {
+                let (before, mut bytes) = (received, 0);
                 let published = match &reads {
                     Positions::Plain => tail.load(Ordering::Acquire),
                     Positions::Pages(pages) => pages.1.tail(0),
@@ -192,15 +196,17 @@ fn two_rings(records: u64, batch: u64, has_pages: bool) -> f64 {
                 consumer.take_tail(published).unwrap();
                 while consumer.next_into(&mut view).unwrap() {
                     received += 1;
+                    bytes += view.payload_len as u64;
                 }
                 consumer.set_free(published);
                 match &mut reads {
                     Positions::Plain => free.store(published, Ordering::Release),
                     Positions::Pages(pages) => {
-                        pages.0.change_input(0, |slot| {
-                            slot.acknowledged = published;
-                            slot.batch = published;
-                        });
+                        let (acknowledged, batch) = (published, published);
+                        let records = received - before;
+                        let acknowledgement =
+                            Acknowledged { acknowledged, batch, records, bytes, generation: 0, flags: 0 };
+                        pages.0.acknowledge(0, &acknowledgement);
                         pages.0.set_free(0, published);
                         pages.0.commit(received);
                     }

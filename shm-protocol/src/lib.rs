@@ -33,7 +33,10 @@ mod undone;
 
 pub use bell::{Bell, wait_readable};
 pub use clock::{monotonic_ns, realtime_ns};
-pub use commit::{CommitError, CommitPage, CommitPageReader, InputSlot, OutputSlot, PageShape, Slot, StageState};
+pub use commit::{
+    Acknowledged, CommitError, CommitPage, CommitPageReader, InputSlot, OutputSlot, PageShape, Published, Slot,
+    StageState,
+};
 pub use control::{
     Control, ControlError, Descriptors, Event, Grant, GrantInput, GrantOutput, Hello, Message, Peer, ProgramEvent,
     RefusalCode, Role, RouteEdge, RouteNode, Routes, receive_packet, send_packet,

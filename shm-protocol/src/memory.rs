@@ -23,6 +23,13 @@ pub trait Words {
     fn load(&self, offset: usize, order: Ordering) -> u64;
     /// Writes the word at `offset`.
     fn store(&self, offset: usize, value: u64, order: Ordering);
+    /// Writes words one behind the other from `offset` on, in no promised order: what somebody else's release store publishes.
+    #[inline]
+    fn store_row<const COUNT: usize>(&self, offset: usize, values: [u64; COUNT]) {
+        for (index, value) in values.into_iter().enumerate() {
+            self.store(offset + index * 8, value, Ordering::Relaxed);
+        }
+    }
     /// A fence between loads and stores of this process's view.
     fn fence(&self, order: Ordering);
     /// Tells the processor that the word at `offset` is read soon.
@@ -129,18 +136,24 @@ impl Mapping {
 
     #[inline]
     fn word(&self, offset: usize) -> &AtomicU64 {
+        let [word] = self.row(offset);
+        word
+    }
+
+    /// So many words from `offset` on.
+    #[inline]
+    fn row<const COUNT: usize>(&self, offset: usize) -> &[AtomicU64; COUNT] {
         assert!(
-            offset.is_multiple_of(8) && offset + 8 <= self.len_bytes,
-            "offset {offset} in a mapping of {}",
+            offset.is_multiple_of(8) && self.len_bytes.checked_sub(COUNT * 8).is_some_and(|last| offset <= last),
+            "{COUNT} words at {offset} in a mapping of {}",
             self.len_bytes
         );
         // SAFETY: in bounds by the assertion above.
         let pointer = unsafe { self.base.as_ptr().add(offset) };
         #[expect(clippy::cast_ptr_alignment, reason = "the base is page-aligned and the offset a multiple of 8")]
+        let pointer = pointer.cast::<[AtomicU64; COUNT]>();
         // SAFETY: aligned and in bounds; every process touches these words atomically; the mapping lives as long as `self`.
-        unsafe {
-            AtomicU64::from_ptr(pointer.cast::<u64>())
-        }
+        unsafe { &*pointer }
     }
 
     /// Copies bytes out.
@@ -210,6 +223,14 @@ impl Words for Mapping {
     }
 
     #[inline]
+    fn store_row<const COUNT: usize>(&self, offset: usize, values: [u64; COUNT]) {
+        assert!(self.access == Access::Writable, "a read-only mapping is never written");
+        for (word, value) in self.row::<COUNT>(offset).iter().zip(values) {
+            word.store(value.to_le(), Ordering::Relaxed);
+        }
+    }
+
+    #[inline]
     fn fence(&self, order: Ordering) {
         std::sync::atomic::fence(order);
     }
@@ -229,6 +250,10 @@ impl<W: Words + ?Sized> Words for &W {
     #[inline]
     fn store(&self, offset: usize, value: u64, order: Ordering) {
         (**self).store(offset, value, order);
+    }
+    #[inline]
+    fn store_row<const COUNT: usize>(&self, offset: usize, values: [u64; COUNT]) {
+        (**self).store_row(offset, values);
     }
     #[inline]
     fn fence(&self, order: Ordering) {

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::bell::Bell;
 use crate::clock::{monotonic_ns, realtime_ns};
-use crate::commit::{CommitError, CommitPage, CommitPageReader, Slot, StageState};
+use crate::commit::{Acknowledged, CommitError, CommitPage, CommitPageReader, Published, Slot, StageState};
 use crate::control::{
     Control, ControlError, Descriptors, Event, Grant, Hello, Message, Peer, RefusalCode, Role, RouteNode,
 };
@@ -2089,14 +2089,8 @@ impl Stage {
         generation: u64,
         (records, bytes, flags): (u64, u64, u64),
     ) {
-        self.page.change_input(index, |slot| {
-            slot.acknowledged = after.acknowledged;
-            slot.batch = after.batch;
-            slot.generation = generation;
-            slot.records += records;
-            slot.bytes += bytes;
-            slot.flags |= flags;
-        });
+        let ReadPosition { acknowledged, batch } = after;
+        self.page.acknowledge(index, &Acknowledged { acknowledged, batch, records, bytes, generation, flags });
         if let Some(input) = self.inputs.get_mut(index)
             && !input.is_changed
         {
@@ -2172,16 +2166,8 @@ impl Stage {
                 let large_tail = output.producer.large_published();
                 published_bytes += tail - before;
                 let generation = self.grant.generation;
-                self.page.change_output(index, |slot| {
-                    slot.tail = tail;
-                    slot.large_tail = large_tail;
-                    slot.records += records;
-                    slot.bytes += bytes;
-                    slot.generation = generation;
-                    if output.ended {
-                        slot.flags |= slot::OUTPUT_FLAG_ENDED;
-                    }
-                });
+                let flags = if output.ended { slot::OUTPUT_FLAG_ENDED } else { 0 };
+                self.page.publish(index, &Published { tail, large_tail, records, bytes, generation, flags });
             }
         }
         if published_bytes > 0 {
