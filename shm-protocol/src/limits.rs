@@ -46,6 +46,11 @@ pub const COMMIT_BYTES_MAX: u64 = 48 << 10;
 /// are far apart, and publishing each of a stream of records alone made a fast reader cost two thirds of the throughput.
 pub const PUBLICATION_GAP_NS: u64 = 2_000;
 
+/// A stage that is at work all the time rings for a sleeping reader this often at most, and at once when it has nothing more to
+/// do or cannot go on; a producer that sleeps for room is woken when half of its ring is free. A wake takes both sides as long as
+/// tens of records (3 to 20 us on virtual machines), and who is woken where all processors are busy sleeps again at once.
+pub const BELL_GAP_NS: u64 = 50_000;
+
 /// How long a batch waited is measured for one batch in this time, and counted for those since as well: a look at the clock
 /// takes 20 to 30 ns, a tenth of all that a step does with a single record.
 pub const MEASUREMENT_GAP_NS: u64 = 5_000;

@@ -1107,6 +1107,11 @@ impl<B: Bytes> Consumer<B> {
         self.tail
     }
 
+    /// Bytes that are published and not handed back.
+    pub fn held_bytes(&self) -> u64 {
+        self.tail.saturating_sub(self.free)
+    }
+
     /// Bytes that are published and not read.
     pub fn depth(&self) -> u64 {
         self.tail - self.position.min(self.tail)

@@ -23,10 +23,10 @@ use crate::histogram::HistogramView;
 use crate::key::{hash_key, key_group};
 use crate::layout::{commit, session, slot};
 use crate::limits::{
-    ALONE_AFTER_DEATH_RECORDS, ALONE_PATIENCE_NS, ATTRIBUTES_BYTES_MAX, COMMIT_RECORDS_MAX, ERROR_REASON_BYTES_MAX,
-    KEY_BYTES_MAX, LARGE_RECORD_RING_SHARE, MEASUREMENT_GAP_NS, PARKING_BYTES, PUBLICATION_GAP_NS,
-    RING_CAPACITY_BYTES_MIN, SLEEP_NS_MAX, SPIN_NS_MAX, STATE_ASK_AGAIN_NS, STATE_BATCH_BYTES, STATE_BATCH_ENTRIES_MAX,
-    STREAM_BYTES_MIN, STREAM_RECORDS_MIN, UNDONE_RECORDS_MAX,
+    ALONE_AFTER_DEATH_RECORDS, ALONE_PATIENCE_NS, ATTRIBUTES_BYTES_MAX, BELL_GAP_NS, COMMIT_BYTES_MAX,
+    COMMIT_RECORDS_MAX, ERROR_REASON_BYTES_MAX, KEY_BYTES_MAX, LARGE_RECORD_RING_SHARE, MEASUREMENT_GAP_NS,
+    PARKING_BYTES, PUBLICATION_GAP_NS, RING_CAPACITY_BYTES_MIN, SLEEP_NS_MAX, SPIN_NS_MAX, STATE_ASK_AGAIN_NS,
+    STATE_BATCH_BYTES, STATE_BATCH_ENTRIES_MAX, STREAM_BYTES_MIN, STREAM_RECORDS_MIN, UNDONE_RECORDS_MAX,
 };
 use crate::memory::{Access, Bytes, Mapping, RingMapping, Words};
 use crate::parking::{Alone, Attempts, ParkedRecord, Parking};
@@ -298,6 +298,19 @@ impl Neighbour {
     }
 }
 
+/// Moves the numbers of one list into another that may have them already.
+fn join(to: &mut Vec<usize>, from: &mut Vec<usize>) {
+    if to.is_empty() {
+        std::mem::swap(to, from);
+        return;
+    }
+    for index in from.drain(..) {
+        if !to.contains(&index) {
+            to.push(index);
+        }
+    }
+}
+
 /// The bit in a generation that says: this record was parked, and lies in a mapping of its own. The rest is its number.
 const RETRIED: u64 = 1 << 63;
 
@@ -322,6 +335,13 @@ struct Input {
     is_changed: bool,
     /// A record that was read, has the key of a parked one and found no room behind it. Nothing more is read until it has.
     held: Option<Undone>,
+}
+
+impl Input {
+    /// Whether its producer has half of the ring to write to.
+    fn has_room(&self) -> bool {
+        self.consumer.as_ref().is_none_or(|ring| ring.held_bytes() <= self.capacity / 2)
+    }
 }
 
 #[derive(Debug)]
@@ -541,9 +561,16 @@ pub struct Stage {
     end_argument: u64,
     key_scratch: Vec<u8>,
     changed_inputs: Vec<usize>,
-    /// Outputs and inputs of the last publication whose neighbours have not been looked after yet.
+    /// Outputs and inputs of publications whose neighbours have not been looked after yet.
     published_outputs: Vec<usize>,
     freed_inputs: Vec<usize>,
+    /// When a bell was rung last, and when the stage was seen at work last.
+    rung_at_ns: u64,
+    busy_at_ns: u64,
+    /// Bytes published and freed since.
+    unrung_bytes: u64,
+    /// More is published soon, and who sleeps may sleep until then.
+    holds_bells: bool,
     /// Whether an input has a mapping of a dead producer.
     has_retired: bool,
 }
@@ -738,6 +765,10 @@ impl Stage {
             changed_inputs: Vec::new(),
             published_outputs: Vec::new(),
             freed_inputs: Vec::new(),
+            rung_at_ns: 0,
+            busy_at_ns: 0,
+            unrung_bytes: 0,
+            holds_bells: false,
             has_retired: false,
         })
     }
@@ -852,7 +883,7 @@ impl Stage {
         records_max: usize,
         mut show: impl FnMut(&Arc<RingMapping>, &Received),
     ) -> Result<usize, StageError> {
-        self.wake_neighbours();
+        self.wake_neighbours_in_pace();
         self.check_session()?;
         let records_max = records_max.min(UNDONE_RECORDS_MAX.saturating_sub(self.undone.len()));
         let records_max = if self.has_parking && records_max > 0 {
@@ -1884,7 +1915,12 @@ impl Stage {
     /// # Errors
     /// [`StageError::Misuse`] when fewer records are undone, or something pending belongs to a later record.
     pub fn done(&mut self, records: usize) -> Result<(), StageError> {
-        self.settle(records, if records == 0 { Commit::Now } else { Commit::WhenDue })
+        if records > 0 {
+            return self.settle(records, Commit::WhenDue);
+        }
+        self.settle(0, Commit::Now)?;
+        self.wake_neighbours();
+        Ok(())
     }
 
     fn settle(&mut self, records: usize, when: Commit) -> Result<(), StageError> {
@@ -1963,7 +1999,7 @@ impl Stage {
             self.publish();
             self.careful &= records == 0;
             if !is_stream {
-                self.wake_neighbours();
+                self.wake_neighbours_in_pace();
                 return self.check_session();
             }
             // In a stream the next call is near. A fence here would wait for the lines that this publication has just asked
@@ -1984,10 +2020,12 @@ impl Stage {
     #[cold]
     #[inline(never)]
     fn is_publication_due(&mut self, index: usize) -> bool {
-        self.wake_neighbours();
         let now = monotonic_ns();
         let since_ns = now.saturating_sub(self.published_at_ns);
         let gap_ns = self.publication_gap_ns();
+        if !self.keeps_pace(now) || !self.holds_bells {
+            self.wake_neighbours();
+        }
         if since_ns < gap_ns {
             // At this pace so many more records come within the gap: the next look is most of the way there.
             let more = (self.uncommitted_records + 1) * (gap_ns - since_ns) * 3 / (4 * since_ns.max(1));
@@ -2008,6 +2046,13 @@ impl Stage {
         }
         self.unlooked = (self.uncommitted_records + 1).min(self.batch_records_max()) / 4;
         false
+    }
+
+    /// Whether it was busy so recently that it will be again soon, and notes that it is busy now.
+    fn keeps_pace(&mut self, now: u64) -> bool {
+        // Who is woken may well take this processor first; that is no pause of ours.
+        let before_ns = std::mem::replace(&mut self.busy_at_ns, now).max(self.rung_at_ns);
+        now.saturating_sub(before_ns) <= BELL_GAP_NS
     }
 
     /// One commit publishes every ring that has something: with several of them it costs as many times what one costs.
@@ -2143,8 +2188,6 @@ impl Stage {
         if !self.is_dirty || (self.has_parking && self.broken.is_some()) {
             return;
         }
-        // The neighbours of the last publication, if nobody has looked after them yet.
-        self.wake_neighbours();
         // The look that found this publication due has just read the clock.
         let now = match std::mem::take(&mut self.looked_at_ns) {
             0 => monotonic_ns(),
@@ -2153,6 +2196,13 @@ impl Stage {
         let is_stream = self.uncommitted_records >= STREAM_RECORDS_MIN;
         let (since_ns, gap_ns) = (now.saturating_sub(self.published_at_ns), self.publication_gap_ns());
         let is_on_its_heels = since_ns <= 2 * gap_ns;
+        let keeps_pace = self.keeps_pace(now);
+        // The neighbours of the last publications, if nobody has looked after them yet.
+        if self.holds_bells && keeps_pace {
+            self.ring(now, false);
+        } else {
+            self.wake_neighbours();
+        }
         // In a stream the next look comes when about half of the gap has passed. A look right behind the publication would only
         // wait for it to reach the memory.
         let records_in_gap = self.uncommitted_records * gap_ns / since_ns.max(1);
@@ -2216,8 +2266,12 @@ impl Stage {
             self.published_at_ns = now;
         }
         self.unlooked = unlooked;
-        std::mem::swap(&mut self.published_outputs, &mut self.done_outputs);
-        std::mem::swap(&mut self.freed_inputs, &mut self.changed_inputs);
+        self.unrung_bytes += published_bytes;
+        join(&mut self.published_outputs, &mut self.done_outputs);
+        join(&mut self.freed_inputs, &mut self.changed_inputs);
+        let is_crowded = |index: &usize| self.inputs.get(*index).is_some_and(|input| !input.has_room());
+        self.holds_bells = keeps_pace
+            && (now.saturating_sub(self.rung_at_ns) < BELL_GAP_NS || self.freed_inputs.iter().any(is_crowded));
         self.is_dirty = false;
         self.uncommitted_records = 0;
         self.own_time_ns = 0;
@@ -2238,23 +2292,51 @@ impl Stage {
 
     /// Rings for neighbours that sleep while there is something new for them.
     fn wake_neighbours(&mut self) {
-        if self.published_outputs.is_empty() && self.freed_inputs.is_empty() {
+        if !self.published_outputs.is_empty() || !self.freed_inputs.is_empty() {
+            self.ring(0, true);
+        }
+    }
+
+    /// The same, but for a stage that publishes again soon and then looks who has slept for long enough.
+    fn wake_neighbours_in_pace(&mut self) {
+        if !self.holds_bells {
+            self.wake_neighbours();
+        }
+    }
+
+    /// Rings for neighbours that sleep: for all, or for readers that have slept for [`BELL_GAP_NS`] or have much to read, and for
+    /// producers whose rings are half empty.
+    fn ring(&mut self, now: u64, all: bool) {
+        let wakes_readers =
+            all || now.saturating_sub(self.rung_at_ns) >= BELL_GAP_NS || self.unrung_bytes >= COMMIT_BYTES_MAX;
+        let wakes_producers =
+            all || self.freed_inputs.iter().any(|index| self.inputs.get(*index).is_some_and(Input::has_room));
+        if !wakes_readers && !wakes_producers {
             return;
         }
         // The mirrors are stored; this fence and the sleeper's make sure that one of the two sees the other.
         self.page.words().fence(Ordering::SeqCst);
         let mut rung = 0;
-        for index in self.published_outputs.drain(..) {
-            if let Some(neighbour) = self.outputs.get_mut(index).and_then(|output| output.neighbour.as_mut()) {
-                rung += u64::from(neighbour.wake(commit::ANNOUNCE_INPUT));
+        if wakes_readers {
+            for index in self.published_outputs.drain(..) {
+                if let Some(neighbour) = self.outputs.get_mut(index).and_then(|output| output.neighbour.as_mut()) {
+                    rung += u64::from(neighbour.wake(commit::ANNOUNCE_INPUT));
+                }
             }
+            self.unrung_bytes = 0;
         }
-        for index in self.freed_inputs.drain(..) {
-            if let Some(neighbour) = self.inputs.get_mut(index).and_then(|input| input.neighbour.as_mut()) {
+        self.freed_inputs.retain(|index| {
+            let Some(input) = self.inputs.get_mut(*index) else { return false };
+            if !all && !input.has_room() {
+                return true;
+            }
+            if let Some(neighbour) = &mut input.neighbour {
                 rung += u64::from(neighbour.wake(commit::ANNOUNCE_ROOM));
             }
-        }
+            false
+        });
         if rung > 0 {
+            self.rung_at_ns = monotonic_ns();
             self.page.add_statistic(commit::STATISTICS_BELLS, rung);
         }
     }

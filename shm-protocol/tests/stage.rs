@@ -210,6 +210,63 @@ fn a_full_ring_is_waited_for_and_a_full_batch_is_not() {
     assert!(!source.is_blocked());
 }
 
+/// A busy stage lets neighbours sleep for a while; but never when it has nothing more to do, or cannot go on.
+#[test]
+fn who_sleeps_is_woken_before_a_busy_stage_waits() {
+    let mut agent = TestAgent::chain(3, (64 << 10, 4096), |_, _| {});
+    let [mut source, mut worker, mut sink] = <[Stage; 3]>::try_from(open_all(&mut agent)).unwrap();
+    let bell = |stage: &Stage| Bell::adopt(stage.bell_descriptor().try_clone_to_owned().unwrap());
+    let (source_bell, sink_bell) = (bell(&source), bell(&sink));
+    for round in 0..300 {
+        // More than half of the ring, or all of it: then the source sleeps for room.
+        let mut sent = 0;
+        while sent < 400 || round % 2 == 0 {
+            match source.emit(OUTPUT_MAIN, &OWN, &[1; 100]) {
+                Ok(()) => sent += 1,
+                Err(StageError::BatchFull) => source.done(0).unwrap(),
+                Err(_full) => break,
+            }
+        }
+        source.done(0).unwrap();
+        assert!(source.prepare_sleep().unwrap() && sink.prepare_sleep().unwrap(), "round {round}");
+        // The sink wakes, reads everything and sleeps again, in the middle of the worker's stream.
+        let turn = |sink: &mut Stage| {
+            sink.end_sleep();
+            let mut read = 0;
+            while read == 0 || !sink.prepare_sleep().unwrap() {
+                let count = recv(sink).len();
+                sink.done(count).unwrap();
+                read += count;
+            }
+            read
+        };
+        let (mut received, mut read) = (Vec::new(), 0);
+        while worker.recv(&mut received, 1 + round % 64).unwrap() > 0 {
+            for record in received.drain(..) {
+                let emit = Emit { belongs_to: BelongsTo::Oldest, ..OWN };
+                while let Err(error) = worker.emit(OUTPUT_MAIN, &emit, &payload(&worker, &record)) {
+                    assert!(matches!(error, StageError::Full), "{error}");
+                    assert!(sink_bell.wait(0), "round {round}: nobody makes room after record {read}");
+                    read += turn(&mut sink);
+                }
+                worker.done(1).unwrap();
+                if round % 3 > 0 && sink_bell.wait(0) {
+                    read += turn(&mut sink);
+                }
+            }
+        }
+        let is_rung = sink_bell.wait(0);
+        assert_eq!(source_bell.wait(0), round % 2 == 0, "round {round}");
+        source.end_sleep();
+        sink.end_sleep();
+        let left = recv(&mut sink).len();
+        assert!(is_rung || left == 0, "round {round}: the sink sleeps on, {left} records before it");
+        sink.done(left).unwrap();
+        sink.commit().unwrap();
+        assert_eq!(read + left, sent, "round {round}");
+    }
+}
+
 #[test]
 fn who_gives_a_record_up_does_not_wait_for_its_room() {
     let mut agent = TestAgent::chain(3, SMALL, |_, _| {});
