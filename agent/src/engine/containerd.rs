@@ -95,8 +95,9 @@ impl Dialect for Containerd {
         if start.network == "host" {
             words.push("--net-host".to_owned());
         }
-        let memory =
-            format!("type=tmpfs,src=tmpfs,dst={DIRECTORY},options=rw:nosuid:nodev:noexec:mode=1777:size={DIRECTORY_SIZE}");
+        let memory = format!(
+            "type=tmpfs,src=tmpfs,dst={DIRECTORY},options=rw:nosuid:nodev:noexec:mode=1777:size={DIRECTORY_SIZE}"
+        );
         words.extend(["--mount".to_owned(), memory]);
         for mount in &start.mounts {
             let access = match mount.access {
@@ -251,7 +252,8 @@ mod tests {
             {"mediaType":"m","digest":"sha256:seal","size":1,"platform":{"os":"unknown","architecture":"unknown"}}]}"#
             .replace("HERE", &architecture);
         let manifest = r#"{"schemaVersion":2,"config":{"mediaType":"c","digest":"sha256:c","size":1},"layers":[]}"#;
-        let config = |config: &str| format!(r#"{{"architecture":"{architecture}","os":"linux",{config}"rootfs":{{}}}}"#);
+        let config =
+            |config: &str| format!(r#"{{"architecture":"{architecture}","os":"linux",{config}"rootfs":{{}}}}"#);
         let started = |text: &str| {
             let config = config(text);
             command(IMAGES, &[("sha256:i", &index), ("sha256:m", manifest), ("sha256:c", &config)])
