@@ -379,7 +379,7 @@ fn records_go_through_a_container_of_docker_through_kills() {
     }
 }
 
-/// containerd's profile allows it up to version 1.6.
+/// containerd's profile allows it before version 2.
 #[test]
 fn records_go_through_a_container_of_containerd_through_kills() {
     if can_contain() {

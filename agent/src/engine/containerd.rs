@@ -136,8 +136,10 @@ impl Dialect for Containerd {
         Some(command.iter().copied().chain(containers).map(str::to_owned).collect())
     }
 
+    /// The task's own process hangs up on us when the `ctr run` that is still there removes it at the same moment. A record
+    /// whose task is alive in spite of that is not removed, and that is said.
     fn is_gone(&self, said: &str) -> bool {
-        said.contains("not found")
+        said.contains("not found") || said.contains("ttrpc: closed")
     }
 }
 
@@ -300,5 +302,16 @@ mod tests {
         assert_eq!(words(&["n-1.a\nn-1.b\n", ""]).unwrap(), "containers rm n-1.a n-1.b");
         assert_eq!(words(&["n-1.a\nn-1.b\n", "", ""]), None);
         assert_eq!(words(&[""]), None, "there is none");
+        for said in [
+            "ctr: container \"n-1.a\" in namespace \"default\": not found",
+            "ctr: no running task found: task n-1.a not found: not found",
+            "ctr: failed to delete task: ttrpc: closed: unknown",
+        ] {
+            assert!(Containerd.is_gone(said), "{said}");
+        }
+        assert!(
+            !Containerd
+                .is_gone("ctr: cannot delete a non stopped container: {running 0 0001-01-01 00:00:00 +0000 UTC}")
+        );
     }
 }
