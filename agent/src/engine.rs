@@ -133,9 +133,19 @@ pub struct Container<'a> {
 pub struct Removal {
     engine: Engine,
     name: String,
+    client: Client,
     /// What the calls before answered.
     answers: Vec<Vec<u8>>,
     call: Call,
+}
+
+/// The engine's command that is a container until its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Client {
+    /// It ends with its container, and removes what is left of it.
+    Runs,
+    /// It is not there.
+    Gone,
 }
 
 /// How far a removal is.
@@ -172,7 +182,7 @@ trait Dialect: fmt::Debug + Sync {
     fn run(&self, start: &Start<'_>) -> Vec<String>;
 
     /// What to call next so that nothing of a container is left, after calls that were answered so.
-    fn removal(&self, name: &str, answers: &[Vec<u8>]) -> Option<Vec<String>>;
+    fn removal(&self, name: &str, client: Client, answers: &[Vec<u8>]) -> Option<Vec<String>>;
 
     /// Whether it says that there is nothing to remove.
     fn is_gone(&self, said: &str) -> bool;
@@ -331,26 +341,27 @@ impl Engine {
         Ok(command)
     }
 
-    /// Begins to kill and remove a container, and what an earlier life of it may have left.
+    /// Begins to kill and remove a container, and what an earlier life of it may have left. While its client runs it may be left to
+    /// that to remove what is dead: begin anew when the client is gone.
     #[must_use]
-    pub fn begin_removal(&self, name: &str) -> Progress {
-        self.go_on_removing(name.to_owned(), Vec::new())
+    pub fn begin_removal(&self, name: &str, client: Client) -> Progress {
+        self.go_on_removing(name.to_owned(), client, Vec::new())
     }
 
     /// Kills and removes a container that an earlier run may have left. Blocks for up to a minute.
     pub fn remove(&self, name: &str) {
         let patience_ns = u64::try_from(REMOVE_PATIENCE.as_nanos()).unwrap_or(u64::MAX);
-        if let Err(said) = self.begin_removal(name).finish(monotonic_ns().saturating_add(patience_ns)) {
+        if let Err(said) = self.begin_removal(name, Client::Gone).finish(monotonic_ns().saturating_add(patience_ns)) {
             tracing::warn!("container {name} cannot be removed: {said}");
         }
     }
 
-    fn go_on_removing(&self, name: String, answers: Vec<Vec<u8>>) -> Progress {
-        let Some(words) = self.dialect.removal(&name, &answers) else { return Progress::Over(Ok(())) };
+    fn go_on_removing(&self, name: String, client: Client, answers: Vec<Vec<u8>>) -> Progress {
+        let Some(words) = self.dialect.removal(&name, client, &answers) else { return Progress::Over(Ok(())) };
         let mut command = self.command();
         command.args(words);
         match Call::begin(command) {
-            Ok(call) => Progress::GoesOn(Removal { engine: self.clone(), name, answers, call }),
+            Ok(call) => Progress::GoesOn(Removal { engine: self.clone(), name, client, answers, call }),
             Err(said) => Progress::Over(Err(said)),
         }
     }
@@ -395,7 +406,7 @@ impl Removal {
             Ok(answer) => answer,
         };
         self.answers.push(answer);
-        self.engine.go_on_removing(self.name, self.answers)
+        self.engine.go_on_removing(self.name, self.client, self.answers)
     }
 }
 

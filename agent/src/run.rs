@@ -23,7 +23,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open, p
 
 use crate::broker::{Action, AdoptError, Broker, Level, Phase, Transport, listen};
 use crate::ctl::{Answer, Asked, Ctl, Request};
-use crate::engine::{Container, Engine, Image, Progress, REMOVE_PATIENCE, Removal};
+use crate::engine::{Client, Container, Engine, Image, Progress, REMOVE_PATIENCE, Removal};
 use crate::identity::{Identity, IdentityError};
 use crate::internal::{Context, GoesOn, Handover, InternalError};
 use crate::kafka_setup::{KafkaError, KafkaSetup};
@@ -1213,7 +1213,8 @@ impl Run {
 
     fn begin_removal(&mut self, stage: usize, ended: Option<String>) {
         let Some(engine) = &self.containers.engine else { return };
-        match engine.begin_removal(&self.container_name(stage)) {
+        let client = if ended.is_some() { Client::Gone } else { Client::Runs };
+        match engine.begin_removal(&self.container_name(stage), client) {
             Progress::GoesOn(removal) => {
                 let until_ns = monotonic_ns() + nanoseconds(REMOVE_PATIENCE);
                 self.removals.insert(stage, Removing { removal, until_ns, ended, is_too_early: false });

@@ -8,7 +8,7 @@
 use argo_streams_shm_protocol::monotonic_ns;
 use serde::Deserialize;
 
-use super::{Access, Ask, Configuration, DIRECTORY, DIRECTORY_SIZE, Dialect, Start, Undescribed};
+use super::{Access, Ask, Client, Configuration, DIRECTORY, DIRECTORY_SIZE, Dialect, Start, Undescribed};
 
 /// An index names manifests, one of which may be an index again; nobody writes more than two.
 const INDEX_DEPTH_MAX: usize = 4;
@@ -118,22 +118,23 @@ impl Dialect for Containerd {
         words
     }
 
-    /// The record goes last: without it nothing else is found. A snapshot whose record was never made is containerd's to remove: it
-    /// has a lease of a day.
-    fn removal(&self, name: &str, answers: &[Vec<u8>]) -> Option<Vec<String>> {
-        let command: &[&str] = match answers.len() {
-            0 => {
-                let filter = format!("labels.\"{WORKER_LABEL}\"=={name}");
-                return Some(["containers", "ls", "--quiet", &filter].map(str::to_owned).to_vec());
-            }
-            1 => &["tasks", "rm", "--force"],
-            2 => &["containers", "rm"],
-            _ => return None,
+    /// A `ctr run` that is there removes everything itself, and complains if somebody else does. Without one the record goes last:
+    /// nothing else is found without it. A snapshot whose record was never made is containerd's to remove: it has a lease of a day.
+    fn removal(&self, name: &str, client: Client, answers: &[Vec<u8>]) -> Option<Vec<String>> {
+        let Some((listed, done)) = answers.split_first() else {
+            let filter = format!("labels.\"{WORKER_LABEL}\"=={name}");
+            return Some(["containers", "ls", "--quiet", &filter].map(str::to_owned).to_vec());
         };
-        let listed = String::from_utf8_lossy(answers.first()?);
-        let mut containers = listed.split_whitespace().peekable();
-        containers.peek()?;
-        Some(command.iter().copied().chain(containers).map(str::to_owned).collect())
+        let listed = String::from_utf8_lossy(listed);
+        let listed: Vec<&str> = listed.split_whitespace().collect();
+        let (command, containers): (&[&str], &[&str]) = match (client, done.len()) {
+            // It takes one at a time.
+            (Client::Runs, count) => (&["tasks", "kill", "--signal", "KILL"], listed.get(count..=count)?),
+            (Client::Gone, 0) => (&["tasks", "rm", "--force"], &listed),
+            (Client::Gone, 1) => (&["containers", "rm"], &listed),
+            (Client::Gone, _) => return None,
+        };
+        (!containers.is_empty()).then(|| command.iter().chain(containers).map(|word| (*word).to_owned()).collect())
     }
 
     /// The task's own process hangs up on us when the `ctr run` that is still there removes it at the same moment. A record
@@ -293,15 +294,22 @@ mod tests {
 
     #[test]
     fn all_lives_of_a_worker_are_removed() {
-        let words = |answers: &[&str]| {
+        let next = |client, answers: &[&str]| {
             let answers: Vec<Vec<u8>> = answers.iter().map(|answer| answer.as_bytes().to_vec()).collect();
-            Containerd.removal("n-1", &answers).map(|words| words.join(" "))
+            Containerd.removal("n-1", client, &answers).map(|words| words.join(" "))
         };
+        let words = |answers: &[&str]| next(Client::Gone, answers);
         assert_eq!(words(&[]).unwrap(), "containers ls --quiet labels.\"argo-streams.worker\"==n-1");
         assert_eq!(words(&["n-1.a\nn-1.b\n"]).unwrap(), "tasks rm --force n-1.a n-1.b");
         assert_eq!(words(&["n-1.a\nn-1.b\n", ""]).unwrap(), "containers rm n-1.a n-1.b");
         assert_eq!(words(&["n-1.a\nn-1.b\n", "", ""]), None);
         assert_eq!(words(&[""]), None, "there is none");
+        let words = |answers: &[&str]| next(Client::Runs, answers);
+        assert_eq!(words(&[]).unwrap(), "containers ls --quiet labels.\"argo-streams.worker\"==n-1");
+        assert_eq!(words(&["n-1.a\nn-1.b\n"]).unwrap(), "tasks kill --signal KILL n-1.a");
+        assert_eq!(words(&["n-1.a\nn-1.b\n", ""]).unwrap(), "tasks kill --signal KILL n-1.b");
+        assert_eq!(words(&["n-1.a\nn-1.b\n", "", ""]), None);
+        assert_eq!(words(&[""]), None);
         for said in [
             "ctr: container \"n-1.a\" in namespace \"default\": not found",
             "ctr: no running task found: task n-1.a not found: not found",

@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use super::{Access, Ask, Configuration, DIRECTORY, DIRECTORY_SIZE, Dialect, Start, Undescribed};
+use super::{Access, Ask, Client, Configuration, DIRECTORY, DIRECTORY_SIZE, Dialect, Start, Undescribed};
 
 /// docker, podman, nerdctl, and what else takes their words.
 #[derive(Debug)]
@@ -55,7 +55,7 @@ impl Dialect for Docker {
         words
     }
 
-    fn removal(&self, name: &str, answers: &[Vec<u8>]) -> Option<Vec<String>> {
+    fn removal(&self, name: &str, _client: Client, answers: &[Vec<u8>]) -> Option<Vec<String>> {
         answers.is_empty().then(|| ["rm", "--force", name].map(str::to_owned).to_vec())
     }
 
