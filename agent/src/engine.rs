@@ -152,7 +152,7 @@ pub enum Client {
 #[derive(Debug)]
 pub enum Progress {
     /// A call is under way.
-    GoesOn(Removal),
+    GoesOn(Box<Removal>),
     /// Whether the container is gone; else what the engine says.
     Over(Result<(), String>),
 }
@@ -361,7 +361,7 @@ impl Engine {
         let mut command = self.command();
         command.args(words);
         match Call::begin(command) {
-            Ok(call) => Progress::GoesOn(Removal { engine: self.clone(), name, client, answers, call }),
+            Ok(call) => Progress::GoesOn(Box::new(Removal { engine: self.clone(), name, client, answers, call })),
             Err(said) => Progress::Over(Err(said)),
         }
     }

@@ -296,7 +296,7 @@ impl Containers {
 /// A container that is being removed.
 #[derive(Debug)]
 struct Removing {
-    removal: Removal,
+    removal: Box<Removal>,
     until_ns: u64,
     /// How its shim ended, if it has: the broker hears of it when nothing of the container is left.
     ended: Option<String>,
