@@ -229,7 +229,7 @@ mod tests {
         }
     }
 
-    /// Answers as `ctr` gives them, by the last word of what it is asked.
+    /// With the answers of a `ctr` that has these images and blobs.
     fn command(images: &str, blobs: &[(&str, &str)]) -> Result<Vec<String>, Undescribed> {
         let ask = |arguments: &[&str]| match *arguments {
             ["images", "ls", "name==localhost/i:1"] => Ok(images.as_bytes().to_vec()),
