@@ -167,7 +167,7 @@ impl Rig {
         command.env("CONTAINERS_STORAGE_CONF", self.scratch.path("storage.conf"));
         command.env("DOCKER_HOST", format!("unix://{}", self.scratch.path("docker.sock").display()));
         command.env("CONTAINERD_ADDRESS", self.scratch.path("containerd.sock")).env_remove("CONTAINERD_NAMESPACE");
-        // It copies, and so works on whatever file system the test runs.
+        // It copies, and so works on whatever file system the test runs. `ctr` of containerd 2 imports for overlayfs only: name that then.
         let snapshotter = std::env::var("CONTAINERD_SNAPSHOTTER").unwrap_or_else(|_| "native".to_owned());
         command.env("CONTAINERD_SNAPSHOTTER", snapshotter);
         // Of its own, so that tests do not see each other's runs.
