@@ -3,8 +3,8 @@
 #
 #   setup.sh build    what `cargo build` and the demo need (the default)
 #   setup.sh test     that, and what the tests need: Java and Apache Kafka,
-#                     Python, Valgrind, Clang, podman, Docker, Go, Node, and
-#                     Java 22 or later
+#                     Python, Valgrind, Clang, podman, Docker, containerd, Go,
+#                     Node, and Java 22 or later
 #   setup.sh peers    what `make bench-peers` needs beside `build`: Clang, the
 #                     headers that Aeron's C sources want, and their cmake
 #   setup.sh aarch64  what `make test-aarch64` needs beside `build`: a cross
@@ -88,10 +88,10 @@ packages build-essential pkg-config zlib1g-dev libssl-dev python3
 toolchain
 if [[ ${1:-build} == test ]]; then
     # pip builds the Python binding in an environment of its own, perl is a program that `ctl` replaces another one by.
-    # podman and Docker start the containers of tests/shim.rs, one of them with
-    # a shell in it.
+    # podman, Docker and containerd start the containers of tests/shim.rs, some of
+    # them with a shell in it.
     packages valgrind clang perl python3-dev python3-venv pkg-config \
-        podman crun docker.io busybox-static
+        podman crun docker.io containerd runc busybox-static
     java_is_new_enough || packages default-jre-headless
     java_is_new_enough || die "Kafka needs Java 17 or later, and this one is older"
     command -v mvn >/dev/null || packages maven

@@ -1,5 +1,5 @@
-//! The static shim, and containers in which there is nothing but it and a program. The engines are podman and
-//! Docker, as they are.
+//! The static shim, and containers in which there is nothing but it and a program. The engines are podman, Docker
+//! and containerd, as they are.
 #![forbid(unsafe_code)]
 #![allow(
     clippy::unwrap_used,
@@ -17,6 +17,7 @@ use argo_streams_tests::{
     Finished, Running, Scratch, binary, kill_while_running, repository, target_directory, wait_for,
 };
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
 
 /// The shim has some 2.9 MB; it is carried into every container.
 const SHIM_BYTES_MAX: usize = 4 << 20;
@@ -42,6 +43,8 @@ fn can_contain() -> bool {
 enum Engine {
     Podman,
     Docker,
+    /// Without Docker, by its own command line.
+    Containerd,
 }
 
 impl Engine {
@@ -49,6 +52,23 @@ impl Engine {
         match self {
             Self::Podman => "podman",
             Self::Docker => "docker",
+            Self::Containerd => "ctr",
+        }
+    }
+
+    /// A script that is the engine as it is, but each container's root file system is read-only.
+    fn read_only_script(self) -> &'static str {
+        match self {
+            Self::Podman => {
+                "#!/bin/sh\n[ \"$1\" = run ] && { shift; exec podman run --read-only --read-only-tmpfs=false \"$@\"; }\nexec podman \"$@\"\n"
+            }
+            Self::Docker => {
+                "#!/bin/sh\n[ \"$1\" = run ] && { shift; exec docker run --read-only \"$@\"; }\nexec docker \"$@\"\n"
+            }
+            // Its first words are an option of `ctr` and its value.
+            Self::Containerd => {
+                "#!/bin/sh\n[ \"$3\" = run ] && { shift 3; exec ctr run --read-only \"$@\"; }\nexec ctr \"$@\"\n"
+            }
         }
     }
 }
@@ -62,8 +82,12 @@ struct Rig {
 
 impl Drop for Rig {
     fn drop(&mut self) {
+        if self.engine == Engine::Containerd {
+            // What a failed test leaves would outlive the daemon.
+            self.remove_all();
+        }
         if let Some(mut daemon) = self.daemon.take() {
-            // It ends its own containerd as well.
+            // dockerd ends its own containerd as well.
             let _gone = kill_process(Pid::from_child(&daemon), Signal::TERM);
             let _reaped = daemon.wait();
         }
@@ -85,37 +109,51 @@ impl Rig {
             path("store-run")
         );
         scratch.write("storage.conf", storage);
-        // The engine as it is, but each container's root file system is read-only.
-        let script = match engine {
-            Engine::Podman => {
-                "#!/bin/sh\n[ \"$1\" = run ] && { shift; exec podman run --read-only --read-only-tmpfs=false \"$@\"; }\nexec podman \"$@\"\n"
-            }
-            Engine::Docker => {
-                "#!/bin/sh\n[ \"$1\" = run ] && { shift; exec docker run --read-only \"$@\"; }\nexec docker \"$@\"\n"
-            }
-        };
-        let script = scratch.write("read-only-engine", script);
+        // Under its own name, by which its command line is known.
+        std::fs::create_dir(scratch.path("read-only")).unwrap();
+        let script = scratch.write(&format!("read-only/{}", engine.program()), engine.read_only_script());
         std::fs::set_permissions(script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         let mut this = Self { scratch, engine, daemon: None };
-        if engine == Engine::Docker {
-            this.start_daemon();
+        match engine {
+            Engine::Podman => {}
+            Engine::Docker => this.start_dockerd(),
+            Engine::Containerd => this.start_containerd(),
         }
         this
     }
 
     /// A Docker of its own: without networks, which need more rights than a test has.
-    fn start_daemon(&mut self) {
+    fn start_dockerd(&mut self) {
         let path = |name: &str| self.scratch.path(name).display().to_string();
         let mut command = Command::new("unshare");
         command.args(["--mount", "dockerd", "--iptables=false", "--bridge=none", "--storage-driver", "vfs"]);
         command.args(["--data-root", &path("data"), "--exec-root", &path("exec"), "--pidfile", &path("pid")]);
         command.args(["--host", &format!("unix://{}", path("docker.sock"))]);
-        let words = std::fs::File::create(self.scratch.path("dockerd.log")).unwrap();
+        self.start_daemon(command);
+    }
+
+    /// A containerd of its own, without Kubernetes. What it keeps in a fixed place for all of its kind lies in memory of its own.
+    fn start_containerd(&mut self) {
+        let path = |name: &str| self.scratch.path(name).display().to_string();
+        let off = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"];
+        let config = self.scratch.write("containerd.toml", format!("version = 2\ndisabled_plugins = {off:?}\n"));
+        let script = "mkdir -p /run/containerd && mount -t tmpfs tmpfs /run/containerd && exec containerd \"$@\"";
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", script, "sh", "--config"]).arg(config);
+        command.args(["--root", &path("data"), "--state", &path("exec"), "--address", &path("containerd.sock")]);
+        self.start_daemon(command);
+    }
+
+    fn start_daemon(&mut self, mut command: Command) {
+        let words = std::fs::File::create(self.scratch.path("daemon.log")).unwrap();
         let mut daemon = command.stdin(Stdio::null()).stdout(words.try_clone().unwrap()).stderr(words).spawn().unwrap();
-        wait_for("dockerd", || {
+        let socket = self.scratch.path("containerd.sock");
+        wait_for("the daemon", || {
             let ended = daemon.try_wait().unwrap();
-            assert!(ended.is_none(), "dockerd {ended:?}:\n{}", self.scratch.text("dockerd.log"));
-            self.ask(&["version"], b"").status.success().then_some(())
+            assert!(ended.is_none(), "the daemon {ended:?}:\n{}", self.scratch.text("daemon.log"));
+            // `ctr` would wait for its socket itself, and for ten seconds.
+            let may_answer = self.engine != Engine::Containerd || socket.exists();
+            (may_answer && self.ask(&["version"], b"").status.success()).then_some(())
         });
         self.daemon = Some(daemon);
     }
@@ -128,6 +166,10 @@ impl Rig {
         command.env("CONTAINERS_CONF", self.scratch.path("containers.conf"));
         command.env("CONTAINERS_STORAGE_CONF", self.scratch.path("storage.conf"));
         command.env("DOCKER_HOST", format!("unix://{}", self.scratch.path("docker.sock").display()));
+        command.env("CONTAINERD_ADDRESS", self.scratch.path("containerd.sock")).env_remove("CONTAINERD_NAMESPACE");
+        // It copies, and so works on whatever file system the test runs. `ctr` of containerd 2 imports for overlayfs only: name that then.
+        let snapshotter = std::env::var("CONTAINERD_SNAPSHOTTER").unwrap_or_else(|_| "native".to_owned());
+        command.env("CONTAINERD_SNAPSHOTTER", snapshotter);
         // Of its own, so that tests do not see each other's runs.
         command.env("XDG_RUNTIME_DIR", self.scratch.path(""));
         command
@@ -150,13 +192,59 @@ impl Rig {
         // busybox goes by its name.
         let name = if program.ends_with("busybox") { "busybox" } else { "program" };
         std::fs::copy(program, folder.join(name)).unwrap();
-        let archive = Command::new("tar").arg("-C").arg(&folder).args(["-c", "."]).output().unwrap();
-        assert!(archive.status.success());
-        let mut arguments = vec!["import"];
-        changes.iter().for_each(|change| arguments.extend(["--change", change]));
-        arguments.extend(["-", image]);
-        let made = self.ask(&arguments, &archive.stdout);
+        let files = tar(&folder);
+        let made = if self.engine == Engine::Containerd {
+            self.ask(&["images", "import", "-"], &self.archive(image, &files, changes))
+        } else {
+            let mut arguments = vec!["import"];
+            changes.iter().for_each(|change| arguments.extend(["--change", change]));
+            arguments.extend(["-", image]);
+            self.ask(&arguments, &files)
+        };
         assert!(made.status.success(), "import: {}", String::from_utf8_lossy(&made.stderr));
+    }
+
+    /// An image as registries have it: an index of two platforms, one of which is not in the archive.
+    fn archive(&self, image: &str, files: &[u8], changes: &[&str]) -> Vec<u8> {
+        let folder = self.scratch.path(&format!("image-{}", image.replace(['/', ':'], "-")));
+        std::fs::create_dir_all(folder.join("blobs/sha256")).unwrap();
+        let blob = |media_type: &str, bytes: &[u8]| {
+            let file = folder.join("blob");
+            std::fs::write(&file, bytes).unwrap();
+            let sum = String::from_utf8(Command::new("sha256sum").arg(&file).output().unwrap().stdout).unwrap();
+            let sum = sum.split_whitespace().next().unwrap();
+            std::fs::rename(&file, folder.join("blobs/sha256").join(sum)).unwrap();
+            let media_type = format!("application/vnd.oci.image.{media_type}");
+            json!({"mediaType": media_type, "digest": format!("sha256:{sum}"), "size": bytes.len()})
+        };
+        let architecture = if cfg!(target_arch = "x86_64") { "amd64" } else { "arm64" };
+        let layer = blob("layer.v1.tar", files);
+        let mut config = json!({});
+        for (word, value) in changes.iter().map(|change| change.split_once(' ').unwrap()) {
+            match word {
+                "ENTRYPOINT" => config["Entrypoint"] = serde_json::from_str(value).unwrap(),
+                "CMD" => config["Cmd"] = serde_json::from_str(value).unwrap(),
+                "ENV" => config["Env"] = json!([value]),
+                "USER" => config["User"] = json!(value),
+                _ => panic!("{word}"),
+            }
+        }
+        let root = json!({"type": "layers", "diff_ids": [layer["digest"]]});
+        let config = json!({"os": "linux", "architecture": architecture, "config": config, "rootfs": root});
+        let config = blob("config.v1+json", config.to_string().as_bytes());
+        let manifest = json!({"schemaVersion": 2, "config": config, "layers": [layer]});
+        let mut here = blob("manifest.v1+json", manifest.to_string().as_bytes());
+        let mut other = here.clone();
+        other["digest"] = json!(format!("sha256:{:064}", 0));
+        other["platform"] = json!({"os": "linux", "architecture": "s390x"});
+        here["platform"] = json!({"os": "linux", "architecture": architecture});
+        let both = json!({"schemaVersion": 2, "manifests": [other, here]});
+        let mut index = blob("index.v1+json", both.to_string().as_bytes());
+        index["annotations"] = json!({"io.containerd.image.name": image});
+        let top = json!({"schemaVersion": 2, "manifests": [index]});
+        std::fs::write(folder.join("index.json"), top.to_string()).unwrap();
+        std::fs::write(folder.join("oci-layout"), json!({"imageLayoutVersion": "1.0.0"}).to_string()).unwrap();
+        tar(&folder)
     }
 
     fn compile(&self, name: &str, source: &Path, more: &[&str]) -> PathBuf {
@@ -172,7 +260,7 @@ impl Rig {
     fn start(&self, pipeline: &Path, more: &[&str]) -> Running {
         let mut command = self.command(&binary());
         command.arg("run").arg(pipeline).args(["--output", "json", "--shim"]).arg(shim());
-        command.arg("--engine").arg(self.scratch.path("read-only-engine")).args(more);
+        command.arg("--engine").arg(self.scratch.path("read-only").join(self.engine.program())).args(more);
         Running::start(command)
     }
 
@@ -184,10 +272,33 @@ impl Rig {
 
     /// Containers that are there, running or not.
     fn containers(&self) -> String {
-        let listed = self.ask(&["ps", "--all", "--quiet"], b"");
-        assert!(listed.status.success(), "ps: {}", String::from_utf8_lossy(&listed.stderr));
-        String::from_utf8(listed.stdout).unwrap()
+        let listings: &[&[&str]] = match self.engine {
+            Engine::Podman | Engine::Docker => &[&["ps", "--all", "--quiet"]],
+            Engine::Containerd => &[&["containers", "ls", "--quiet"], &["tasks", "ls", "--quiet"]],
+        };
+        let list = |arguments: &&[&str]| {
+            let listed = self.ask(arguments, b"");
+            assert!(listed.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&listed.stderr));
+            String::from_utf8(listed.stdout).unwrap()
+        };
+        listings.iter().map(list).collect()
     }
+
+    /// All containers of containerd.
+    fn remove_all(&self) {
+        let listed = String::from_utf8(self.ask(&["containers", "ls", "--quiet"], b"").stdout).unwrap_or_default();
+        for container in listed.lines() {
+            let _no_task = self.ask(&["tasks", "rm", "--force", container], b"");
+            let _gone = self.ask(&["containers", "rm", container], b"");
+        }
+    }
+}
+
+/// The files of a folder as an archive.
+fn tar(folder: &Path) -> Vec<u8> {
+    let archive = Command::new("tar").arg("-C").arg(folder).args(["-c", "."]).output().unwrap();
+    assert!(archive.status.success());
+    archive.stdout
 }
 
 /// Processes of this program, as their own root names it, that have this word among their arguments.
@@ -268,6 +379,14 @@ fn records_go_through_a_container_of_docker_through_kills() {
     }
 }
 
+/// containerd's profile allows it before version 2.
+#[test]
+fn records_go_through_a_container_of_containerd_through_kills() {
+    if can_contain() {
+        go_through_kills(Engine::Containerd);
+    }
+}
+
 fn go_through_kills(engine: Engine) {
     let rig = Rig::new(engine);
     let mark = mark(engine.program());
@@ -293,7 +412,7 @@ fn go_through_kills(engine: Engine) {
         assert!(rig.scratch.text("out") == lines(count), "{victim}, {kills} kills\n{}", run.words());
         assert!(run.words().contains("user 4321; /written: Read-only file system"), "{}", run.words());
         let degradations = run.summary()["placement"]["degradations"].to_string();
-        assert!(degradations.contains("io_uring") || engine == Engine::Docker, "{degradations}");
+        assert!(degradations.contains("io_uring") || engine != Engine::Podman, "{degradations}");
         assert_eq!(rig.containers(), "", "{victim}");
         assert!(processes("/program", &mark).is_empty() && processes(SHIM_IN_CONTAINERS, &mark).is_empty());
     }
@@ -322,10 +441,20 @@ int main(void)
 /// A program in a container maps the rings and its state by descriptors that come over the socket, as any other does.
 #[test]
 fn a_program_in_a_container_uses_shared_memory() {
-    if !can_contain() {
-        return;
+    if can_contain() {
+        use_shared_memory(Engine::Podman);
     }
-    let rig = Rig::new(Engine::Podman);
+}
+
+#[test]
+fn a_program_in_a_container_of_containerd_uses_shared_memory() {
+    if can_contain() {
+        use_shared_memory(Engine::Containerd);
+    }
+}
+
+fn use_shared_memory(engine: Engine) {
+    let rig = Rig::new(engine);
     let library = target_directory().join("libargo_streams.a");
     let program = rig.compile(
         "identity",
@@ -345,10 +474,20 @@ fn a_program_in_a_container_uses_shared_memory() {
 /// and the step's is added.
 #[test]
 fn a_shell_in_a_container_reads_pipes_files_and_batches() {
-    if !can_contain() {
-        return;
+    if can_contain() {
+        read_pipes_files_and_batches(Engine::Podman);
     }
-    let rig = Rig::new(Engine::Podman);
+}
+
+#[test]
+fn a_shell_in_a_container_of_containerd_reads_pipes_files_and_batches() {
+    if can_contain() {
+        read_pipes_files_and_batches(Engine::Containerd);
+    }
+}
+
+fn read_pipes_files_and_batches(engine: Engine) {
+    let rig = Rig::new(engine);
     let files = std::fs::read_to_string(repository().join("examples/transports/identity_file.sh")).unwrap();
     let count = 5000;
     rig.scratch.write("in", lines(count));
@@ -374,11 +513,21 @@ fn a_shell_in_a_container_reads_pipes_files_and_batches() {
 /// Its containers end with an agent that is killed, and the next run of the pipeline starts as any other does.
 #[test]
 fn a_killed_agent_leaves_no_container() {
-    if !can_contain() {
-        return;
+    if can_contain() {
+        leave_no_container(Engine::Podman);
     }
-    let rig = Rig::new(Engine::Podman);
-    let mark = mark("left");
+}
+
+#[test]
+fn a_killed_agent_leaves_no_container_of_containerd() {
+    if can_contain() {
+        leave_no_container(Engine::Containerd);
+    }
+}
+
+fn leave_no_container(engine: Engine) {
+    let rig = Rig::new(engine);
+    let mark = mark(&format!("left-{}", engine.program()));
     let source = rig.scratch.write("lines.c", LINES);
     let program = rig.compile("lines", &source, &[]);
     let entry = format!("ENTRYPOINT [\"/program\", \"{mark}\"]");
@@ -401,11 +550,21 @@ fn a_killed_agent_leaves_no_container() {
 /// With `--state` a container goes on beside its keeper, and the next agent takes it over and can begin it again.
 #[test]
 fn a_container_outlives_its_agent() {
-    if !can_contain() {
-        return;
+    if can_contain() {
+        outlive_the_agent(Engine::Podman);
     }
-    let rig = Rig::new(Engine::Podman);
-    let mark = mark("outlives");
+}
+
+#[test]
+fn a_container_of_containerd_outlives_its_agent() {
+    if can_contain() {
+        outlive_the_agent(Engine::Containerd);
+    }
+}
+
+fn outlive_the_agent(engine: Engine) {
+    let rig = Rig::new(engine);
+    let mark = mark(&format!("outlives-{}", engine.program()));
     let source = rig.scratch.write("lines.c", LINES);
     let program = rig.compile("lines", &source, &[]);
     let entry = format!("ENTRYPOINT [\"/program\", \"{mark}\"]");
@@ -467,7 +626,7 @@ fn what_cannot_start_says_what_was_tried_and_what_to_write() {
     let words = run(&shim);
     for part in [
         "spec[1] (step): nothing says what starts image \"localhost/nobody-has-this:1\" on this machine",
-        "no container engine answers: docker: not installed; podman: not installed; nerdctl: not installed",
+        "no container engine answers: docker: not installed; podman: not installed; nerdctl: not installed; ctr: not installed",
         "pass --image localhost/nobody-has-this:1=COMMAND, or give the step `command: [...]`",
     ] {
         assert!(words.contains(part), "{words}");
@@ -476,8 +635,8 @@ fn what_cannot_start_says_what_was_tried_and_what_to_write() {
     assert!(words.contains("no container engine answers: /bin/false: exit status: 1"), "{words}");
     let words = run(&[shim[0], shim[1], "--engine", "/bin/true"]);
     assert!(words.contains("what /bin/true says of image \"localhost/nobody-has-this:1\" cannot be read"), "{words}");
-    if can_contain() {
-        let rig = Rig::new(Engine::Podman);
+    for engine in [Engine::Podman, Engine::Containerd].into_iter().filter(|_| can_contain()) {
+        let rig = Rig::new(engine);
         rig.scratch.write("in", "a\n");
         rig.image("localhost/empty:1", &self::shim(), &[]);
         let pipeline = rig.scratch.pipeline(&steps("localhost/empty:1", ""));
@@ -486,5 +645,56 @@ fn what_cannot_start_says_what_was_tried_and_what_to_write() {
         let pipeline = rig.scratch.pipeline(&steps("localhost/nobody-has-this:1", ""));
         let words = rig.run(&pipeline, &[]).expect_code(2).words();
         assert!(words.contains("has no image \"localhost/nobody-has-this:1\" and cannot pull it: "), "{words}");
+        if engine == Engine::Containerd {
+            let words = rig.run(&pipeline, &["--container-network", "bridge"]).expect_code(2).words();
+            assert!(words.contains("cannot give containers the network \"bridge\": expected none or host"), "{words}");
+        }
     }
+}
+
+/// A run that was killed may have left a container of `ctr run` in any state; the next one of the pipeline removes them all.
+#[test]
+fn what_is_left_at_containerd_is_removed_however_it_stands() {
+    if !can_contain() {
+        return;
+    }
+    let rig = Rig::new(Engine::Containerd);
+    let image = "localhost/cat:1";
+    rig.image(image, Path::new("/bin/busybox"), &["ENTRYPOINT [\"/busybox\", \"cat\"]"]);
+    let steps = format!("  - stdin: {{}}\n  - parDo: {image}\n    ack: line\n  - file: {{path: out}}\n");
+    let pipeline = rig.scratch.pipeline(&steps);
+    let run_with = |line: &str| {
+        let mut run = rig.start(&pipeline, &[]);
+        run.write(line.as_bytes());
+        run
+    };
+    let mut run = run_with("a\n");
+    let container = wait_for("the container", || rig.containers().lines().next().map(str::to_owned));
+    let described = rig.ask(&["containers", "info", &container], b"");
+    let described: serde_json::Value = serde_json::from_slice(&described.stdout).unwrap();
+    let label = format!("argo-streams.worker={}", described["Labels"]["argo-streams.worker"].as_str().unwrap());
+    drop(run.child.stdin.take());
+    let run = run.finish().expect_code(0);
+    assert_eq!(rig.scratch.text("out"), "a\n", "{}", run.words());
+    assert_eq!(rig.containers(), "");
+    for words in [
+        ["run", "--detach", "--null-io", "--label", &label, image, "runs", "/busybox", "sleep", "1000"].as_slice(),
+        &["run", "--detach", "--null-io", "--label", &label, image, "is-dead", "/busybox", "true"],
+        &["containers", "create", "--label", &label, image, "has-no-task"],
+    ] {
+        let made = rig.ask(words, b"");
+        assert!(made.status.success(), "{words:?}: {}", String::from_utf8_lossy(&made.stderr));
+    }
+    wait_for("a dead task", || {
+        let tasks = String::from_utf8(rig.ask(&["tasks", "ls"], b"").stdout).unwrap();
+        tasks.lines().any(|line| line.starts_with("is-dead") && line.contains("STOPPED")).then_some(())
+    });
+    let left = rig.containers();
+    assert!(["runs", "is-dead", "has-no-task"].iter().all(|name| left.lines().any(|line| line == *name)), "{left}");
+    std::fs::remove_file(rig.scratch.path("out")).unwrap();
+    let mut run = run_with("b\n");
+    drop(run.child.stdin.take());
+    let run = run.finish().expect_code(0);
+    assert_eq!(rig.scratch.text("out"), "b\n", "{}", run.words());
+    assert_eq!(rig.containers(), "", "{}", run.words());
 }

@@ -254,11 +254,12 @@ pub struct RunArguments {
     /// The static shim program, if it is not beside this one as `argo-streams-shim`. Without either, this program is the shim.
     #[arg(long, value_name = "FILE")]
     pub shim: Option<PathBuf>,
-    /// The container engine for images that nothing else starts: docker, podman, nerdctl, or the path of a program with the command
-    /// line of Docker. Default: the first of the three that answers.
+    /// The container engine for images that nothing else starts: docker, podman, nerdctl, ctr (containerd itself, where
+    /// CONTAINERD_ADDRESS and CONTAINERD_NAMESPACE say), or the path of a program with the command line of Docker. Default: the
+    /// first of the four that answers.
     #[arg(long, value_name = "NAME")]
     pub engine: Option<String>,
-    /// The network of containers, as their engine names it; `none` has the loopback interface only.
+    /// The network of containers, as their engine names it; `none` has the loopback interface only. ctr has none and host.
     #[arg(long, value_name = "NAME", default_value = "none")]
     pub container_network: String,
     /// Brokers for Kafka steps that name none. Without it, they use an embedded Kafka that ends with this run.

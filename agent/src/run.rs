@@ -23,7 +23,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open, p
 
 use crate::broker::{Action, AdoptError, Broker, Level, Phase, Transport, listen};
 use crate::ctl::{Answer, Asked, Ctl, Request};
-use crate::engine::{Container, Engine, Image, REMOVE_PATIENCE, Removal};
+use crate::engine::{Client, Container, Engine, Image, Progress, REMOVE_PATIENCE, Removal};
 use crate::identity::{Identity, IdentityError};
 use crate::internal::{Context, GoesOn, Handover, InternalError};
 use crate::kafka_setup::{KafkaError, KafkaSetup};
@@ -296,10 +296,12 @@ impl Containers {
 /// A container that is being removed.
 #[derive(Debug)]
 struct Removing {
-    removal: Removal,
+    removal: Box<Removal>,
     until_ns: u64,
     /// How its shim ended, if it has: the broker hears of it when nothing of the container is left.
     ended: Option<String>,
+    /// It ended behind the beginning of the removal, which may have looked before the container was there.
+    is_too_early: bool,
 }
 
 /// A request that is answered when the programs of its stages have started.
@@ -890,7 +892,7 @@ impl Run {
         if self.is_draining {
             self.drain();
         }
-        for removing in self.removals.values().filter(|removing| now >= removing.until_ns) {
+        for removing in self.removals.values_mut().filter(|removing| now >= removing.until_ns) {
             removing.removal.kill();
         }
         self.answer_replaced(now);
@@ -1202,39 +1204,45 @@ impl Run {
     /// Begins to remove a stage's container; `ended` is what the broker is told when it is gone.
     fn remove_container(&mut self, stage: usize, ended: Option<String>) {
         if let Some(removing) = self.removals.get_mut(&stage) {
+            removing.is_too_early |= ended.is_some();
             removing.ended = removing.ended.take().or(ended);
             return;
         }
+        self.begin_removal(stage, ended);
+    }
+
+    fn begin_removal(&mut self, stage: usize, ended: Option<String>) {
         let Some(engine) = &self.containers.engine else { return };
-        match engine.begin_removal(&self.container_name(stage)) {
-            Ok(removal) => {
+        let client = if ended.is_some() { Client::Gone } else { Client::Runs };
+        match engine.begin_removal(&self.container_name(stage), client) {
+            Progress::GoesOn(removal) => {
                 let until_ns = monotonic_ns() + nanoseconds(REMOVE_PATIENCE);
-                self.removals.insert(stage, Removing { removal, until_ns, ended });
+                self.removals.insert(stage, Removing { removal, until_ns, ended, is_too_early: false });
             }
-            Err(error) => {
-                tracing::warn!("container {} cannot be removed: {error}", self.container_name(stage));
-                self.container_removed(stage, ended, false);
-            }
+            Progress::Over(outcome) => self.container_removed(stage, ended, outcome),
         }
     }
 
     fn removal_ended(&mut self, stage: usize) {
-        let Some(removing) = self.removals.remove(&stage) else { return };
-        let is_removed = match removing.removal.finish() {
-            Ok(()) => true,
-            Err(said) => {
-                tracing::warn!("container {} cannot be removed: {said}", self.container_name(stage));
-                false
+        let Some(mut removing) = self.removals.remove(&stage) else { return };
+        match removing.removal.proceed() {
+            Progress::GoesOn(removal) => {
+                removing.removal = removal;
+                self.removals.insert(stage, removing);
             }
-        };
-        self.container_removed(stage, removing.ended, is_removed);
+            Progress::Over(_) if removing.is_too_early => self.begin_removal(stage, removing.ended),
+            Progress::Over(outcome) => self.container_removed(stage, removing.ended, outcome),
+        }
     }
 
-    fn container_removed(&mut self, stage: usize, ended: Option<String>, is_removed: bool) {
+    fn container_removed(&mut self, stage: usize, ended: Option<String>, outcome: Result<(), String>) {
+        if let Err(said) = &outcome {
+            tracing::warn!("container {} cannot be removed: {said}", self.container_name(stage));
+        }
         match ended {
             Some(text) => self.broker.shim_ended(stage, &text),
             // Something must move: without the engine's command the worker counts as ended, and its session is over.
-            None if !is_removed => {
+            None if outcome.is_err() => {
                 if let Some(shim) = self.shims.get(&stage) {
                     let _gone = pidfd_send_signal(&shim.ended, Signal::KILL);
                 }
@@ -1268,7 +1276,7 @@ impl Run {
         }
         for (stage, removing) in &self.removals {
             names.push(Heard::Removed(*stage));
-            descriptors.push(removing.removal.descriptor().as_fd());
+            descriptors.push(removing.removal.descriptor());
         }
         let mut waits: Vec<PollFd<'_>> =
             descriptors.iter().map(|descriptor| PollFd::from_borrowed_fd(*descriptor, PollFlags::IN)).collect();
@@ -1318,11 +1326,7 @@ impl Run {
             }
         }
         for (_, removing) in self.removals.drain() {
-            let left_ns = deadline_ns.saturating_sub(monotonic_ns());
-            if !argo_streams_shm_protocol::wait_readable(removing.removal.descriptor().as_fd(), left_ns) {
-                removing.removal.kill();
-            }
-            let _told_at_the_next_run = removing.removal.finish();
+            let _told_at_the_next_run = Progress::GoesOn(removing.removal).finish(deadline_ns);
         }
         if let Some(state) = self.broker.state() {
             state.keeper.goodbye();
