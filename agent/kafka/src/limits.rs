@@ -36,6 +36,17 @@ pub(crate) const MESSAGE_BYTES_MAX: u64 = 1_000_000_000;
 /// librdkafka's own `batch.size`, which must not exceed what the topic accepts.
 pub(crate) const BATCH_BYTES: u64 = 1_000_000;
 
+/// What a producer is told of sizes, for a topic that takes so much at once.
+pub(crate) fn size_properties(limit_bytes: u64) -> [(&'static str, String); 3] {
+    let record_bytes = limit_bytes.clamp(MESSAGE_BYTES_MIN, MESSAGE_BYTES_MAX);
+    [
+        ("message.max.bytes", record_bytes.to_string()),
+        // Every record of a batch that is too large is refused, so a batch is never larger than the topic takes.
+        ("batch.size", BATCH_BYTES.min(limit_bytes).max(1).to_string()),
+        ("queue.buffering.max.kbytes", u64::from(IN_FLIGHT_KBYTES).max(record_bytes / 512).to_string()),
+    ]
+}
+
 /// How long one wait of a thread of ours lasts: the longest that a commit or a stop lies unseen.
 pub(crate) const TICK: Duration = Duration::from_millis(50);
 

@@ -1,6 +1,6 @@
 //! Records to one topic: the handle. What its threads do is in `sink/worker.rs`.
 
-mod admin;
+pub(crate) mod admin;
 mod window;
 mod worker;
 
@@ -9,6 +9,7 @@ use crate::error::{KafkaError, check_topic};
 use crate::limits::{SINK_EVENTS, SINK_QUEUE_RECORDS, STOP_PATIENCE};
 use crate::signal::{Notify, Signal};
 use crossbeam::channel::{self, Receiver, RecvTimeoutError, Sender, TrySendError};
+use rdkafka::types::RDKafkaErrorCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -88,6 +89,29 @@ pub enum RefusedRecord {
         /// What they say.
         reason: String,
     },
+}
+
+impl RefusedRecord {
+    /// Why the brokers or the client refuse a record with this code, where the client takes records up to a limit.
+    pub(crate) fn of(code: RDKafkaErrorCode, topic: &str, limit_bytes: u64, record: &SinkRecord) -> Self {
+        use RDKafkaErrorCode as Code;
+        let topic = topic.to_owned();
+        match code {
+            Code::MessageSizeTooLarge | Code::MessageBatchTooLarge => {
+                let len_bytes = record.payload.len() + record.key.as_ref().map_or(0, Vec::len);
+                Self::TooLarge { len_bytes: u64::try_from(len_bytes).unwrap_or(u64::MAX), limit_bytes, topic }
+            }
+            Code::InvalidTimestamp => Self::Timestamp { timestamp_ms: record.timestamp_ms, topic },
+            // All that a broker says of one of several such records in a request.
+            Code::InvalidRecord => {
+                let reason = format!(
+                    "{code}: its timestamp is out of the topic's range, or a compacted topic wants a key, or another rule of the topic"
+                );
+                Self::Other { topic, reason }
+            }
+            other => Self::Other { topic, reason: other.to_string() },
+        }
+    }
 }
 
 /// What a sink has to say.

@@ -7,6 +7,7 @@
 //!
 //! The group takes part in nothing: nobody subscribes with it, so it has no members and no rebalances.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,9 +23,9 @@ use rdkafka::{ClientContext, Offset, TopicPartitionList};
 
 use crate::connection::{self, Connection};
 use crate::error::KafkaError;
-use crate::limits::{IN_FLIGHT_KBYTES, SINK_EVENTS, TICK};
+use crate::limits::{ASK_FIRST, DEFAULT_MESSAGE_BYTES, SINK_EVENTS, TICK, size_properties};
 use crate::signal::Notify;
-use crate::sink::{RefusedRecord, SinkEvent, SinkRecord};
+use crate::sink::{RefusedRecord, SinkEvent, SinkRecord, admin};
 use crate::source::lock;
 use crate::trouble::{Tell, Trouble};
 
@@ -61,7 +62,10 @@ pub enum TransactionEvent {
     },
     /// The batch is committed.
     Committed,
-    /// A record that is not and will not be written, or what else happens to the connection.
+    /// Nothing of the batch is written, because these records of it are refused for good, by their sequences, each once: hand over
+    /// another one without them. Others of it may be refused as well.
+    Refused(Vec<(u64, RefusedRecord)>),
+    /// What happens to the connection.
     Sink(SinkEvent),
 }
 
@@ -89,10 +93,11 @@ impl TransactionSink {
         let (batches, to_write) = bounded(1);
         let (said, events) = bounded(SINK_EVENTS);
         let stop = Arc::new(AtomicBool::new(false));
-        let producer = producer(&options)?;
+        let limit_bytes = own_limit_bytes(&options).unwrap_or(DEFAULT_MESSAGE_BYTES);
+        let producer = producer(&options, limit_bytes)?;
         let marks = marks(&options)?;
-        let writer =
-            Writer { options, producer, marks, said, notify, stop: Arc::clone(&stop), trouble: Trouble::default() };
+        let (stop_too, trouble) = (Arc::clone(&stop), Trouble::default());
+        let writer = Writer { options, limit_bytes, producer, marks, said, notify, stop: stop_too, trouble };
         let thread =
             std::thread::Builder::new()
                 .name("transactions".to_owned())
@@ -102,7 +107,8 @@ impl TransactionSink {
     }
 
     /// Hands a batch over: all of it is written in one transaction together with the mark, of at most [`MARK_BYTES_MAX`]
-    /// bytes. Never blocks. [`TransactionEvent::Committed`] says when it is done; before that no other batch is taken.
+    /// bytes. Never blocks. [`TransactionEvent::Committed`] says when it is done, or [`TransactionEvent::Refused`] that it never
+    /// will be; before that no other batch is taken.
     ///
     /// # Errors
     /// Gives the records back when another batch is under way.
@@ -152,12 +158,16 @@ impl ProducerContext for Reports {
 
 type Client = BaseProducer<Reports>;
 
-fn producer(options: &TransactionOptions) -> Result<Client, KafkaError> {
-    let ours = [
-        ("linger.ms", "0".to_owned()),
-        ("queue.buffering.max.messages", "100000".to_owned()),
-        ("queue.buffering.max.kbytes", IN_FLIGHT_KBYTES.to_string()),
-    ];
+/// What the user says that a record may have.
+fn own_limit_bytes(options: &TransactionOptions) -> Option<u64> {
+    options.connection.property("message.max.bytes")?.parse().ok()
+}
+
+fn producer(options: &TransactionOptions, limit_bytes: u64) -> Result<Client, KafkaError> {
+    let [record, batch, queue] = size_properties(limit_bytes);
+    let more = [("linger.ms", "0".to_owned()), ("queue.buffering.max.messages", "100000".to_owned())];
+    let [linger, queue_records] = more;
+    let ours = [linger, queue_records, record, batch, queue];
     let fixed = [
         ("enable.idempotence", "true"),
         ("acks", "all"),
@@ -186,6 +196,8 @@ fn marks(options: &TransactionOptions) -> Result<BaseConsumer, KafkaError> {
 
 struct Writer {
     options: TransactionOptions,
+    /// How large a record the producer takes.
+    limit_bytes: u64,
     producer: Client,
     marks: BaseConsumer,
     said: Sender<TransactionEvent>,
@@ -196,7 +208,7 @@ struct Writer {
 
 /// Why a transaction is not committed.
 enum Refusal {
-    /// It was aborted, and may be tried again, without these records.
+    /// It is to be aborted, and may be tried again, without those of these records that are refused for good.
     TryAgain(Vec<(usize, RDKafkaErrorCode)>),
     /// The sink cannot go on.
     Failed(KafkaError),
@@ -213,6 +225,7 @@ impl Writer {
     }
 
     fn serve(&mut self, to_write: &Receiver<Batch>) -> Result<(), Refusal> {
+        self.fit()?;
         // Fences the life before: what it had begun is aborted, or its commit is finished, before this returns.
         self.call("beginning transactions", |this| this.producer.init_transactions(CALL_PATIENCE))?;
         let mut list = TopicPartitionList::new();
@@ -230,8 +243,11 @@ impl Writer {
             match to_write.recv_timeout(TICK) {
                 Ok(batch) => {
                     number += 1;
-                    self.write(batch, number)?;
-                    self.say(TransactionEvent::Committed);
+                    let event = match self.write(&batch, number)? {
+                        refused if refused.is_empty() => TransactionEvent::Committed,
+                        refused => TransactionEvent::Refused(refused),
+                    };
+                    self.say(event);
                 }
                 Err(RecvTimeoutError::Timeout) => {
                     self.producer.poll(Duration::ZERO);
@@ -242,36 +258,47 @@ impl Writer {
         Ok(())
     }
 
-    /// Writes a batch; an aborted transaction is begun again until it is committed.
-    fn write(&mut self, mut batch: Batch, number: i64) -> Result<(), Refusal> {
+    /// Makes the producer anew when the topic takes records of another size than it was made for: a batch of many small records that
+    /// is larger than the topic takes would be refused with all of them.
+    fn fit(&mut self) -> Result<(), Refusal> {
+        if own_limit_bytes(&self.options).is_some() {
+            return Ok(());
+        }
+        // Waits until a broker answers; whether it knows the topic is found out by who writes to it.
+        self.call("finding the topic", |this| {
+            this.marks.fetch_metadata(Some(&this.options.topic), CALL_PATIENCE).map(|_known| ())
+        })?;
+        let limit_bytes = self
+            .options
+            .connection
+            .client_config(&[], &[])
+            .ok()
+            .and_then(|config| admin::max_message_bytes(&config, &self.options.topic, ASK_FIRST));
+        if let Some(limit_bytes) = limit_bytes.filter(|limit_bytes| *limit_bytes != self.limit_bytes) {
+            self.producer = producer(&self.options, limit_bytes).map_err(Refusal::Failed)?;
+            self.limit_bytes = limit_bytes;
+        }
+        Ok(())
+    }
+
+    /// Writes a batch; an aborted transaction is begun again until it is committed. Not empty: it is aborted for good, because of these.
+    fn write(&mut self, batch: &Batch, number: i64) -> Result<Vec<(u64, RefusedRecord)>, Refusal> {
         // What the client cannot write at all is refused as the other sink does it, before a transaction is begun for it.
-        let unnamed = |record: &mut SinkRecord| record.headers.iter().any(|(name, _)| name.as_bytes().contains(&0));
-        for record in batch.records.extract_if(.., unnamed).collect::<Vec<_>>() {
-            let sequence = record.sequence;
-            self.say(TransactionEvent::Sink(SinkEvent::Refused { sequence, error: RefusedRecord::HeaderName, record }));
+        let unnamed = |record: &&SinkRecord| record.headers.iter().any(|(name, _)| name.as_bytes().contains(&0));
+        let unnamed: Vec<_> = batch.records.iter().filter(unnamed).map(|record| record.sequence).collect();
+        if !unnamed.is_empty() {
+            return Ok(unnamed.into_iter().map(|sequence| (sequence, RefusedRecord::HeaderName)).collect());
         }
         loop {
-            match self.try_write(&batch, number) {
-                Ok(()) => return Ok(()),
-                Err(Refusal::TryAgain(refused)) => {
+            match self.try_write(batch, number) {
+                Ok(()) => return Ok(Vec::new()),
+                Err(Refusal::TryAgain(failed)) => {
                     self.call("aborting a transaction", |this| this.producer.abort_transaction(CALL_PATIENCE))?;
-                    let mut refused: Vec<_> =
-                        refused.into_iter().filter(|(_, code)| is_refused_for_good(*code)).collect();
-                    refused.sort_unstable_by_key(|(place, _)| std::cmp::Reverse(*place));
-                    refused.dedup_by_key(|(place, _)| *place);
-                    let is_cured = !refused.is_empty();
-                    for (place, code) in refused {
-                        if place < batch.records.len() {
-                            let record = batch.records.remove(place);
-                            let error =
-                                RefusedRecord::Other { topic: self.options.topic.clone(), reason: code.to_string() };
-                            let sequence = record.sequence;
-                            self.say(TransactionEvent::Sink(SinkEvent::Refused { sequence, error, record }));
-                        }
+                    let refused = self.refused(batch, failed);
+                    if !refused.is_empty() {
+                        return Ok(refused);
                     }
-                    if !is_cured {
-                        std::thread::park_timeout(RETRY_PAUSE);
-                    }
+                    std::thread::park_timeout(RETRY_PAUSE);
                 }
                 Err(other) => return Err(other),
             }
@@ -281,11 +308,28 @@ impl Writer {
         }
     }
 
+    /// Those of the failed records of a batch that are refused for good.
+    fn refused(&self, batch: &Batch, failed: Vec<(usize, RDKafkaErrorCode)>) -> Vec<(u64, RefusedRecord)> {
+        let failed: BTreeMap<_, _> = failed.into_iter().filter(|(_, code)| is_refused_for_good(*code)).collect();
+        let refused = failed.into_iter().filter_map(|(place, code)| {
+            let record = batch.records.get(place)?;
+            Some((record.sequence, RefusedRecord::of(code, &self.options.topic, self.limit_bytes, record)))
+        });
+        refused.collect()
+    }
+
     fn try_write(&mut self, batch: &Batch, number: i64) -> Result<(), Refusal> {
         lock(&self.producer.context().failed).clear();
         self.producer.begin_transaction().map_err(|error| self.refusal("beginning a transaction", &error))?;
+        let mut refused = Vec::new();
         for (place, record) in batch.records.iter().enumerate() {
-            self.send(place, record)?;
+            if let Err(code) = self.send(place, record)? {
+                refused.push((place, code));
+            }
+        }
+        // All that the client itself refuses cost one transaction.
+        if !refused.is_empty() {
+            return Err(Refusal::TryAgain(refused));
         }
         // Not `flush`: that sleeps for 100 ms whenever something is in flight. What fails is reported with its record.
         while self.producer.in_flight_count() > 0 {
@@ -318,7 +362,8 @@ impl Writer {
         }
     }
 
-    fn send(&self, place: usize, record: &SinkRecord) -> Result<(), Refusal> {
+    /// Hands a record to the client, which may refuse it for good.
+    fn send(&self, place: usize, record: &SinkRecord) -> Result<Result<(), RDKafkaErrorCode>, Refusal> {
         loop {
             let mut outgoing: BaseRecord<'_, [u8], [u8], usize> =
                 BaseRecord::with_opaque_to(&self.options.topic, place).payload(record.payload.as_slice());
@@ -330,7 +375,7 @@ impl Writer {
                     headers.insert(Header { key: name, value: Some(value.as_slice()) })
                 }));
             }
-            let Err((error, _)) = self.producer.send(outgoing) else { return Ok(()) };
+            let Err((error, _)) = self.producer.send(outgoing) else { return Ok(Ok(())) };
             match error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Fail) {
                 RDKafkaErrorCode::QueueFull => {
                     self.producer.poll(Duration::from_millis(5));
@@ -338,7 +383,7 @@ impl Writer {
                         return Err(Refusal::Stopped);
                     }
                 }
-                code if is_refused_for_good(code) => return Err(Refusal::TryAgain(vec![(place, code)])),
+                code if is_refused_for_good(code) => return Ok(Err(code)),
                 _ => return Err(self.refusal("writing in a transaction", &error)),
             }
         }

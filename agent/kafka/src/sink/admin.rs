@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 /// The topic's `max.message.bytes`, or `None` if the broker does not tell: that may need a right, and the embedded broker
 /// has no such question. Waits for the answer for a bounded time.
-pub(super) fn max_message_bytes(config: &ClientConfig, topic: &str, patience: Duration) -> Option<u64> {
+pub(crate) fn max_message_bytes(config: &ClientConfig, topic: &str, patience: Duration) -> Option<u64> {
     let client: AdminClient<DefaultClientContext> = config.create().ok()?;
     let options = AdminOptions::new().request_timeout(Some(patience));
     let question = [ResourceSpecifier::Topic(topic)];

@@ -6,9 +6,8 @@ use super::{RefusedRecord, Shared, SinkEvent, SinkOptions, SinkRecord};
 use crate::connection;
 use crate::error::{KafkaError, Kind, kind};
 use crate::limits::{
-    ASK_FIRST, ASK_LONGEST, ASK_PAUSE_FIRST, ASK_PAUSE_LONGEST, BATCH_BYTES, CLIENT_ERRORS, DEFAULT_MESSAGE_BYTES,
-    IN_FLIGHT_KBYTES, IN_FLIGHT_RECORDS, MESSAGE_BYTES_MAX, MESSAGE_BYTES_MIN, TICK, UNKNOWN_TOPIC_PAUSE,
-    UNKNOWN_TOPIC_TRIES,
+    ASK_FIRST, ASK_LONGEST, ASK_PAUSE_FIRST, ASK_PAUSE_LONGEST, CLIENT_ERRORS, DEFAULT_MESSAGE_BYTES,
+    IN_FLIGHT_RECORDS, TICK, UNKNOWN_TOPIC_PAUSE, UNKNOWN_TOPIC_TRIES, size_properties,
 };
 use crate::source::lock;
 use crate::trouble::Trouble;
@@ -60,25 +59,14 @@ impl Reports {
         self.settled(sequence);
     }
 
-    fn too_large(&self, record: &SinkRecord) -> RefusedRecord {
-        let len = record.payload.len() + record.key.as_ref().map_or(0, Vec::len);
-        RefusedRecord::TooLarge {
-            len_bytes: u64::try_from(len).unwrap_or(u64::MAX),
-            limit_bytes: self.limit_bytes,
-            topic: self.topic.clone(),
-        }
+    fn why(&self, code: RDKafkaErrorCode, record: &SinkRecord) -> RefusedRecord {
+        RefusedRecord::of(code, &self.topic, self.limit_bytes, record)
     }
 
     fn refused_by_broker(&self, code: RDKafkaErrorCode, sequence: u64, message: &BorrowedMessage<'_>) {
         let timestamp_ms = lock(&self.window).timestamp_ms(sequence);
         let record = given_back(sequence, timestamp_ms, message);
-        let topic = self.topic.clone();
-        let error = match code {
-            RDKafkaErrorCode::MessageSizeTooLarge | RDKafkaErrorCode::MessageBatchTooLarge => self.too_large(&record),
-            RDKafkaErrorCode::InvalidTimestamp => RefusedRecord::Timestamp { timestamp_ms: record.timestamp_ms, topic },
-            other => RefusedRecord::Other { topic, reason: other.to_string() },
-        };
-        self.refuse(sequence, error, record);
+        self.refuse(sequence, self.why(code, &record), record);
     }
 }
 
@@ -175,15 +163,14 @@ pub(super) fn start(
 }
 
 fn config(options: &SinkOptions, limit_bytes: u64) -> Result<ClientConfig, KafkaError> {
-    let limit_bytes = limit_bytes.clamp(MESSAGE_BYTES_MIN, MESSAGE_BYTES_MAX);
+    let [record, batch, queue] = size_properties(limit_bytes);
     let ours = [
-        ("message.max.bytes", limit_bytes.to_string()),
-        // librdkafka refuses every record of a batch that is too large, so a batch is never larger than a record may be.
-        ("batch.size", BATCH_BYTES.min(limit_bytes).to_string()),
+        record,
+        batch,
+        queue,
         // No record waits for others; batches come from what is there while the last request is on its way.
         ("linger.ms", "0".to_owned()),
         ("queue.buffering.max.messages", IN_FLIGHT_RECORDS.to_string()),
-        ("queue.buffering.max.kbytes", u64::from(IN_FLIGHT_KBYTES).max(limit_bytes / 512).to_string()),
     ];
     let fixed = [
         ("enable.idempotence", "true"),
@@ -382,12 +369,8 @@ fn send(client: &Client, shared: &Shared, record: SinkRecord, room: &Receiver<()
                 // Either a report makes room, or it is time to look whether the sink has been stopped.
                 let _woken = room.recv_timeout(TICK).is_ok();
             }
-            Code::MessageSizeTooLarge => {
-                let error = reports.too_large(&record);
-                return reports.refuse(sequence, error, record);
-            }
-            code @ (Code::InvalidArgument | Code::InvalidMessage) => {
-                let error = RefusedRecord::Other { topic: reports.topic.clone(), reason: code.to_string() };
+            code @ (Code::MessageSizeTooLarge | Code::InvalidArgument | Code::InvalidMessage) => {
+                let error = reports.why(code, &record);
                 return reports.refuse(sequence, error, record);
             }
             code => return shared.fail(failure(code, &reports.topic, "")),
