@@ -36,6 +36,9 @@ pub(crate) const MESSAGE_BYTES_MAX: u64 = 1_000_000_000;
 /// librdkafka's own `batch.size`, which must not exceed what the topic accepts.
 pub(crate) const BATCH_BYTES: u64 = 1_000_000;
 
+/// How far a broker's clock may be from ours for a timestamp still to count as one that it surely takes.
+pub(crate) const CLOCK_DIFFERENCE_MS_MAX: i64 = 60_000;
+
 /// What a producer is told of sizes, for a topic that takes so much at once.
 pub(crate) fn size_properties(limit_bytes: u64) -> [(&'static str, String); 3] {
     let record_bytes = limit_bytes.clamp(MESSAGE_BYTES_MIN, MESSAGE_BYTES_MAX);

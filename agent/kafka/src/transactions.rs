@@ -273,7 +273,7 @@ impl Writer {
             .connection
             .client_config(&[], &[])
             .ok()
-            .and_then(|config| admin::max_message_bytes(&config, &self.options.topic, ASK_FIRST));
+            .and_then(|config| admin::taken_by(&config, &self.options.topic, ASK_FIRST).max_message_bytes);
         if let Some(limit_bytes) = limit_bytes.filter(|limit_bytes| *limit_bytes != self.limit_bytes) {
             self.producer = producer(&self.options, limit_bytes).map_err(Refusal::Failed)?;
             self.limit_bytes = limit_bytes;

@@ -1,6 +1,6 @@
 //! The threads of a sink: one hands records to librdkafka, the other takes its delivery reports.
 
-use super::admin;
+use super::admin::{self, Taken};
 use super::window::Window;
 use super::{RefusedRecord, Shared, SinkEvent, SinkOptions, SinkRecord};
 use crate::connection;
@@ -23,7 +23,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 type Client = BaseProducer<Reports>;
 
@@ -36,6 +36,8 @@ struct Reports {
     window: Mutex<Window>,
     /// Reports that say "written": while there are new ones, the brokers can be reached.
     written: AtomicU64,
+    /// Records that are good and were in one request with a refused one: they are not written, and sent again. At most what is in flight.
+    again: Mutex<Vec<SinkRecord>>,
     errors: Mutex<VecDeque<(RDKafkaErrorCode, String)>>,
     /// One token when librdkafka's queue has lost a record.
     room: Sender<()>,
@@ -106,6 +108,10 @@ impl ProducerContext for Reports {
                 | Code::InvalidMessageSize
                 | Code::InvalidRecord
                 | Code::PolicyViolation) => self.refused_by_broker(code, sequence, message),
+                Code::InvalidDifferentRecord => {
+                    let timestamp_ms = lock(&self.window).timestamp_ms(sequence);
+                    lock(&self.again).push(given_back(sequence, timestamp_ms, message));
+                }
                 code => self.shared.fail(failure(code, &self.topic, "")),
             },
         }
@@ -196,6 +202,7 @@ fn client(
         limit_bytes,
         window: Mutex::new(Window::new(options.first_sequence)),
         written: AtomicU64::new(0),
+        again: Mutex::default(),
         errors: Mutex::default(),
         room,
     };
@@ -214,7 +221,7 @@ fn run(
     first_room: Receiver<()>,
 ) {
     let prepared = find_topic(&options, shared, &first).and_then(|()| fit(&options, shared, first, first_room));
-    let (client, room) = match prepared {
+    let (client, room, taken) = match prepared {
         Ok(prepared) => prepared,
         Err(Ended::Stopped) => return,
         Err(Ended::Failed(error)) => return shared.fail(error),
@@ -228,7 +235,7 @@ fn run(
         if let Err(error) = reports {
             return shared.fail(KafkaError::Thread { name: "kafka-sink-reports", reason: error.to_string() });
         }
-        send_all(client, shared, records, &room);
+        Sending { client, shared, room: &room, taken }.all(records);
         // The last record is in librdkafka; its report is waited for by `finish`, which then says stop.
         done.store(true, Ordering::Relaxed);
     });
@@ -297,83 +304,137 @@ fn first_refusal(client: &Client) -> Option<(RDKafkaErrorCode, String)> {
     found
 }
 
-/// Asks how large a record the topic takes, and makes the client anew if it was made for another size.
+/// Asks what the topic takes, and makes the client anew if it was made for records of another size.
 fn fit(
     options: &SinkOptions,
     shared: &Arc<Shared>,
     first: Client,
     first_room: Receiver<()>,
-) -> Result<(Client, Receiver<()>), Ended> {
+) -> Result<(Client, Receiver<()>, Taken), Ended> {
     let used = first.context().limit_bytes;
-    let found =
-        config(options, used).ok().and_then(|config| admin::max_message_bytes(&config, &options.topic, ASK_FIRST));
-    match found {
+    let config = config(options, used).map_err(Ended::Failed)?;
+    let taken = admin::taken_by(&config, &options.topic, ASK_FIRST);
+    let (client, room) = match taken.max_message_bytes {
         Some(limit) if limit != used && options.connection.property("message.max.bytes").is_none() => {
-            client(options, shared, Some(limit)).map_err(Ended::Failed)
+            client(options, shared, Some(limit)).map_err(Ended::Failed)?
         }
-        _ => Ok((first, first_room)),
-    }
-}
-
-fn send_all(client: &Client, shared: &Shared, records: &Receiver<SinkRecord>, room: &Receiver<()>) {
-    let mut expected = shared.delivered.load(Ordering::Acquire);
-    while !shared.stopping() && !shared.failed() {
-        let record = match records.recv_timeout(TICK) {
-            Ok(record) => record,
-            Err(RecvTimeoutError::Timeout) => continue,
-            Err(RecvTimeoutError::Disconnected) => return,
-        };
-        // SeqCst: see `Sink::try_send`.
-        std::sync::atomic::fence(Ordering::SeqCst);
-        if shared.wants_room.load(Ordering::SeqCst) && shared.wants_room.swap(false, Ordering::SeqCst) {
-            shared.signal.raise();
-        }
-        if record.sequence != expected {
-            return shared.fail(KafkaError::Sequence { expected, found: record.sequence });
-        }
-        expected += 1;
-        send(client, shared, record, room);
-    }
-}
-
-/// Hands one record to librdkafka, waiting while it is full.
-fn send(client: &Client, shared: &Shared, record: SinkRecord, room: &Receiver<()>) {
-    use RDKafkaErrorCode as Code;
-    let reports = client.context();
-    let sequence = record.sequence;
-    lock(&reports.window).send(record.timestamp_ms);
-    if record.headers.iter().any(|(name, _)| name.as_bytes().contains(&0)) {
-        return reports.refuse(sequence, RefusedRecord::HeaderName, record);
-    }
-    let Ok(opaque) = usize::try_from(sequence) else {
-        let reason = "sequences end at 2^32 on this machine".to_owned();
-        return shared.fail(KafkaError::Fatal { attempt: "writing", reason });
+        _ => (first, first_room),
     };
-    while !shared.stopping() && !shared.failed() {
-        let mut outgoing: BaseRecord<'_, [u8], [u8], usize> =
-            BaseRecord::with_opaque_to(&reports.topic, opaque).payload(record.payload.as_slice());
-        outgoing.key = record.key.as_deref();
-        outgoing.timestamp = record.timestamp_ms;
-        if !record.headers.is_empty() {
-            let headers = record
-                .headers
-                .iter()
-                .fold(OwnedHeaders::new_with_capacity(record.headers.len()), |headers, (name, value)| {
-                    headers.insert(Header { key: name, value: Some(value.as_slice()) })
-                });
-            outgoing.headers = Some(headers);
+    Ok((client, room, taken))
+}
+
+/// What sends records needs.
+struct Sending<'a> {
+    client: &'a Client,
+    shared: &'a Shared,
+    room: &'a Receiver<()>,
+    taken: Taken,
+}
+
+impl Sending<'_> {
+    fn is_over(&self) -> bool {
+        self.shared.stopping() || self.shared.failed()
+    }
+
+    fn all(&self, records: &Receiver<SinkRecord>) {
+        let shared = self.shared;
+        let mut expected = shared.delivered.load(Ordering::Acquire);
+        while !self.is_over() {
+            self.again();
+            let record = match records.recv_timeout(TICK) {
+                Ok(record) => record,
+                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Disconnected) => {
+                    // Of the last ones some may have to be sent again.
+                    self.drain();
+                    while self.again() {
+                        self.drain();
+                    }
+                    return;
+                }
+            };
+            // SeqCst: see `Sink::try_send`.
+            std::sync::atomic::fence(Ordering::SeqCst);
+            if shared.wants_room.load(Ordering::SeqCst) && shared.wants_room.swap(false, Ordering::SeqCst) {
+                shared.signal.raise();
+            }
+            if record.sequence != expected {
+                return shared.fail(KafkaError::Sequence { expected, found: record.sequence });
+            }
+            expected += 1;
+            lock(&self.client.context().window).send(record.timestamp_ms);
+            let now_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_millis());
+            if self.taken.doubts(&record, i64::try_from(now_ms).unwrap_or(i64::MAX)) {
+                // Alone in its request, with nothing on its way behind it: whatever becomes of it, the order stays.
+                self.drain();
+                self.again();
+                self.one(record);
+                self.drain();
+            } else {
+                self.one(record);
+            }
         }
-        let Err((error, _)) = client.send(outgoing) else { return };
-        match error.rdkafka_error_code().unwrap_or(Code::Fail) {
-            Code::QueueFull => {
-                // Either a report makes room, or it is time to look whether the sink has been stopped.
-                let _woken = room.recv_timeout(TICK).is_ok();
+    }
+
+    /// Waits until everything that was sent has its report.
+    fn drain(&self) {
+        while self.client.in_flight_count() > 0 && !self.is_over() {
+            // A record counts until its report was taken, which is a moment behind the token.
+            let _woken = self.room.recv_timeout(Duration::from_millis(1)).is_ok();
+        }
+    }
+
+    /// Sends those again that were in one request with a refused record, behind what was on its way then. Whether there were any.
+    fn again(&self) -> bool {
+        let again = &self.client.context().again;
+        if lock(again).is_empty() {
+            return false;
+        }
+        self.drain();
+        let mut records = std::mem::take(&mut *lock(again));
+        records.sort_unstable_by_key(|record| record.sequence);
+        records.into_iter().for_each(|record| self.one(record));
+        true
+    }
+
+    /// Hands one record to librdkafka, waiting while it is full.
+    fn one(&self, record: SinkRecord) {
+        use RDKafkaErrorCode as Code;
+        let reports = self.client.context();
+        let sequence = record.sequence;
+        if record.headers.iter().any(|(name, _)| name.as_bytes().contains(&0)) {
+            return reports.refuse(sequence, RefusedRecord::HeaderName, record);
+        }
+        let Ok(opaque) = usize::try_from(sequence) else {
+            let reason = "sequences end at 2^32 on this machine".to_owned();
+            return self.shared.fail(KafkaError::Fatal { attempt: "writing", reason });
+        };
+        while !self.is_over() {
+            let mut outgoing: BaseRecord<'_, [u8], [u8], usize> =
+                BaseRecord::with_opaque_to(&reports.topic, opaque).payload(record.payload.as_slice());
+            outgoing.key = record.key.as_deref();
+            outgoing.timestamp = record.timestamp_ms;
+            if !record.headers.is_empty() {
+                let headers = record
+                    .headers
+                    .iter()
+                    .fold(OwnedHeaders::new_with_capacity(record.headers.len()), |headers, (name, value)| {
+                        headers.insert(Header { key: name, value: Some(value.as_slice()) })
+                    });
+                outgoing.headers = Some(headers);
             }
-            code @ (Code::MessageSizeTooLarge | Code::InvalidArgument | Code::InvalidMessage) => {
-                let error = reports.why(code, &record);
-                return reports.refuse(sequence, error, record);
+            let Err((error, _)) = self.client.send(outgoing) else { return };
+            match error.rdkafka_error_code().unwrap_or(Code::Fail) {
+                Code::QueueFull => {
+                    // Either a report makes room, or it is time to look whether the sink has been stopped.
+                    let _woken = self.room.recv_timeout(TICK).is_ok();
+                }
+                code @ (Code::MessageSizeTooLarge | Code::InvalidArgument | Code::InvalidMessage) => {
+                    let error = reports.why(code, &record);
+                    return reports.refuse(sequence, error, record);
+                }
+                code => return self.shared.fail(failure(code, &reports.topic, "")),
             }
-            code => return shared.fail(failure(code, &reports.topic, "")),
         }
     }
 }
