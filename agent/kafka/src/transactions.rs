@@ -18,7 +18,7 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bound
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerGroupMetadata};
 use rdkafka::error::{KafkaError as ClientError, RDKafkaErrorCode};
 use rdkafka::message::{Header, OwnedHeaders};
-use rdkafka::producer::{BaseProducer, BaseRecord, DeliveryResult, Producer, ProducerContext};
+use rdkafka::producer::{BaseProducer, BaseRecord, DeliveryResult, Producer, ProducerContext, PurgeConfig};
 use rdkafka::{ClientContext, Offset, TopicPartitionList};
 
 use crate::connection::{self, Connection};
@@ -293,7 +293,7 @@ impl Writer {
             match self.try_write(batch, number) {
                 Ok(()) => return Ok(Vec::new()),
                 Err(Refusal::TryAgain(failed)) => {
-                    self.call("aborting a transaction", |this| this.producer.abort_transaction(CALL_PATIENCE))?;
+                    self.abort()?;
                     let refused = self.refused(batch, failed);
                     if !refused.is_empty() {
                         return Ok(refused);
@@ -306,6 +306,16 @@ impl Writer {
                 return Err(Refusal::Stopped);
             }
         }
+    }
+
+    /// Aborts the open transaction.
+    fn abort(&mut self) -> Result<(), Refusal> {
+        // The client does it only when every record has its report, and reports come to who polls. What is under way is given up first.
+        self.producer.purge(PurgeConfig::default().queue().inflight());
+        while self.producer.in_flight_count() > 0 && !self.is_stopping() {
+            self.producer.poll(Duration::from_millis(1));
+        }
+        self.call("aborting a transaction", |this| this.producer.abort_transaction(CALL_PATIENCE))
     }
 
     /// Those of the failed records of a batch that are refused for good.
