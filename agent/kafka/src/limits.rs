@@ -36,6 +36,9 @@ pub(crate) const MESSAGE_BYTES_MAX: u64 = 1_000_000_000;
 /// librdkafka's own `batch.size`, which must not exceed what the topic accepts.
 pub(crate) const BATCH_BYTES: u64 = 1_000_000;
 
+/// What Kafka puts around the key, payload and headers of a record that is alone in its batch, at least.
+pub(crate) const BATCH_OVERHEAD_BYTES_MIN: usize = 68;
+
 /// How far a broker's clock may be from ours for a timestamp still to count as one that it surely takes.
 pub(crate) const CLOCK_DIFFERENCE_MS_MAX: i64 = 60_000;
 

@@ -2,11 +2,11 @@
 
 pub(crate) mod admin;
 mod window;
-mod worker;
+pub(crate) mod worker;
 
 use crate::connection::Connection;
 use crate::error::{KafkaError, check_topic};
-use crate::limits::{SINK_EVENTS, SINK_QUEUE_RECORDS, STOP_PATIENCE};
+use crate::limits::{BATCH_OVERHEAD_BYTES_MIN, SINK_EVENTS, SINK_QUEUE_RECORDS, STOP_PATIENCE};
 use crate::signal::{Notify, Signal};
 use crossbeam::channel::{self, Receiver, RecvTimeoutError, Sender, TrySendError};
 use rdkafka::types::RDKafkaErrorCode;
@@ -48,6 +48,21 @@ pub struct SinkRecord {
     pub timestamp_ms: Option<i64>,
     /// In this order, duplicates kept.
     pub headers: Vec<(String, Vec<u8>)>,
+}
+
+impl SinkRecord {
+    /// Whether it alone is more than a topic takes that takes so much. If not, and the broker says that something is too large, it may
+    /// have been its batch: then all records of it are called so.
+    pub(crate) fn is_surely_over(&self, limit_bytes: u64) -> bool {
+        let headers: usize = self.headers.iter().map(|(name, value)| name.len() + value.len()).sum();
+        let len_bytes = self.payload.len() + self.key.as_ref().map_or(0, Vec::len) + headers + BATCH_OVERHEAD_BYTES_MIN;
+        u64::try_from(len_bytes).unwrap_or(u64::MAX) > limit_bytes
+    }
+}
+
+/// Whether a code says that a record, or its batch, is too large.
+pub(crate) fn is_of_size(code: RDKafkaErrorCode) -> bool {
+    matches!(code, RDKafkaErrorCode::MessageSizeTooLarge | RDKafkaErrorCode::MessageBatchTooLarge)
 }
 
 /// Why one record cannot be written, now or ever, while the ones after it can.
@@ -97,7 +112,7 @@ impl RefusedRecord {
         use RDKafkaErrorCode as Code;
         let topic = topic.to_owned();
         match code {
-            Code::MessageSizeTooLarge | Code::MessageBatchTooLarge => {
+            code if is_of_size(code) => {
                 let len_bytes = record.payload.len() + record.key.as_ref().map_or(0, Vec::len);
                 Self::TooLarge { len_bytes: u64::try_from(len_bytes).unwrap_or(u64::MAX), limit_bytes, topic }
             }

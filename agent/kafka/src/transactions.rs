@@ -22,10 +22,13 @@ use rdkafka::producer::{BaseProducer, BaseRecord, DeliveryResult, Producer, Prod
 use rdkafka::{ClientContext, Offset, TopicPartitionList};
 
 use crate::connection::{self, Connection};
-use crate::error::KafkaError;
-use crate::limits::{ASK_FIRST, DEFAULT_MESSAGE_BYTES, SINK_EVENTS, TICK, size_properties};
+use crate::error::{KafkaError, Kind, kind};
+use crate::limits::{
+    ASK_FIRST, DEFAULT_MESSAGE_BYTES, SINK_EVENTS, TICK, UNKNOWN_TOPIC_PAUSE, UNKNOWN_TOPIC_TRIES, size_properties,
+};
 use crate::signal::Notify;
-use crate::sink::{RefusedRecord, SinkEvent, SinkRecord, admin};
+use crate::sink::worker::failure;
+use crate::sink::{RefusedRecord, SinkEvent, SinkRecord, admin, is_of_size};
 use crate::source::lock;
 use crate::trouble::{Tell, Trouble};
 
@@ -94,10 +97,21 @@ impl TransactionSink {
         let (said, events) = bounded(SINK_EVENTS);
         let stop = Arc::new(AtomicBool::new(false));
         let limit_bytes = own_limit_bytes(&options).unwrap_or(DEFAULT_MESSAGE_BYTES);
-        let producer = producer(&options, limit_bytes)?;
+        let batches_now = Batches::OfMany;
+        let producer = producer(&options, limit_bytes, batches_now)?;
         let marks = marks(&options)?;
         let (stop_too, trouble) = (Arc::clone(&stop), Trouble::default());
-        let writer = Writer { options, limit_bytes, producer, marks, said, notify, stop: stop_too, trouble };
+        let writer = Writer {
+            options,
+            limit_bytes,
+            batches: batches_now,
+            producer,
+            marks,
+            said,
+            notify,
+            stop: stop_too,
+            trouble,
+        };
         let thread =
             std::thread::Builder::new()
                 .name("transactions".to_owned())
@@ -163,11 +177,17 @@ fn own_limit_bytes(options: &TransactionOptions) -> Option<u64> {
     options.connection.property("message.max.bytes")?.parse().ok()
 }
 
-fn producer(options: &TransactionOptions, limit_bytes: u64) -> Result<Client, KafkaError> {
+fn producer(options: &TransactionOptions, limit_bytes: u64, batches: Batches) -> Result<Client, KafkaError> {
     let [record, batch, queue] = size_properties(limit_bytes);
-    let more = [("linger.ms", "0".to_owned()), ("queue.buffering.max.messages", "100000".to_owned())];
-    let [linger, queue_records] = more;
-    let ours = [linger, queue_records, record, batch, queue];
+    let batch_records = if batches == Batches::OfOne { "1" } else { "10000" };
+    let ours = [
+        record,
+        batch,
+        queue,
+        ("linger.ms", "0".to_owned()),
+        ("queue.buffering.max.messages", "100000".to_owned()),
+        ("batch.num.messages", batch_records.to_owned()),
+    ];
     let fixed = [
         ("enable.idempotence", "true"),
         ("acks", "all"),
@@ -198,6 +218,7 @@ struct Writer {
     options: TransactionOptions,
     /// How large a record the producer takes.
     limit_bytes: u64,
+    batches: Batches,
     producer: Client,
     marks: BaseConsumer,
     said: Sender<TransactionEvent>,
@@ -206,10 +227,31 @@ struct Writer {
     trouble: Trouble,
 }
 
+/// Who refuses a record: a broker speaks of whole batches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum By {
+    Client,
+    Broker,
+}
+
+/// How many records a request to a partition has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Batches {
+    /// What is there.
+    OfMany,
+    /// One, so that a broker that refuses it speaks of this one.
+    OfOne,
+}
+
 /// Why a transaction is not committed.
 enum Refusal {
     /// It is to be aborted, and may be tried again, without those of these records that are refused for good.
-    TryAgain(Vec<(usize, RDKafkaErrorCode)>),
+    TryAgain {
+        /// Places of records in the batch.
+        failed: Vec<(usize, RDKafkaErrorCode)>,
+        /// Who says so.
+        by: By,
+    },
     /// The sink cannot go on.
     Failed(KafkaError),
     /// It is to stop.
@@ -219,15 +261,14 @@ enum Refusal {
 impl Writer {
     fn run(mut self, to_write: &Receiver<Batch>) {
         match self.serve(to_write) {
-            Ok(()) | Err(Refusal::Stopped | Refusal::TryAgain(_)) => {}
+            Ok(()) | Err(Refusal::Stopped | Refusal::TryAgain { .. }) => {}
             Err(Refusal::Failed(error)) => self.say(TransactionEvent::Sink(SinkEvent::Failed(error))),
         }
     }
 
     fn serve(&mut self, to_write: &Receiver<Batch>) -> Result<(), Refusal> {
         self.fit()?;
-        // Fences the life before: what it had begun is aborted, or its commit is finished, before this returns.
-        self.call("beginning transactions", |this| this.producer.init_transactions(CALL_PATIENCE))?;
+        self.begin()?;
         let mut list = TopicPartitionList::new();
         list.add_partition(&self.options.topic, 0);
         let found =
@@ -261,24 +302,54 @@ impl Writer {
     /// Makes the producer anew when the topic takes records of another size than it was made for: a batch of many small records that
     /// is larger than the topic takes would be refused with all of them.
     fn fit(&mut self) -> Result<(), Refusal> {
+        let mut missing = 0;
+        loop {
+            let found = self.call("finding the topic", |this| {
+                let metadata = this.marks.fetch_metadata(Some(&this.options.topic), CALL_PATIENCE)?;
+                let error = metadata.topics().first().map(|topic| topic.error().map(RDKafkaErrorCode::from));
+                Ok(error.unwrap_or(Some(RDKafkaErrorCode::UnknownTopicOrPartition)))
+            })?;
+            match found.map(|code| (code, kind(code))) {
+                None => break,
+                Some((_, Kind::Passing)) => {}
+                Some((code, found)) => {
+                    // One that was made a moment ago is not yet known to every broker.
+                    missing += 1;
+                    if missing >= UNKNOWN_TOPIC_TRIES || found != Kind::NoTopic {
+                        let Connection { bootstrap_servers, .. } = &self.options.connection;
+                        return Err(Refusal::Failed(failure(code, &self.options.topic, bootstrap_servers)));
+                    }
+                }
+            }
+            std::thread::park_timeout(UNKNOWN_TOPIC_PAUSE);
+        }
         if own_limit_bytes(&self.options).is_some() {
             return Ok(());
         }
-        // Waits until a broker answers; whether it knows the topic is found out by who writes to it.
-        self.call("finding the topic", |this| {
-            this.marks.fetch_metadata(Some(&this.options.topic), CALL_PATIENCE).map(|_known| ())
-        })?;
-        let limit_bytes = self
-            .options
-            .connection
-            .client_config(&[], &[])
-            .ok()
-            .and_then(|config| admin::taken_by(&config, &self.options.topic, ASK_FIRST).max_message_bytes);
+        let config = self.options.connection.client_config(&[], &[]).map_err(Refusal::Failed)?;
+        let limit_bytes = admin::taken_by(&config, &self.options.topic, ASK_FIRST).max_message_bytes;
         if let Some(limit_bytes) = limit_bytes.filter(|limit_bytes| *limit_bytes != self.limit_bytes) {
-            self.producer = producer(&self.options, limit_bytes).map_err(Refusal::Failed)?;
             self.limit_bytes = limit_bytes;
+            self.producer = producer(&self.options, limit_bytes, self.batches).map_err(Refusal::Failed)?;
         }
         Ok(())
+    }
+
+    /// Fences the life before, or the producer before: what that had begun is aborted, or its commit is finished, before this returns.
+    fn begin(&mut self) -> Result<(), Refusal> {
+        self.call("beginning transactions", |this| this.producer.init_transactions(CALL_PATIENCE))
+    }
+
+    /// The broker found a batch too large whose records are not, as far as we know: the topic takes less than it did, or does not say
+    /// what. Then it is told by batches of one.
+    fn narrow(&mut self) -> Result<(), Refusal> {
+        let before = self.limit_bytes;
+        self.fit()?;
+        if self.limit_bytes == before {
+            self.batches = Batches::OfOne;
+            self.producer = producer(&self.options, before, self.batches).map_err(Refusal::Failed)?;
+        }
+        self.begin()
     }
 
     /// Writes a batch; an aborted transaction is begun again until it is committed. Not empty: it is aborted for good, because of these.
@@ -292,13 +363,18 @@ impl Writer {
         loop {
             match self.try_write(batch, number) {
                 Ok(()) => return Ok(Vec::new()),
-                Err(Refusal::TryAgain(failed)) => {
+                Err(Refusal::TryAgain { failed, by }) => {
                     self.abort()?;
-                    let refused = self.refused(batch, failed);
+                    let is_of_size = failed.iter().any(|(_, code)| is_of_size(*code));
+                    let refused = self.refused(batch, failed, by);
                     if !refused.is_empty() {
                         return Ok(refused);
                     }
-                    std::thread::park_timeout(RETRY_PAUSE);
+                    if is_of_size {
+                        self.narrow()?;
+                    } else {
+                        std::thread::park_timeout(RETRY_PAUSE);
+                    }
                 }
                 Err(other) => return Err(other),
             }
@@ -319,10 +395,14 @@ impl Writer {
     }
 
     /// Those of the failed records of a batch that are refused for good.
-    fn refused(&self, batch: &Batch, failed: Vec<(usize, RDKafkaErrorCode)>) -> Vec<(u64, RefusedRecord)> {
+    fn refused(&self, batch: &Batch, failed: Vec<(usize, RDKafkaErrorCode)>, by: By) -> Vec<(u64, RefusedRecord)> {
+        let is_alone = by == By::Client || self.batches == Batches::OfOne;
         let failed: BTreeMap<_, _> = failed.into_iter().filter(|(_, code)| is_refused_for_good(*code)).collect();
         let refused = failed.into_iter().filter_map(|(place, code)| {
             let record = batch.records.get(place)?;
+            if is_of_size(code) && !is_alone && !record.is_surely_over(self.limit_bytes) {
+                return None;
+            }
             Some((record.sequence, RefusedRecord::of(code, &self.options.topic, self.limit_bytes, record)))
         });
         refused.collect()
@@ -339,7 +419,7 @@ impl Writer {
         }
         // All that the client itself refuses cost one transaction.
         if !refused.is_empty() {
-            return Err(Refusal::TryAgain(refused));
+            return Err(Refusal::TryAgain { failed: refused, by: By::Client });
         }
         // Not `flush`: that sleeps for 100 ms whenever something is in flight. What fails is reported with its record.
         while self.producer.in_flight_count() > 0 {
@@ -368,7 +448,7 @@ impl Writer {
                 Err(Refusal::Failed(KafkaError::Fatal { attempt: "writing in a transaction", reason }))
             }
             None if failed.is_empty() => Ok(()),
-            None => Err(Refusal::TryAgain(failed)),
+            None => Err(Refusal::TryAgain { failed, by: By::Broker }),
         }
     }
 
@@ -429,7 +509,7 @@ impl Writer {
         if let ClientError::Transaction(inner) = error
             && inner.txn_requires_abort()
         {
-            return Refusal::TryAgain(Vec::new());
+            return Refusal::TryAgain { failed: Vec::new(), by: By::Broker };
         }
         Refusal::Failed(KafkaError::Fatal { attempt, reason: error.to_string() })
     }

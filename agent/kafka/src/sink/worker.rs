@@ -2,7 +2,7 @@
 
 use super::admin::{self, Taken};
 use super::window::Window;
-use super::{RefusedRecord, Shared, SinkEvent, SinkOptions, SinkRecord};
+use super::{RefusedRecord, Shared, SinkEvent, SinkOptions, SinkRecord, is_of_size};
 use crate::connection;
 use crate::error::{KafkaError, Kind, kind};
 use crate::limits::{
@@ -27,6 +27,14 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 type Client = BaseProducer<Reports>;
 
+/// A record that is sent again.
+#[derive(Debug)]
+struct Again {
+    record: SinkRecord,
+    /// Only alone it shows whether it is refused itself.
+    goes_alone: bool,
+}
+
 /// What librdkafka calls while a sink polls it.
 #[derive(Debug)]
 struct Reports {
@@ -36,8 +44,11 @@ struct Reports {
     window: Mutex<Window>,
     /// Reports that say "written": while there are new ones, the brokers can be reached.
     written: AtomicU64,
-    /// Records that are good and were in one request with a refused one: they are not written, and sent again. At most what is in flight.
-    again: Mutex<Vec<SinkRecord>>,
+    /// Records that were in one request with a refused one, or may have been: they are not written, and sent again. At most what is in
+    /// flight.
+    again: Mutex<Vec<Again>>,
+    /// The sequence of a record that is alone on its way, so that what is said of its batch is said of it.
+    alone: AtomicU64,
     errors: Mutex<VecDeque<(RDKafkaErrorCode, String)>>,
     /// One token when librdkafka's queue has lost a record.
     room: Sender<()>,
@@ -68,6 +79,11 @@ impl Reports {
     fn refused_by_broker(&self, code: RDKafkaErrorCode, sequence: u64, message: &BorrowedMessage<'_>) {
         let timestamp_ms = lock(&self.window).timestamp_ms(sequence);
         let record = given_back(sequence, timestamp_ms, message);
+        // Relaxed: set before the record was sent, and looked at when its report is there.
+        let is_alone = self.alone.load(Ordering::Relaxed) == sequence;
+        if is_of_size(code) && !is_alone && !record.is_surely_over(self.limit_bytes) {
+            return lock(&self.again).push(Again { record, goes_alone: true });
+        }
         self.refuse(sequence, self.why(code, &record), record);
     }
 }
@@ -110,7 +126,8 @@ impl ProducerContext for Reports {
                 | Code::PolicyViolation) => self.refused_by_broker(code, sequence, message),
                 Code::InvalidDifferentRecord => {
                     let timestamp_ms = lock(&self.window).timestamp_ms(sequence);
-                    lock(&self.again).push(given_back(sequence, timestamp_ms, message));
+                    let record = given_back(sequence, timestamp_ms, message);
+                    lock(&self.again).push(Again { record, goes_alone: false });
                 }
                 code => self.shared.fail(failure(code, &self.topic, "")),
             },
@@ -120,7 +137,7 @@ impl ProducerContext for Reports {
     }
 }
 
-fn failure(code: RDKafkaErrorCode, topic: &str, servers: &str) -> KafkaError {
+pub(crate) fn failure(code: RDKafkaErrorCode, topic: &str, servers: &str) -> KafkaError {
     let (topic, servers, reason) = (topic.to_owned(), servers.to_owned(), code.to_string());
     match kind(code) {
         Kind::NoTopic => KafkaError::UnknownTopic { topic, servers },
@@ -203,6 +220,7 @@ fn client(
         window: Mutex::new(Window::new(options.first_sequence)),
         written: AtomicU64::new(0),
         again: Mutex::default(),
+        alone: AtomicU64::new(u64::MAX),
         errors: Mutex::default(),
         room,
     };
@@ -368,8 +386,7 @@ impl Sending<'_> {
                 // Alone in its request, with nothing on its way behind it: whatever becomes of it, the order stays.
                 self.drain();
                 self.again();
-                self.one(record);
-                self.drain();
+                self.alone(record);
             } else {
                 self.one(record);
             }
@@ -392,9 +409,21 @@ impl Sending<'_> {
         }
         self.drain();
         let mut records = std::mem::take(&mut *lock(again));
-        records.sort_unstable_by_key(|record| record.sequence);
-        records.into_iter().for_each(|record| self.one(record));
+        records.sort_unstable_by_key(|again| again.record.sequence);
+        for Again { record, goes_alone } in records {
+            if goes_alone { self.alone(record) } else { self.one(record) }
+        }
         true
+    }
+
+    /// Sends one record with nothing else on its way.
+    fn alone(&self, record: SinkRecord) {
+        self.drain();
+        let alone = &self.client.context().alone;
+        alone.store(record.sequence, Ordering::Relaxed);
+        self.one(record);
+        self.drain();
+        alone.store(u64::MAX, Ordering::Relaxed);
     }
 
     /// Hands one record to librdkafka, waiting while it is full.

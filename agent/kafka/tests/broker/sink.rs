@@ -147,8 +147,7 @@ fn a_time_far_in_the_future_is_refused_alone() {
     assert_eq!(sink.finish(PATIENCE).outcome, Ok(2));
 }
 
-/// What is refused by the broker and not by the client takes nothing else of its request with it, whether the broker says before what it
-/// takes or not, and leaves the others in order where it does.
+/// What is refused by the broker and not by the client takes nothing else of its request with it, and leaves the others in order.
 #[test]
 fn times_far_in_the_future_in_the_middle_of_others_are_refused_alone() {
     let (broker, _calm) = broker();
@@ -219,6 +218,38 @@ fn what_was_in_one_request_with_a_refused_record_is_sent_again() {
     let mut numbers: Vec<u64> = broker.all_records("changed-rule").iter().map(number_of).collect();
     numbers.sort_unstable();
     assert_eq!(numbers, (0..5_000).filter(|number| !is_bad(*number)).collect::<Vec<_>>());
+}
+
+/// The broker calls all records of a batch too large that is.
+#[test]
+fn a_topic_that_takes_less_by_now_refuses_only_what_is_too_large() {
+    let (broker, _calm) = broker();
+    broker.topic("less", 1, &[]);
+    let sink = start(broker, "less");
+    send(&sink, numbered(0, 100));
+    delivered(&sink, 1);
+    broker.set("less", "max.message.bytes", "2000");
+    for number in 1..2_000 {
+        let mut record = numbered(number, 100);
+        if number == 500 {
+            record.payload = vec![b'x'; 5000];
+        }
+        send(&sink, record);
+    }
+    let finished = sink.finish(PATIENCE);
+    assert_eq!(finished.outcome, Ok(2_000));
+    let refused: Vec<u64> = finished
+        .events
+        .into_iter()
+        .map(|event| match event {
+            SinkEvent::Refused { sequence, error: RefusedRecord::TooLarge { .. }, .. } => sequence,
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(refused, [500]);
+    let mut numbers: Vec<u64> = broker.all_records("less").iter().map(number_of).collect();
+    numbers.sort_unstable();
+    assert_eq!(numbers, (0..2_000).filter(|number| *number != 500).collect::<Vec<_>>());
 }
 
 #[test]
