@@ -200,7 +200,7 @@ fn resolve(text: &str, raw: &[RawStep<'_>], names: &HashMap<String, usize>) -> R
         Some("errors") if step.has_errors() => Ok(Input { step: step.index, output: Output::Errors }),
         Some("errors") => Err(Problem {
             found: format!("{}, but {} has no errors output", quote(text), step.kind_name),
-            expected: "NAME.errors of a groupByKey, a parDo or a kafka sink: only in these can single records fail"
+            expected: "NAME.errors of a groupByKey, a parDo, kafka, or a file or stdin source: only in these can single records fail"
                 .to_owned(),
             meant: None,
         }),

@@ -21,9 +21,10 @@ pub(crate) struct OnError<'a> {
 const EXAMPLE: &str = "a map, as onError: {attempts: 5, backoff: {initial: 100ms}, deadLetter: STEP}";
 
 /// Why a kind's records are not tried again, if they are not.
-fn why_no_attempts(kind: &str) -> &'static str {
-    match kind {
-        "groupByKey" => "deadLetter only: a record without a key has none the next time either",
+fn why_no_attempts(kind: &str, class: Class) -> &'static str {
+    match (kind, class) {
+        ("groupByKey", _) => "deadLetter only: a record without a key has none the next time either",
+        (_, Class::Source) => "deadLetter only: what is longer than a record may be is as long the next time",
         _ => {
             "deadLetter only: the client tries again by itself while that can help, and what is refused is refused for good"
         }
@@ -32,7 +33,7 @@ fn why_no_attempts(kind: &str) -> &'static str {
 
 /// Whether single records can fail in a step of this kind.
 pub(crate) fn can_fail(kind: &str, class: Class) -> bool {
-    matches!((kind, class), ("parDo" | "groupByKey", _) | ("kafka", Class::Sink))
+    matches!((kind, class), ("parDo" | "groupByKey" | "kafka" | "stdin", _) | ("file", Class::Source))
 }
 
 /// Reads `onError` beside a kind. None: it is wrong, and the report says so.
@@ -44,8 +45,8 @@ pub(crate) fn on_error<'a>(
 ) -> Option<OnError<'a>> {
     let path = join(place, "onError");
     if !can_fail(kind, class) {
-        let what = if class == Class::Source && kind != "generate" && kind != "stdin" { " as a source" } else { "" };
-        let expected = "it beside a parDo, a groupByKey or a kafka sink only: in others no record fails on its own";
+        let what = if kind == "file" { " as a sink" } else { "" };
+        let expected = "it beside a parDo, a groupByKey, kafka, or a file or stdin source only: in others no record fails on its own";
         report.node(node, &path, &format!("\"onError\" beside {kind}{what}"), expected);
         return None;
     }
@@ -63,8 +64,12 @@ pub(crate) fn on_error<'a>(
     if kind != "parDo" {
         for name in ["attempts", "backoff"] {
             if let Some(key) = fields.key(name) {
-                let what = if kind == "groupByKey" { "groupByKey" } else { "a kafka sink" };
-                report.node(key, &join(&path, name), &format!("\"{name}\" for {what}"), why_no_attempts(kind));
+                let what = match class {
+                    Class::Source => format!("a {kind} source"),
+                    Class::Transform => kind.to_owned(),
+                    Class::Sink => format!("a {kind} sink"),
+                };
+                report.node(key, &join(&path, name), &format!("\"{name}\" for {what}"), why_no_attempts(kind, class));
                 return None;
             }
         }

@@ -371,6 +371,17 @@ fn what_a_topic_refuses_is_read_by_the_step_that_is_named() {
 }
 
 #[test]
+fn what_a_source_cannot_take_is_read_by_the_step_that_is_named() {
+    for source in ["file: {path: in}", "stdin: {}", "kafka: {topic: t}"] {
+        let plan = steps(&format!(
+            "  - {source}\n    name: in\n    onError: {{deadLetter: dead}}\n  - discard: {{}}\n  - log: {{}}\n    name: dead\n  - log: {{}}\n    from: [in.errors]\n"
+        ));
+        assert_eq!(plan.steps()[1].inputs(), [Input { step: 0, output: Output::Main }], "{source}");
+        assert_eq!(plan.readers(0, Output::Errors), [2, 3], "{source}");
+    }
+}
+
+#[test]
 fn sizes_of_state() {
     for (limit, bytes) in
         [("1Mi", 1 << 20), ("1024Ki", 1 << 20), ("1048576", 1 << 20), ("\"64Gi\"", 64 << 30), ("07Gi", 7 << 30)]
