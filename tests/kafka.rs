@@ -425,13 +425,14 @@ fn an_unknown_topic_and_a_record_too_large_are_named() {
 /// What topics of small records take, in bytes, and how long those records are that are too large for them.
 const SMALL: (&str, usize) = ("4000", 6000);
 
-/// Lines of JSON with a key and an id; some are too large.
+/// A line of JSON with a key and an id, and so much more.
+fn line(id: u64, pad: usize) -> Vec<u8> {
+    format!("{{\"k\":\"key {}\",\"id\":{id},\"pad\":\"{}\"}}", id % 37, "x".repeat(pad)).into_bytes()
+}
+
+/// Such lines; some are too large.
 fn sized(ids: std::ops::Range<u64>, is_large: impl Fn(u64) -> bool) -> Vec<Vec<u8>> {
-    let line = |id| {
-        let pad = if is_large(id) { SMALL.1 } else { 40 };
-        format!("{{\"k\":\"key {}\",\"id\":{id},\"pad\":\"{}\"}}", id % 37, "x".repeat(pad)).into_bytes()
-    };
-    ids.map(line).collect()
+    ids.map(|id| line(id, if is_large(id) { SMALL.1 } else { 40 })).collect()
 }
 
 fn id_of(payload: &[u8]) -> u64 {
@@ -504,8 +505,18 @@ fn killed_agents_leave_each_refused_record_of_a_transaction_once_in_the_dead_let
     broker.topic_with("refusing-transactions", 1, &[("max.message.bytes", SMALL.0)]);
     let scratch = Scratch::new();
     let count = 30_000;
-    let is_large = |id: u64| if id < 2_000 { id % 5 == 3 } else { id % 97 == 5 };
-    scratch.write("in", sized(0..count, is_large).join(&b'\n'));
+    let is_large = |id: u64| if id < 400 { id % 2 == 1 } else { id % 97 == 5 };
+    // In the beginning a ring of good ones has fewer than there is room for letters, and two of them have more.
+    let pad = |id: u64| {
+        if is_large(id) {
+            SMALL.1
+        } else if id < 400 {
+            3000
+        } else {
+            40
+        }
+    };
+    scratch.write("in", (0..count).map(|id| line(id, pad(id))).collect::<Vec<_>>().join(&b'\n'));
     let go = scratch.path("go");
     let pipeline = scratch.pipeline(&format!(
         "  - file: {{path: in}}\n  - groupByKey: {{key: .k}}\n  - kafka: {{topic: refusing-transactions, transactions: true}}\n    name: out\n    onError: {{deadLetter: dead}}\n  - file: {{path: dead}}\n    name: dead\n  - parDo: waits\n    name: waits\n    from: [out.errors]\n    command: [sh, -c, 'while [ ! -e {} ]; do sleep 0.02; done; exec cat']\n    ack: line\n  - file: {{path: seen}}\n",
@@ -647,4 +658,21 @@ fn a_sink_whose_dead_letters_are_read_for_a_while() {
         assert_eq!(run.summary()["steps"][1]["errors"], 60);
         assert!(run.words().contains("max.message.bytes"), "what nobody read was said: {}", run.words());
     }
+}
+
+#[test]
+fn the_beginning_of_a_record_beyond_the_limit_is_a_dead_letter() {
+    let broker = broker();
+    broker.topic_with("long-records", 1, &[("max.message.bytes", "25000000")]);
+    let long: Vec<u8> = (0..17_u32 << 20).map(|at| b'a' + u8::try_from(at % 23).unwrap()).collect();
+    broker.write("long-records", [b"first".to_vec(), long.clone(), b"last".to_vec()].into_iter());
+    let scratch = Scratch::new();
+    let pipeline = scratch.pipeline("  - kafka: {topic: long-records}\n    name: in\n    onError: {deadLetter: dead}\n  - file: {path: out}\n  - file: {path: dead}\n    name: dead\n");
+    let _run = scratch.run(&pipeline, &["--kafka", &broker.servers, "--until", "end"]).expect_code(0);
+    assert_eq!(scratch.text("out"), "first\nlast\n");
+    let letter: Value = serde_json::from_str(&scratch.text("dead")).unwrap();
+    assert_eq!((&letter["step"], &letter["attempts"]), (&"in".into(), &1.into()));
+    assert_eq!(letter["payload"].as_str().unwrap().as_bytes(), &long[..64 << 10]);
+    let place = serde_json::json!({"len_bytes": long.len().to_string(), "topic": "long-records", "partition": "0", "offset": "1"});
+    assert_eq!(letter["attributes"], place);
 }

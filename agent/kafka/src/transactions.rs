@@ -24,7 +24,8 @@ use rdkafka::{ClientContext, Offset, TopicPartitionList};
 use crate::connection::{self, Connection};
 use crate::error::{KafkaError, Kind, kind};
 use crate::limits::{
-    ASK_FIRST, DEFAULT_MESSAGE_BYTES, SINK_EVENTS, TICK, UNKNOWN_TOPIC_PAUSE, UNKNOWN_TOPIC_TRIES, size_properties,
+    ASK_FIRST, Batches, DEFAULT_MESSAGE_BYTES, MESSAGE_BYTES_MAX, MESSAGE_BYTES_MIN, SINK_EVENTS, TICK,
+    UNKNOWN_TOPIC_PAUSE, UNKNOWN_TOPIC_TRIES, size_properties,
 };
 use crate::signal::Notify;
 use crate::sink::worker::failure;
@@ -178,15 +179,14 @@ fn own_limit_bytes(options: &TransactionOptions) -> Option<u64> {
 }
 
 fn producer(options: &TransactionOptions, limit_bytes: u64, batches: Batches) -> Result<Client, KafkaError> {
-    let [record, batch, queue] = size_properties(limit_bytes);
-    let batch_records = if batches == Batches::OfOne { "1" } else { "10000" };
+    let [record, batch, batch_records, queue] = size_properties(limit_bytes, batches);
     let ours = [
         record,
         batch,
+        batch_records,
         queue,
         ("linger.ms", "0".to_owned()),
         ("queue.buffering.max.messages", "100000".to_owned()),
-        ("batch.num.messages", batch_records.to_owned()),
     ];
     let fixed = [
         ("enable.idempotence", "true"),
@@ -232,15 +232,6 @@ struct Writer {
 enum By {
     Client,
     Broker,
-}
-
-/// How many records a request to a partition has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Batches {
-    /// What is there.
-    OfMany,
-    /// One, so that a broker that refuses it speaks of this one.
-    OfOne,
 }
 
 /// Why a transaction is not committed.
@@ -354,11 +345,11 @@ impl Writer {
 
     /// Writes a batch; an aborted transaction is begun again until it is committed. Not empty: it is aborted for good, because of these.
     fn write(&mut self, batch: &Batch, number: i64) -> Result<Vec<(u64, RefusedRecord)>, Refusal> {
-        // What the client cannot write at all is refused as the other sink does it, before a transaction is begun for it.
-        let unnamed = |record: &&SinkRecord| record.headers.iter().any(|(name, _)| name.as_bytes().contains(&0));
-        let unnamed: Vec<_> = batch.records.iter().filter(unnamed).map(|record| record.sequence).collect();
-        if !unnamed.is_empty() {
-            return Ok(unnamed.into_iter().map(|sequence| (sequence, RefusedRecord::HeaderName)).collect());
+        // What can be known before is refused before: no transaction is begun for it.
+        let refused: Vec<_> =
+            batch.records.iter().filter_map(|record| Some((record.sequence, self.refused_by_us(record)?))).collect();
+        if !refused.is_empty() {
+            return Ok(refused);
         }
         loop {
             match self.try_write(batch, number) {
@@ -384,6 +375,19 @@ impl Writer {
         }
     }
 
+    /// Why the client would refuse a record, if it would.
+    fn refused_by_us(&self, record: &SinkRecord) -> Option<RefusedRecord> {
+        if record.headers.iter().any(|(name, _)| name.as_bytes().contains(&0)) {
+            return Some(RefusedRecord::HeaderName);
+        }
+        // Its own rule: headers do not count.
+        let len_bytes = record.payload.len() + record.key.as_ref().map_or(0, Vec::len);
+        let is_over =
+            u64::try_from(len_bytes).unwrap_or(u64::MAX) > self.limit_bytes.clamp(MESSAGE_BYTES_MIN, MESSAGE_BYTES_MAX);
+        let code = RDKafkaErrorCode::MessageSizeTooLarge;
+        is_over.then(|| RefusedRecord::of(code, &self.options.topic, self.limit_bytes, record))
+    }
+
     /// Aborts the open transaction.
     fn abort(&mut self) -> Result<(), Refusal> {
         // The client does it only when every record has its report, and reports come to who polls. What is under way is given up first.
@@ -391,7 +395,19 @@ impl Writer {
         while self.producer.in_flight_count() > 0 && !self.is_stopping() {
             self.producer.poll(Duration::from_millis(1));
         }
-        self.call("aborting a transaction", |this| this.producer.abort_transaction(CALL_PATIENCE))
+        let is_aborted =
+            self.call("aborting a transaction", |this| match this.producer.abort_transaction(CALL_PATIENCE) {
+                Err(ClientError::Transaction(inner)) if inner.code() == RDKafkaErrorCode::InvalidTransactionalState => {
+                    Ok(false)
+                }
+                result => result.map(|()| true),
+            })?;
+        if is_aborted {
+            return Ok(());
+        }
+        // It came before the broker had heard of the transaction, and the client takes that for its own end: the next one fences it.
+        self.producer = producer(&self.options, self.limit_bytes, self.batches).map_err(Refusal::Failed)?;
+        self.begin()
     }
 
     /// Those of the failed records of a batch that are refused for good.

@@ -6,7 +6,7 @@ use super::{RefusedRecord, Shared, SinkEvent, SinkOptions, SinkRecord, is_of_siz
 use crate::connection;
 use crate::error::{KafkaError, Kind, kind};
 use crate::limits::{
-    ASK_FIRST, ASK_LONGEST, ASK_PAUSE_FIRST, ASK_PAUSE_LONGEST, CLIENT_ERRORS, DEFAULT_MESSAGE_BYTES,
+    ASK_FIRST, ASK_LONGEST, ASK_PAUSE_FIRST, ASK_PAUSE_LONGEST, Batches, CLIENT_ERRORS, DEFAULT_MESSAGE_BYTES,
     IN_FLIGHT_RECORDS, TICK, UNKNOWN_TOPIC_PAUSE, UNKNOWN_TOPIC_TRIES, size_properties,
 };
 use crate::source::lock;
@@ -27,12 +27,13 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 type Client = BaseProducer<Reports>;
 
-/// A record that is sent again.
-#[derive(Debug)]
-struct Again {
-    record: SinkRecord,
-    /// Only alone it shows whether it is refused itself.
-    goes_alone: bool,
+/// What passes on to the next client, if there is one.
+#[derive(Debug, Clone)]
+struct Carried {
+    window: Arc<Mutex<Window>>,
+    /// Records that were in one request with a refused one, or may have been: they are not written, and sent again. At most what is in
+    /// flight.
+    again: Arc<Mutex<Vec<SinkRecord>>>,
 }
 
 /// What librdkafka calls while a sink polls it.
@@ -41,14 +42,12 @@ struct Reports {
     shared: Arc<Shared>,
     topic: String,
     limit_bytes: u64,
-    window: Mutex<Window>,
+    batches: Batches,
+    carried: Carried,
     /// Reports that say "written": while there are new ones, the brokers can be reached.
     written: AtomicU64,
-    /// Records that were in one request with a refused one, or may have been: they are not written, and sent again. At most what is in
-    /// flight.
-    again: Mutex<Vec<Again>>,
-    /// The sequence of a record that is alone on its way, so that what is said of its batch is said of it.
-    alone: AtomicU64,
+    /// Whether a broker has called a batch too large whose records are not, as far as we know. What to do then: see [`Sending::again`].
+    is_too_coarse: AtomicBool,
     errors: Mutex<VecDeque<(RDKafkaErrorCode, String)>>,
     /// One token when librdkafka's queue has lost a record.
     room: Sender<()>,
@@ -57,7 +56,7 @@ struct Reports {
 impl Reports {
     /// Notes that nothing more will happen to a record.
     fn settled(&self, sequence: u64) {
-        let mut window = lock(&self.window);
+        let mut window = lock(&self.carried.window);
         let delivered = window.report(sequence);
         // Release: pairs with the Acquire in `Sink::delivered`. Under the lock, so that it never goes back.
         let before = self.shared.delivered.swap(delivered, Ordering::AcqRel);
@@ -77,12 +76,12 @@ impl Reports {
     }
 
     fn refused_by_broker(&self, code: RDKafkaErrorCode, sequence: u64, message: &BorrowedMessage<'_>) {
-        let timestamp_ms = lock(&self.window).timestamp_ms(sequence);
+        let timestamp_ms = lock(&self.carried.window).timestamp_ms(sequence);
         let record = given_back(sequence, timestamp_ms, message);
-        // Relaxed: set before the record was sent, and looked at when its report is there.
-        let is_alone = self.alone.load(Ordering::Relaxed) == sequence;
-        if is_of_size(code) && !is_alone && !record.is_surely_over(self.limit_bytes) {
-            return lock(&self.again).push(Again { record, goes_alone: true });
+        if is_of_size(code) && self.batches == Batches::OfMany && !record.is_surely_over(self.limit_bytes) {
+            lock(&self.carried.again).push(record);
+            // Relaxed: it is looked at when nothing is under way.
+            return self.is_too_coarse.store(true, Ordering::Relaxed);
         }
         self.refuse(sequence, self.why(code, &record), record);
     }
@@ -125,9 +124,8 @@ impl ProducerContext for Reports {
                 | Code::InvalidRecord
                 | Code::PolicyViolation) => self.refused_by_broker(code, sequence, message),
                 Code::InvalidDifferentRecord => {
-                    let timestamp_ms = lock(&self.window).timestamp_ms(sequence);
-                    let record = given_back(sequence, timestamp_ms, message);
-                    lock(&self.again).push(Again { record, goes_alone: false });
+                    let timestamp_ms = lock(&self.carried.window).timestamp_ms(sequence);
+                    lock(&self.carried.again).push(given_back(sequence, timestamp_ms, message));
                 }
                 code => self.shared.fail(failure(code, &self.topic, "")),
             },
@@ -172,7 +170,8 @@ pub(super) fn start(
     records: Receiver<SinkRecord>,
     alive: &Sender<()>,
 ) -> Result<Vec<JoinHandle<()>>, KafkaError> {
-    let (client, room) = client(&options, shared, None)?;
+    let carried = Carried { window: Arc::new(Mutex::new(Window::new(options.first_sequence))), again: Arc::default() };
+    let (client, room) = client(&options, shared, None, Batches::OfMany, carried)?;
     let shared = Arc::clone(shared);
     let alive = alive.clone();
     let thread = std::thread::Builder::new()
@@ -185,11 +184,12 @@ pub(super) fn start(
     Ok(vec![thread])
 }
 
-fn config(options: &SinkOptions, limit_bytes: u64) -> Result<ClientConfig, KafkaError> {
-    let [record, batch, queue] = size_properties(limit_bytes);
+fn config(options: &SinkOptions, limit_bytes: u64, batches: Batches) -> Result<ClientConfig, KafkaError> {
+    let [record, batch, batch_records, queue] = size_properties(limit_bytes, batches);
     let ours = [
         record,
         batch,
+        batch_records,
         queue,
         // No record waits for others; batches come from what is there while the last request is on its way.
         ("linger.ms", "0".to_owned()),
@@ -209,6 +209,8 @@ fn client(
     options: &SinkOptions,
     shared: &Arc<Shared>,
     limit_bytes: Option<u64>,
+    batches: Batches,
+    carried: Carried,
 ) -> Result<(Client, Receiver<()>), KafkaError> {
     let own = options.connection.property("message.max.bytes").and_then(|value| value.parse::<u64>().ok());
     let limit_bytes = own.or(limit_bytes).unwrap_or(DEFAULT_MESSAGE_BYTES);
@@ -217,14 +219,14 @@ fn client(
         shared: Arc::clone(shared),
         topic: options.topic.clone(),
         limit_bytes,
-        window: Mutex::new(Window::new(options.first_sequence)),
+        batches,
+        carried,
+        is_too_coarse: AtomicBool::new(false),
         written: AtomicU64::new(0),
-        again: Mutex::default(),
-        alone: AtomicU64::new(u64::MAX),
         errors: Mutex::default(),
         room,
     };
-    let client = config(options, limit_bytes)?
+    let client = config(options, limit_bytes, batches)?
         .create_with_context(reports)
         .map_err(|error: ClientError| KafkaError::Client { reason: error.to_string() })?;
     Ok((client, has_room))
@@ -239,24 +241,36 @@ fn run(
     first_room: Receiver<()>,
 ) {
     let prepared = find_topic(&options, shared, &first).and_then(|()| fit(&options, shared, first, first_room));
-    let (client, room, taken) = match prepared {
-        Ok(prepared) => prepared,
-        Err(Ended::Stopped) => return,
-        Err(Ended::Failed(error)) => return shared.fail(error),
-    };
-    let sending_ended = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let (client, done) = (&client, &sending_ended);
-        let reports = std::thread::Builder::new()
-            .name("kafka-sink-reports".to_owned())
-            .spawn_scoped(scope, move || take_reports(client, &options, shared, done));
-        if let Err(error) = reports {
-            return shared.fail(KafkaError::Thread { name: "kafka-sink-reports", reason: error.to_string() });
+    let mut expected = shared.delivered.load(Ordering::Acquire);
+    let mut next = prepared;
+    loop {
+        let (client, room, taken) = match next {
+            Ok(prepared) => prepared,
+            Err(Ended::Stopped) => return,
+            Err(Ended::Failed(error)) => return shared.fail(error),
+        };
+        let (sending_ended, is_replaced) = (AtomicBool::new(false), AtomicBool::new(false));
+        let sent = std::thread::scope(|scope| {
+            let (client, done, is_replaced) = (&client, &sending_ended, &is_replaced);
+            let options = &options;
+            let reports = std::thread::Builder::new()
+                .name("kafka-sink-reports".to_owned())
+                .spawn_scoped(scope, move || take_reports(client, options, shared, done, is_replaced));
+            if let Err(error) = reports {
+                shared.fail(KafkaError::Thread { name: "kafka-sink-reports", reason: error.to_string() });
+                return Sent::All;
+            }
+            let sent = Sending { client, shared, room: &room, taken }.all(records, &mut expected);
+            // The last record is in librdkafka; its report is waited for by `finish`, which then says stop.
+            is_replaced.store(sent == Sent::TooCoarse, Ordering::Relaxed);
+            done.store(true, Ordering::Relaxed);
+            sent
+        });
+        if sent == Sent::All {
+            return;
         }
-        Sending { client, shared, room: &room, taken }.all(records);
-        // The last record is in librdkafka; its report is waited for by `finish`, which then says stop.
-        done.store(true, Ordering::Relaxed);
-    });
+        next = refit(&options, shared, client, room);
+    }
 }
 
 enum Ended {
@@ -330,15 +344,53 @@ fn fit(
     first_room: Receiver<()>,
 ) -> Result<(Client, Receiver<()>, Taken), Ended> {
     let used = first.context().limit_bytes;
-    let config = config(options, used).map_err(Ended::Failed)?;
+    let config = config(options, used, Batches::OfMany).map_err(Ended::Failed)?;
     let taken = admin::taken_by(&config, &options.topic, ASK_FIRST);
     let (client, room) = match taken.max_message_bytes {
         Some(limit) if limit != used && options.connection.property("message.max.bytes").is_none() => {
-            client(options, shared, Some(limit)).map_err(Ended::Failed)?
+            let carried = first.context().carried.clone();
+            client(options, shared, Some(limit), Batches::OfMany, carried).map_err(Ended::Failed)?
         }
         _ => (first, first_room),
     };
     Ok((client, room, taken))
+}
+
+/// A batch was too large whose records are not, as far as we know: the topic takes less than it did, or did not say what it takes. Asks
+/// again, and if that tells nothing new it is told by batches of one. Nothing is on its way.
+fn refit(
+    options: &SinkOptions,
+    shared: &Arc<Shared>,
+    before: Client,
+    room: Receiver<()>,
+) -> Result<(Client, Receiver<()>, Taken), Ended> {
+    let (limit_bytes, carried) = (before.context().limit_bytes, before.context().carried.clone());
+    let (fitted, room, taken) = fit(options, shared, before, room)?;
+    if fitted.context().limit_bytes != limit_bytes {
+        return Ok((fitted, room, taken));
+    }
+    let (client, room) = client(options, shared, Some(limit_bytes), Batches::OfOne, carried).map_err(Ended::Failed)?;
+    Ok((client, room, taken))
+}
+
+/// How sending has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sent {
+    /// All is sent, or the sink has ended.
+    All,
+    /// Not like this: with batches that are smaller.
+    TooCoarse,
+}
+
+/// What became of the records that were to be sent again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Again {
+    /// There were none.
+    None,
+    /// They are sent.
+    Sent,
+    /// They are left.
+    TooCoarse,
 }
 
 /// What sends records needs.
@@ -354,21 +406,23 @@ impl Sending<'_> {
         self.shared.stopping() || self.shared.failed()
     }
 
-    fn all(&self, records: &Receiver<SinkRecord>) {
+    fn all(&self, records: &Receiver<SinkRecord>, expected: &mut u64) -> Sent {
         let shared = self.shared;
-        let mut expected = shared.delivered.load(Ordering::Acquire);
         while !self.is_over() {
-            self.again();
+            if self.again() == Again::TooCoarse {
+                return Sent::TooCoarse;
+            }
             let record = match records.recv_timeout(TICK) {
                 Ok(record) => record,
                 Err(RecvTimeoutError::Timeout) => continue,
                 Err(RecvTimeoutError::Disconnected) => {
                     // Of the last ones some may have to be sent again.
                     self.drain();
-                    while self.again() {
-                        self.drain();
+                    match self.again() {
+                        Again::None => return Sent::All,
+                        Again::Sent => continue,
+                        Again::TooCoarse => return Sent::TooCoarse,
                     }
-                    return;
                 }
             };
             // SeqCst: see `Sink::try_send`.
@@ -376,21 +430,25 @@ impl Sending<'_> {
             if shared.wants_room.load(Ordering::SeqCst) && shared.wants_room.swap(false, Ordering::SeqCst) {
                 shared.signal.raise();
             }
-            if record.sequence != expected {
-                return shared.fail(KafkaError::Sequence { expected, found: record.sequence });
+            if record.sequence != *expected {
+                shared.fail(KafkaError::Sequence { expected: *expected, found: record.sequence });
+                return Sent::All;
             }
-            expected += 1;
-            lock(&self.client.context().window).send(record.timestamp_ms);
-            let now_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_millis());
-            if self.taken.doubts(&record, i64::try_from(now_ms).unwrap_or(i64::MAX)) {
-                // Alone in its request, with nothing on its way behind it: whatever becomes of it, the order stays.
+            *expected += 1;
+            let carried = &self.client.context().carried;
+            lock(&carried.window).send(record.timestamp_ms);
+            if self.is_doubtful(&record) {
                 self.drain();
-                self.again();
-                self.alone(record);
-            } else {
-                self.one(record);
+                let mut again = lock(&carried.again);
+                if !again.is_empty() {
+                    // Behind these.
+                    again.push(record);
+                    continue;
+                }
             }
+            self.in_order(record);
         }
+        Sent::All
     }
 
     /// Waits until everything that was sent has its report.
@@ -401,29 +459,38 @@ impl Sending<'_> {
         }
     }
 
-    /// Sends those again that were in one request with a refused record, behind what was on its way then. Whether there were any.
-    fn again(&self) -> bool {
-        let again = &self.client.context().again;
+    /// Sends those again that were in one request with a refused record, behind what was on its way then.
+    fn again(&self) -> Again {
+        let reports = self.client.context();
+        let again = &reports.carried.again;
         if lock(again).is_empty() {
-            return false;
+            return Again::None;
         }
         self.drain();
-        let mut records = std::mem::take(&mut *lock(again));
-        records.sort_unstable_by_key(|again| again.record.sequence);
-        for Again { record, goes_alone } in records {
-            if goes_alone { self.alone(record) } else { self.one(record) }
+        if reports.is_too_coarse.load(Ordering::Relaxed) {
+            return Again::TooCoarse;
         }
-        true
+        let mut records = std::mem::take(&mut *lock(again));
+        records.sort_unstable_by_key(|record| record.sequence);
+        records.into_iter().for_each(|record| self.in_order(record));
+        Again::Sent
     }
 
-    /// Sends one record with nothing else on its way.
-    fn alone(&self, record: SinkRecord) {
-        self.drain();
-        let alone = &self.client.context().alone;
-        alone.store(record.sequence, Ordering::Relaxed);
-        self.one(record);
-        self.drain();
-        alone.store(u64::MAX, Ordering::Relaxed);
+    fn is_doubtful(&self, record: &SinkRecord) -> bool {
+        let now_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_millis());
+        self.taken.doubts(record, i64::try_from(now_ms).unwrap_or(i64::MAX))
+    }
+
+    /// Sends one record; one that the broker may refuse goes alone in its request, with nothing on its way behind it: whatever becomes of
+    /// it, the order stays.
+    fn in_order(&self, record: SinkRecord) {
+        if self.is_doubtful(&record) {
+            self.drain();
+            self.one(record);
+            self.drain();
+        } else {
+            self.one(record);
+        }
     }
 
     /// Hands one record to librdkafka, waiting while it is full.
@@ -469,7 +536,13 @@ impl Sending<'_> {
 }
 
 /// The thread that takes delivery reports, and notices when the brokers are away.
-fn take_reports(client: &Client, options: &SinkOptions, shared: &Shared, sending_ended: &AtomicBool) {
+fn take_reports(
+    client: &Client,
+    options: &SinkOptions,
+    shared: &Shared,
+    sending_ended: &AtomicBool,
+    is_replaced: &AtomicBool,
+) {
     let reports = client.context();
     let servers = &options.connection.bootstrap_servers;
     let mut trouble = Trouble::default();
@@ -478,7 +551,8 @@ fn take_reports(client: &Client, options: &SinkOptions, shared: &Shared, sending
     loop {
         // Serves each report as it comes, and returns after a tick.
         client.poll(TICK);
-        if shared.stopping() || (shared.failed() && sending_ended.load(Ordering::Relaxed)) {
+        let is_over = shared.failed() || is_replaced.load(Ordering::Relaxed);
+        if shared.stopping() || (is_over && sending_ended.load(Ordering::Relaxed)) {
             return;
         }
         let errors = std::mem::take(&mut *lock(&reports.errors));
