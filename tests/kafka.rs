@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests: a failure is a failed test")]
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -10,7 +10,7 @@ use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use argo_streams_kafka::{Connection, Sink, SinkOptions, SinkRecord, Source, SourceEvent, SourceOptions, SourceRecord};
-use argo_streams_tests::{PATIENCE, Running, Scratch, binary, repository, wait_for};
+use argo_streams_tests::{PATIENCE, Running, Scratch, binary, kill_while_running, repository, wait_for};
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
@@ -63,19 +63,29 @@ impl Broker {
     }
 
     fn topic(&self, name: &str, partitions: i32) {
+        self.topic_with(name, partitions, &[]);
+    }
+
+    fn topic_with(&self, name: &str, partitions: i32, settings: &[(&str, &str)]) {
         let admin: AdminClient<DefaultClientContext> =
             ClientConfig::new().set("bootstrap.servers", &self.servers).create().unwrap();
         let topic = NewTopic::new(name, partitions, TopicReplication::Fixed(1));
+        let topic = settings.iter().fold(topic, |topic, (key, value)| topic.set(key, value));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let made = runtime.block_on(admin.create_topics(&[topic], &AdminOptions::new())).unwrap();
         made[0].as_ref().unwrap();
     }
 
     fn write(&self, topic: &str, payloads: impl Iterator<Item = Vec<u8>>) -> u64 {
+        self.write_at(topic, payloads.map(|payload| (payload, None)))
+    }
+
+    /// With the time of each record.
+    fn write_at(&self, topic: &str, payloads: impl Iterator<Item = (Vec<u8>, Option<i64>)>) -> u64 {
         let sink = Sink::start(SinkOptions::new(self.connection(), topic), Box::new(|| {})).unwrap();
         let mut count = 0;
-        for payload in payloads {
-            let mut record = SinkRecord { sequence: count, payload, ..SinkRecord::default() };
+        for (payload, timestamp_ms) in payloads {
+            let mut record = SinkRecord { sequence: count, payload, timestamp_ms, ..SinkRecord::default() };
             wait_for("room in the producer's queue", || match sink.try_send(std::mem::take(&mut record)) {
                 Ok(()) => Some(()),
                 Err(back) => {
@@ -118,11 +128,15 @@ fn flights() -> Vec<Vec<u8>> {
 
 /// Programs of a run: grandchildren of the agent.
 fn programs_of(run: &Running) -> Vec<i32> {
+    programs_of_agent(run.child.id())
+}
+
+fn programs_of_agent(agent: u32) -> Vec<i32> {
     let children = |process: i32| {
         let text = std::fs::read_to_string(format!("/proc/{process}/task/{process}/children")).unwrap_or_default();
         text.split_whitespace().filter_map(|id| id.parse::<i32>().ok()).collect::<Vec<_>>()
     };
-    children(i32::try_from(run.child.id()).unwrap()).into_iter().flat_map(children).collect()
+    children(i32::try_from(agent).unwrap()).into_iter().flat_map(children).collect()
 }
 
 #[test]
@@ -406,4 +420,259 @@ fn an_unknown_topic_and_a_record_too_large_are_named() {
     assert_eq!(broker.read("small").len(), 1);
     assert_eq!(run.summary()["steps"][1]["errors"], 1);
     assert!(run.words().contains("max.message.bytes"), "it says what to raise: {}", run.words());
+}
+
+/// What topics of small records take, in bytes, and how long those records are that are too large for them.
+const SMALL: (&str, usize) = ("4000", 6000);
+
+/// A line of JSON with a key and an id, and so much more.
+fn line(id: u64, pad: usize) -> Vec<u8> {
+    format!("{{\"k\":\"key {}\",\"id\":{id},\"pad\":\"{}\"}}", id % 37, "x".repeat(pad)).into_bytes()
+}
+
+/// Such lines; some are too large.
+fn sized(ids: std::ops::Range<u64>, is_large: impl Fn(u64) -> bool) -> Vec<Vec<u8>> {
+    ids.map(|id| line(id, if is_large(id) { SMALL.1 } else { 40 })).collect()
+}
+
+fn id_of(payload: &[u8]) -> u64 {
+    serde_json::from_slice::<Value>(payload).unwrap()["id"].as_u64().unwrap()
+}
+
+/// Fails unless each record is once in the topic, in the order of its key, or once in the dead letters, with all that is known of it.
+fn each_is_once(broker: &Broker, topic: &str, letters: &str, count: u64, is_refused: impl Fn(u64) -> bool) {
+    let mut last: HashMap<u64, u64> = HashMap::new();
+    let mut written = Vec::new();
+    for record in broker.read(topic) {
+        let id = id_of(&record.payload);
+        assert!(last.insert(id % 37, id).is_none_or(|before| before < id), "a key is out of order at {id}");
+        written.push(id);
+    }
+    written.sort_unstable();
+    let expected: Vec<u64> = (0..count).filter(|id| !is_refused(*id)).collect();
+    assert!(written == expected, "{} records are in the topic, not {}", written.len(), expected.len());
+    let mut refused = Vec::new();
+    for line in letters.lines() {
+        let letter: Value = serde_json::from_str(line).unwrap();
+        let payload = letter["payload"].as_str().unwrap();
+        let id = id_of(payload.as_bytes());
+        let shown = || line.chars().take(500).collect::<String>();
+        assert_eq!((&letter["step"], &letter["attempts"]), (&"out".into(), &1.into()), "{}", shown());
+        assert_eq!(payload.as_bytes(), sized(id..id + 1, &is_refused)[0], "{}", shown());
+        assert_eq!(letter["key"], format!("key {}", id % 37), "{}", shown());
+        let reason = letter["reason"].as_str().unwrap();
+        assert!(reason.contains("max.message.bytes") && reason.contains(topic), "{}", shown());
+        let time = |name: &str| letter[name].as_str().unwrap().parse::<u64>().unwrap();
+        assert!(time("first_failed_ns") >= time("time_ns") && time("first_failed_ns") == time("last_failed_ns"));
+        refused.push(id);
+    }
+    refused.sort_unstable();
+    let expected: Vec<u64> = (0..count).filter(|id| is_refused(*id)).collect();
+    assert_eq!(refused, expected, "each refused record is one dead letter");
+}
+
+#[test]
+fn what_a_topic_refuses_is_a_dead_letter_once_while_programs_and_the_broker_are_killed() {
+    let broker = broker();
+    broker.topic_with("refusing", 3, &[("max.message.bytes", SMALL.0)]);
+    let scratch = Scratch::new();
+    let is_large = |id: u64| id % 499 == 17 || (5_000..5_040).contains(&id);
+    scratch.write("in", sized(0..100_000, is_large).join(&b'\n'));
+    let pipeline = scratch.pipeline("  - file: {path: in}\n  - groupByKey: {key: .k}\n  - parDo: cat\n    name: cat\n    command: [cat]\n    ack: line\n  - kafka: {topic: refusing}\n    name: out\n    onError: {deadLetter: dead}\n  - file: {path: dead}\n    name: dead\n  - file: {path: out}\n    from: [cat]\n");
+    let mut run = scratch.start(&pipeline, &["--kafka", &broker.servers, "--output", "json"]);
+    let agent = run.child.id();
+    wait_for("the first records", || {
+        std::fs::metadata(scratch.path("out")).is_ok_and(|seen| seen.len() > 100_000).then_some(())
+    });
+    broker.command("kill");
+    broker.command("start");
+    let killed = kill_while_running(&scratch, &mut run, 6, || programs_of_agent(agent));
+    let run = run.finish().expect_code(0);
+    assert!(killed > 0, "nothing was killed");
+    each_is_once(&broker, "refusing", &scratch.text("dead"), 100_000, is_large);
+    let refused = (0..100_000).filter(|id| is_large(*id)).count();
+    let step = &run.summary()["steps"][3];
+    let expected = [100_000, 100_000 - refused, refused, 0].map(Value::from);
+    assert_eq!(["in", "out", "errors", "errors_unread"].map(|field| step[field].clone()), expected, "{step}");
+    assert_eq!(run.summary()["steps"][4]["in"], refused);
+}
+
+/// The worst moment for a dead letter is between its transaction's commit and the slot's: there the letters have no room, until the agent
+/// was killed several times.
+#[test]
+fn killed_agents_leave_each_refused_record_of_a_transaction_once_in_the_dead_letters() {
+    let broker = broker();
+    broker.topic_with("refusing-transactions", 1, &[("max.message.bytes", SMALL.0)]);
+    let scratch = Scratch::new();
+    let count = 30_000;
+    let is_large = |id: u64| if id < 400 { id % 2 == 1 } else { id % 97 == 5 };
+    // In the beginning a ring of good ones has fewer than there is room for letters, and two of them have more.
+    let pad = |id: u64| {
+        if is_large(id) {
+            SMALL.1
+        } else if id < 400 {
+            3000
+        } else {
+            40
+        }
+    };
+    scratch.write("in", (0..count).map(|id| line(id, pad(id))).collect::<Vec<_>>().join(&b'\n'));
+    let go = scratch.path("go");
+    let pipeline = scratch.pipeline(&format!(
+        "  - file: {{path: in}}\n  - groupByKey: {{key: .k}}\n  - kafka: {{topic: refusing-transactions, transactions: true}}\n    name: out\n    onError: {{deadLetter: dead}}\n  - file: {{path: dead}}\n    name: dead\n  - parDo: waits\n    name: waits\n    from: [out.errors]\n    command: [sh, -c, 'while [ ! -e {} ]; do sleep 0.02; done; exec cat']\n    ack: line\n  - file: {{path: seen}}\n",
+        go.display()
+    ));
+    let state = scratch.path("state");
+    let arguments = ["--kafka", &broker.servers, "--output", "json", "--state", state.to_str().unwrap()];
+    let letters_in_slot = || {
+        let output =
+            Command::new(binary()).arg("ctl").arg(&pipeline).args(["status", "--output", "json"]).output().unwrap();
+        let status: Value = serde_json::from_slice(&output.stdout).ok()?;
+        status["steps"].as_array()?.iter().find(|step| step["name"] == "out")?["errors"].as_u64()
+    };
+    let mut run = scratch.start(&pipeline, &arguments);
+    for _ in 0..4 {
+        wait_for("a transaction that is committed and whose dead letters are not", || {
+            // In this order: what is in the topic by now has its letters before the next look, or is such a one.
+            let last = broker.read("refusing-transactions").last().map(|record| id_of(&record.payload))?;
+            let refused = (0..last).filter(|id| is_large(*id)).count() as u64;
+            (letters_in_slot()? < refused).then_some(())
+        });
+        run.signal(Signal::KILL);
+        assert_eq!(run.finish().output.status.code(), None, "killed");
+        run = scratch.start(&pipeline, &arguments);
+    }
+    std::fs::write(&go, "").unwrap();
+    let mut killed = 0;
+    let lines = || scratch.text("dead").lines().count();
+    let mut before = lines();
+    while killed < 6 {
+        // Paced by progress.
+        let is_over = wait_for("progress or the end", || {
+            let is_over = run.child.try_wait().unwrap().is_some();
+            (is_over || lines() > before + 20).then_some(is_over)
+        });
+        if is_over {
+            break;
+        }
+        before = lines();
+        run.signal(Signal::KILL);
+        assert_eq!(run.finish().output.status.code(), None, "killed");
+        killed += 1;
+        run = scratch.start(&pipeline, &arguments);
+    }
+    let run = run.finish().expect_code(0);
+    assert!(killed > 0, "nothing was killed behind the waiting");
+    each_is_once(&broker, "refusing-transactions", &scratch.text("dead"), count, is_large);
+    let mut seen: Vec<u64> = scratch.text("seen").lines().map(|line| id_of(line.as_bytes())).collect();
+    seen.sort_unstable();
+    assert_eq!(seen, (0..count).filter(|id| is_large(*id)).collect::<Vec<_>>(), "also behind a program");
+    let step = &run.summary()["steps"][2];
+    assert_eq!((&step["in"], &step["errors"]), (&count.into(), &seen.len().into()), "{step}");
+}
+
+/// What only the broker refuses, among others in the same request.
+#[test]
+fn times_that_a_topic_does_not_take_are_dead_letters_and_nothing_else_is() {
+    let broker = broker();
+    let future_ms: i64 = 9_000_000_000_000;
+    broker.topic_with("any-time", 1, &[("message.timestamp.after.max.ms", "9000000000000")]);
+    let is_bad = |id: u64| id % 100 == 57;
+    let records = sized(0..5_000, |_| false).into_iter().zip(0..);
+    broker.write_at(
+        "any-time",
+        records.map(|(line, id)| (line, Some(if is_bad(id) { future_ms } else { 1_700_000_000_000 }))),
+    );
+    for transactions in [false, true] {
+        let topic = format!("present-{transactions}");
+        broker.topic_with(&topic, 2, &[("message.timestamp.after.max.ms", "3600000")]);
+        let scratch = Scratch::new();
+        let pipeline = scratch.pipeline(&format!("  - kafka: {{topic: any-time}}\n  - groupByKey: {{key: .k}}\n  - kafka: {{topic: {topic}, transactions: {transactions}}}\n    name: out\n  - file: {{path: dead}}\n    from: [out.errors]\n"));
+        let run =
+            scratch.run(&pipeline, &["--kafka", &broker.servers, "--until", "end", "--output", "json"]).expect_code(0);
+        let mut written: Vec<u64> = broker.read(&topic).iter().map(|record| id_of(&record.payload)).collect();
+        written.sort_unstable();
+        assert_eq!(written, (0..5_000).filter(|id| !is_bad(*id)).collect::<Vec<_>>(), "{topic}");
+        let letters: Vec<Value> =
+            scratch.text("dead").lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let ids: Vec<u64> =
+            letters.iter().map(|letter| id_of(letter["payload"].as_str().unwrap().as_bytes())).collect();
+        assert_eq!(ids, (0..5_000).filter(|id| is_bad(*id)).collect::<Vec<_>>(), "{topic}");
+        for letter in &letters {
+            assert_eq!(letter["time_ns"], (future_ms * 1_000_000).to_string(), "{letter}");
+            assert!(letter["reason"].as_str().unwrap().contains("timestamp"), "{letter}");
+        }
+        assert_eq!(run.summary()["steps"][2]["errors"], letters.len());
+    }
+}
+
+/// A sink gets a reader of its errors while it runs, and loses it again.
+#[test]
+fn a_sink_whose_dead_letters_are_read_for_a_while() {
+    let broker = broker();
+    for transactions in [false, true] {
+        let (from, to) = (format!("read-from-{transactions}"), format!("read-to-{transactions}"));
+        broker.topic(&from, 1);
+        broker.topic_with(&to, 1, &[("max.message.bytes", SMALL.0)]);
+        let scratch = Scratch::new();
+        let steps = |letters: &str, dead: &str| {
+            format!(
+                "  - kafka: {{topic: {from}}}\n  - kafka: {{topic: {to}, transactions: {transactions}}}\n    name: out\n{letters}{dead}"
+            )
+        };
+        let without = steps("", "");
+        let with = steps("    onError: {deadLetter: dead}\n", "  - file: {path: dead}\n    name: dead\n");
+        let pipeline = scratch.pipeline(&without);
+        let run = scratch.start(&pipeline, &["--kafka", &broker.servers, "--output", "json"]);
+        let ctl = |words: &[&str]| Command::new(binary()).arg("ctl").arg(&pipeline).args(words).output().unwrap();
+        let is_large = |id: u64| id % 50 == 7;
+        let mut dead_lines = Vec::new();
+        for (round, change) in [None, Some(&with), Some(&without)].into_iter().enumerate() {
+            if let Some(text) = change {
+                let _written = scratch.pipeline(text);
+                let output = ctl(&["apply"]);
+                assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            }
+            let ids = round as u64 * 1_000..(round as u64 + 1) * 1_000;
+            broker.write(&from, sized(ids.clone(), is_large).into_iter());
+            wait_for("the round", || {
+                let status: Value = serde_json::from_slice(&ctl(&["status", "--output", "json"]).stdout).ok()?;
+                let out = status["steps"].as_array()?.iter().find(|step| step["name"] == "out")?.clone();
+                (out["in"] == ids.end).then_some(())
+            });
+            dead_lines.push(std::fs::read_to_string(scratch.path("dead")).unwrap_or_default().lines().count());
+        }
+        run.signal(Signal::TERM);
+        let run = run.finish().expect_code(0);
+        let dead: BTreeSet<u64> = scratch
+            .text("dead")
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(line).unwrap())
+            .map(|letter| id_of(letter["payload"].as_str().unwrap().as_bytes()))
+            .collect();
+        assert_eq!(dead, (1_000..2_000).filter(|id| is_large(*id)).collect(), "{dead_lines:?}");
+        assert_eq!(scratch.text("dead").lines().count(), dead.len());
+        let mut written: Vec<u64> = broker.read(&to).iter().map(|record| id_of(&record.payload)).collect();
+        written.sort_unstable();
+        assert_eq!(written, (0..3_000).filter(|id| !is_large(*id)).collect::<Vec<_>>());
+        assert_eq!(run.summary()["steps"][1]["errors"], 60);
+        assert!(run.words().contains("max.message.bytes"), "what nobody read was said: {}", run.words());
+    }
+}
+
+#[test]
+fn the_beginning_of_a_record_beyond_the_limit_is_a_dead_letter() {
+    let broker = broker();
+    broker.topic_with("long-records", 1, &[("max.message.bytes", "25000000")]);
+    let long: Vec<u8> = (0..17_u32 << 20).map(|at| b'a' + u8::try_from(at % 23).unwrap()).collect();
+    broker.write("long-records", [b"first".to_vec(), long.clone(), b"last".to_vec()].into_iter());
+    let scratch = Scratch::new();
+    let pipeline = scratch.pipeline("  - kafka: {topic: long-records}\n    name: in\n    onError: {deadLetter: dead}\n  - file: {path: out}\n  - file: {path: dead}\n    name: dead\n");
+    let _run = scratch.run(&pipeline, &["--kafka", &broker.servers, "--until", "end"]).expect_code(0);
+    assert_eq!(scratch.text("out"), "first\nlast\n");
+    let letter: Value = serde_json::from_str(&scratch.text("dead")).unwrap();
+    assert_eq!((&letter["step"], &letter["attempts"]), (&"in".into(), &1.into()));
+    assert_eq!(letter["payload"].as_str().unwrap().as_bytes(), &long[..64 << 10]);
+    let place = serde_json::json!({"len_bytes": long.len().to_string(), "topic": "long-records", "partition": "0", "offset": "1"});
+    assert_eq!(letter["attributes"], place);
 }

@@ -51,6 +51,44 @@ fn a_line_beyond_the_limit_is_counted_and_named() {
     );
 }
 
+/// Its length and place are with it.
+#[test]
+fn the_beginning_of_a_line_beyond_the_limit_is_a_dead_letter() {
+    let long = |letter: u8, len: usize| vec![letter; len];
+    let input = [b"first\n".to_vec(), long(b'x', 20 << 20), b"\nshort\n".to_vec(), long(b'y', (16 << 20) + 1)].concat();
+    for (source, is_file) in [("file: {path: in}", true), ("stdin: {}", false)] {
+        let scratch = Scratch::new();
+        scratch.write("in", &input);
+        let pipeline = scratch.pipeline(&format!(
+            "  - {source}\n    name: in\n    onError: {{deadLetter: dead}}\n  - file: {{path: out}}\n  - file: {{path: dead}}\n    name: dead\n"
+        ));
+        let mut run = scratch.start(&pipeline, &["--output", "json"]);
+        if !is_file {
+            run.write(&input);
+        }
+        drop(run.child.stdin.take());
+        let run = run.finish().expect_code(0);
+        assert_eq!(scratch.text("out"), "first\nshort\n");
+        let letters: Vec<Value> =
+            scratch.text("dead").lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let expected = [("x", 20_971_520, 6), ("y", 16_777_217, 20_971_533)];
+        assert_eq!(letters.len(), expected.len());
+        for (letter, (text, len_bytes, offset)) in letters.iter().zip(expected) {
+            assert_eq!((&letter["step"], &letter["attempts"]), (&"in".into(), &1.into()));
+            assert_eq!(letter["payload"], text.repeat(64 << 10));
+            assert!(letter["reason"].as_str().unwrap().contains(&len_bytes.to_string()), "{}", letter["reason"]);
+            let place = &letter["attributes"];
+            assert_eq!(
+                (&place["len_bytes"], &place["offset"]),
+                (&len_bytes.to_string().into(), &offset.to_string().into())
+            );
+            assert_eq!(place["file"], if is_file { "in".into() } else { Value::Null });
+        }
+        let step = &run.summary()["steps"][0];
+        assert_eq!((&step["errors"], &step["errors_unread"], &step["out"]), (&2.into(), &0.into(), &2.into()));
+    }
+}
+
 #[test]
 fn gzip_keys_errors_and_flattening() {
     let scratch = Scratch::new();

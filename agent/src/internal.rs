@@ -4,11 +4,13 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use argo_streams_pipeline::KeyExpression;
+use argo_streams_shim::LINE_HEAD_BYTES;
+use argo_streams_shm_protocol::limits::{ATTRIBUTES_BYTES_MAX, ERROR_REASON_BYTES_MAX};
 use argo_streams_shm_protocol::monotonic_ns;
 use argo_streams_shm_protocol::stage::{
-    BelongsTo, Emit, KeyChoice, KeyEvaluator, OUTPUT_MAIN, OpenError, Stage, StageError,
+    BelongsTo, Emit, KeyChoice, KeyEvaluator, OUTPUT_ERRORS, OUTPUT_MAIN, OpenError, Stage, StageError,
 };
-use argo_streams_shm_protocol::{Control, Histogram, Role, attributes_iter, realtime_ns};
+use argo_streams_shm_protocol::{Control, Histogram, Role, attributes_encode, attributes_iter, realtime_ns};
 use argo_streams_stage::{Backend, StageBell};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -316,8 +318,38 @@ impl Internal {
     /// # Errors
     /// As [`Stage::emit`], but never for want of room.
     pub async fn emit(&mut self, emit: &Emit<'_>, payload: &[u8]) -> Result<(), InternalError> {
+        self.emit_to(OUTPUT_MAIN, emit, payload).await
+    }
+
+    /// Puts the beginning of what a source cannot take on its error output, with its length and place. The rest of it is nowhere.
+    ///
+    /// # Errors
+    /// As [`Internal::emit`].
+    pub async fn reject_part(&mut self, part: &Part<'_>) -> Result<(), InternalError> {
+        let (now_ns, len_bytes) = (realtime_ns().to_string(), part.len_bytes.to_string());
+        let reason = part.reason.get(..part.reason.floor_char_boundary(ERROR_REASON_BYTES_MAX)).unwrap_or_default();
+        let said = [
+            ("step", self.stage.grant().name.as_bytes()),
+            ("reason", reason.as_bytes()),
+            ("attempts", b"1"),
+            ("first_failed_ns", now_ns.as_bytes()),
+            ("last_failed_ns", now_ns.as_bytes()),
+            ("len_bytes", len_bytes.as_bytes()),
+        ];
+        let mut attributes = Vec::new();
+        attributes_encode(said, &mut attributes);
+        attributes_encode(part.place.iter().map(|(name, value)| (*name, value.as_bytes())), &mut attributes);
+        if attributes.len() + part.attributes.len() <= ATTRIBUTES_BYTES_MAX {
+            attributes.extend_from_slice(part.attributes);
+        }
+        let payload = part.bytes.get(..part.bytes.len().min(LINE_HEAD_BYTES)).unwrap_or_default();
+        let emit = Emit { attributes: &attributes, ..from_source(None, part.event_time_ns) };
+        self.emit_to(OUTPUT_ERRORS, &emit, payload).await
+    }
+
+    async fn emit_to(&mut self, output: usize, emit: &Emit<'_>, payload: &[u8]) -> Result<(), InternalError> {
         loop {
-            match self.stage.emit(OUTPUT_MAIN, emit, payload) {
+            match self.stage.emit(output, emit, payload) {
                 Err(StageError::Full | StageError::BatchFull) => {
                     self.publish()?;
                     if self.stage.is_blocked() {
@@ -344,6 +376,23 @@ impl Internal {
             }
         }
     }
+}
+
+/// Something that a source cannot take.
+#[derive(Debug)]
+pub struct Part<'a> {
+    /// Why.
+    pub reason: &'a str,
+    /// How long it is in whole.
+    pub len_bytes: u64,
+    /// What of it is there. At most [`LINE_HEAD_BYTES`] are taken.
+    pub bytes: &'a [u8],
+    /// Where it is, as attributes.
+    pub place: &'a [(&'a str, String)],
+    /// Its own attributes, encoded: they go with it while there is room.
+    pub attributes: &'a [u8],
+    /// Its time; `None` = now.
+    pub event_time_ns: Option<i64>,
 }
 
 fn open(control: Control) -> Result<(Stage, StageBell), InternalError> {

@@ -139,7 +139,10 @@ impl Physical {
                         },
                         is_kept: false,
                         // A line or a message of a source is bounded by what is gathered in memory.
-                        record_bytes_max: if matches!(step.kind(), StepKind::ParDo(_) | StepKind::Overflow(_)) {
+                        record_bytes_max: if matches!(
+                            step.kind(),
+                            StepKind::ParDo(_) | StepKind::Overflow(_) | StepKind::Sink(_)
+                        ) {
                             RECORD_PAYLOAD_BYTES_MAX as u64
                         } else {
                             RECORD_PAYLOAD_BYTES_MAX_BEFORE as u64

@@ -4,6 +4,8 @@ pub mod discard;
 pub mod file;
 pub mod kafka;
 pub mod log;
+mod mark;
+mod refusals;
 pub mod transactions;
 
 use argo_streams_shm_protocol::RecordKind;

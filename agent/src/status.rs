@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::sync::{Arc, Mutex};
 
-use argo_streams_pipeline::{Output, Plan, StepKind};
+use argo_streams_pipeline::{Output, Plan, Sink, Source, StepKind};
 use argo_streams_shm_protocol::{Histogram, monotonic_ns};
 use serde::Serialize;
 
@@ -227,10 +227,15 @@ impl Status {
                 end_to_end.add(&latency);
             }
         }
-        // Sources and sinks have no error output: each of their errors was said when it happened.
+        // Others have no error output: each of their errors was said when it happened.
         let has_output = matches!(
             self.plan.step(step).map(argo_streams_pipeline::Step::kind),
-            Some(StepKind::ParDo(_) | StepKind::GroupByKey(_))
+            Some(
+                StepKind::ParDo(_)
+                    | StepKind::GroupByKey(_)
+                    | StepKind::Sink(Sink::Kafka(_))
+                    | StepKind::Source(Source::Kafka(_) | Source::File(_) | Source::Stdin)
+            )
         );
         let is_read = !has_output || !self.plan.readers(step, Output::Errors).is_empty();
         let quantile = |share| end_to_end.quantile_ns(share).map(microseconds);

@@ -136,6 +136,11 @@ pub struct Attempts {
 }
 
 impl Attempts {
+    /// One attempt, which failed at this time, ns since 1970.
+    pub(crate) fn one(first_failed_ns: u64) -> Self {
+        Self { count: 1, first_failed_ns, due_ns: 0 }
+    }
+
     fn encode(&self) -> [u8; 24] {
         let mut bytes = [0; 24];
         let words = [u64::from(self.count), self.first_failed_ns, self.due_ns];

@@ -1896,6 +1896,16 @@ impl Stage {
         self.emit_rejected(nth, &record, &attributes)
     }
 
+    /// As [`Stage::reject`], of a record that was tried, once, and failed by now: its dead letter says so.
+    ///
+    /// # Errors
+    /// As [`Stage::emit`].
+    pub fn reject_tried(&mut self, nth: usize, reason: &str) -> Result<(), StageError> {
+        let record = self.undone_record(nth).ok_or(StageError::Misuse("there is no such undone record"))?;
+        let now_ns = realtime_ns();
+        self.reject_after(nth, &record, reason, Attempts::one(now_ns), now_ns)
+    }
+
     fn emit_rejected(&mut self, nth: usize, record: &Received, attributes: &[u8]) -> Result<(), StageError> {
         let mut payload = Vec::new();
         self.append_payload(record, &mut payload);

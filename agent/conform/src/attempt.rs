@@ -609,7 +609,7 @@ fn pipeline_text(place: &Place, setup: &Setup) -> String {
 fn judge_line(judge: &mut Judge, line: Line<'_>, queued: u64) -> Result<(), Finding> {
     match line {
         Line::Whole(line) => judge.line(line, queued),
-        Line::TooLong { len_bytes } => Err(Finding::new(
+        Line::TooLong { len_bytes, .. } => Err(Finding::new(
             format!("a line of {len_bytes} bytes"),
             "A record has at most 16 MiB. Each line needs its newline.",
         )),

@@ -36,6 +36,34 @@ pub(crate) const MESSAGE_BYTES_MAX: u64 = 1_000_000_000;
 /// librdkafka's own `batch.size`, which must not exceed what the topic accepts.
 pub(crate) const BATCH_BYTES: u64 = 1_000_000;
 
+/// What Kafka puts around the key, payload and headers of a record that is alone in its batch, at least.
+pub(crate) const BATCH_OVERHEAD_BYTES_MIN: usize = 68;
+
+/// How far a broker's clock may be from ours for a timestamp still to count as one that it surely takes.
+pub(crate) const CLOCK_DIFFERENCE_MS_MAX: i64 = 60_000;
+
+/// How many records a request to a partition has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Batches {
+    /// What is there, up to what the topic takes.
+    OfMany,
+    /// One, so that a broker that refuses a batch speaks of this one.
+    OfOne,
+}
+
+/// What a producer is told of sizes, for a topic that takes so much at once.
+pub(crate) fn size_properties(limit_bytes: u64, batches: Batches) -> [(&'static str, String); 4] {
+    let record_bytes = limit_bytes.clamp(MESSAGE_BYTES_MIN, MESSAGE_BYTES_MAX);
+    [
+        ("message.max.bytes", record_bytes.to_string()),
+        // Every record of a batch that is too large is refused, so a batch is never larger than the topic takes.
+        ("batch.size", BATCH_BYTES.min(limit_bytes).max(1).to_string()),
+        // 10000 is the client's own.
+        ("batch.num.messages", if batches == Batches::OfOne { "1" } else { "10000" }.to_owned()),
+        ("queue.buffering.max.kbytes", u64::from(IN_FLIGHT_KBYTES).max(record_bytes / 512).to_string()),
+    ]
+}
+
 /// How long one wait of a thread of ours lasts: the longest that a commit or a stop lies unseen.
 pub(crate) const TICK: Duration = Duration::from_millis(50);
 

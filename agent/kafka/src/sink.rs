@@ -1,14 +1,15 @@
 //! Records to one topic: the handle. What its threads do is in `sink/worker.rs`.
 
-mod admin;
+pub(crate) mod admin;
 mod window;
-mod worker;
+pub(crate) mod worker;
 
 use crate::connection::Connection;
 use crate::error::{KafkaError, check_topic};
-use crate::limits::{SINK_EVENTS, SINK_QUEUE_RECORDS, STOP_PATIENCE};
+use crate::limits::{BATCH_OVERHEAD_BYTES_MIN, SINK_EVENTS, SINK_QUEUE_RECORDS, STOP_PATIENCE};
 use crate::signal::{Notify, Signal};
 use crossbeam::channel::{self, Receiver, RecvTimeoutError, Sender, TrySendError};
+use rdkafka::types::RDKafkaErrorCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -47,6 +48,21 @@ pub struct SinkRecord {
     pub timestamp_ms: Option<i64>,
     /// In this order, duplicates kept.
     pub headers: Vec<(String, Vec<u8>)>,
+}
+
+impl SinkRecord {
+    /// Whether it alone is more than a topic takes that takes so much. If not, and the broker says that something is too large, it may
+    /// have been its batch: then all records of it are called so.
+    pub(crate) fn is_surely_over(&self, limit_bytes: u64) -> bool {
+        let headers: usize = self.headers.iter().map(|(name, value)| name.len() + value.len()).sum();
+        let len_bytes = self.payload.len() + self.key.as_ref().map_or(0, Vec::len) + headers + BATCH_OVERHEAD_BYTES_MIN;
+        u64::try_from(len_bytes).unwrap_or(u64::MAX) > limit_bytes
+    }
+}
+
+/// Whether a code says that a record, or its batch, is too large.
+pub(crate) fn is_of_size(code: RDKafkaErrorCode) -> bool {
+    matches!(code, RDKafkaErrorCode::MessageSizeTooLarge | RDKafkaErrorCode::MessageBatchTooLarge)
 }
 
 /// Why one record cannot be written, now or ever, while the ones after it can.
@@ -88,6 +104,29 @@ pub enum RefusedRecord {
         /// What they say.
         reason: String,
     },
+}
+
+impl RefusedRecord {
+    /// Why the brokers or the client refuse a record with this code, where the client takes records up to a limit.
+    pub(crate) fn of(code: RDKafkaErrorCode, topic: &str, limit_bytes: u64, record: &SinkRecord) -> Self {
+        use RDKafkaErrorCode as Code;
+        let topic = topic.to_owned();
+        match code {
+            code if is_of_size(code) => {
+                let len_bytes = record.payload.len() + record.key.as_ref().map_or(0, Vec::len);
+                Self::TooLarge { len_bytes: u64::try_from(len_bytes).unwrap_or(u64::MAX), limit_bytes, topic }
+            }
+            Code::InvalidTimestamp => Self::Timestamp { timestamp_ms: record.timestamp_ms, topic },
+            // All that a broker says of one of several such records in a request.
+            Code::InvalidRecord => {
+                let reason = format!(
+                    "{code}: its timestamp is out of the topic's range, or a compacted topic wants a key, or another rule of the topic"
+                );
+                Self::Other { topic, reason }
+            }
+            other => Self::Other { topic, reason: other.to_string() },
+        }
+    }
 }
 
 /// What a sink has to say.

@@ -7,6 +7,7 @@
 //!
 //! The group takes part in nothing: nobody subscribes with it, so it has no members and no rebalances.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,14 +18,18 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bound
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerGroupMetadata};
 use rdkafka::error::{KafkaError as ClientError, RDKafkaErrorCode};
 use rdkafka::message::{Header, OwnedHeaders};
-use rdkafka::producer::{BaseProducer, BaseRecord, DeliveryResult, Producer, ProducerContext};
+use rdkafka::producer::{BaseProducer, BaseRecord, DeliveryResult, Producer, ProducerContext, PurgeConfig};
 use rdkafka::{ClientContext, Offset, TopicPartitionList};
 
 use crate::connection::{self, Connection};
-use crate::error::KafkaError;
-use crate::limits::{IN_FLIGHT_KBYTES, SINK_EVENTS, TICK};
+use crate::error::{KafkaError, Kind, kind};
+use crate::limits::{
+    ASK_FIRST, Batches, DEFAULT_MESSAGE_BYTES, MESSAGE_BYTES_MAX, MESSAGE_BYTES_MIN, SINK_EVENTS, TICK,
+    UNKNOWN_TOPIC_PAUSE, UNKNOWN_TOPIC_TRIES, size_properties,
+};
 use crate::signal::Notify;
-use crate::sink::{RefusedRecord, SinkEvent, SinkRecord};
+use crate::sink::worker::failure;
+use crate::sink::{RefusedRecord, SinkEvent, SinkRecord, admin, is_of_size};
 use crate::source::lock;
 use crate::trouble::{Tell, Trouble};
 
@@ -61,7 +66,10 @@ pub enum TransactionEvent {
     },
     /// The batch is committed.
     Committed,
-    /// A record that is not and will not be written, or what else happens to the connection.
+    /// Nothing of the batch is written, because these records of it are refused for good, by their sequences, each once: hand over
+    /// another one without them. Others of it may be refused as well.
+    Refused(Vec<(u64, RefusedRecord)>),
+    /// What happens to the connection.
     Sink(SinkEvent),
 }
 
@@ -89,10 +97,22 @@ impl TransactionSink {
         let (batches, to_write) = bounded(1);
         let (said, events) = bounded(SINK_EVENTS);
         let stop = Arc::new(AtomicBool::new(false));
-        let producer = producer(&options)?;
+        let limit_bytes = own_limit_bytes(&options).unwrap_or(DEFAULT_MESSAGE_BYTES);
+        let batches_now = Batches::OfMany;
+        let producer = producer(&options, limit_bytes, batches_now)?;
         let marks = marks(&options)?;
-        let writer =
-            Writer { options, producer, marks, said, notify, stop: Arc::clone(&stop), trouble: Trouble::default() };
+        let (stop_too, trouble) = (Arc::clone(&stop), Trouble::default());
+        let writer = Writer {
+            options,
+            limit_bytes,
+            batches: batches_now,
+            producer,
+            marks,
+            said,
+            notify,
+            stop: stop_too,
+            trouble,
+        };
         let thread =
             std::thread::Builder::new()
                 .name("transactions".to_owned())
@@ -102,7 +122,8 @@ impl TransactionSink {
     }
 
     /// Hands a batch over: all of it is written in one transaction together with the mark, of at most [`MARK_BYTES_MAX`]
-    /// bytes. Never blocks. [`TransactionEvent::Committed`] says when it is done; before that no other batch is taken.
+    /// bytes. Never blocks. [`TransactionEvent::Committed`] says when it is done, or [`TransactionEvent::Refused`] that it never
+    /// will be; before that no other batch is taken.
     ///
     /// # Errors
     /// Gives the records back when another batch is under way.
@@ -152,11 +173,20 @@ impl ProducerContext for Reports {
 
 type Client = BaseProducer<Reports>;
 
-fn producer(options: &TransactionOptions) -> Result<Client, KafkaError> {
+/// What the user says that a record may have.
+fn own_limit_bytes(options: &TransactionOptions) -> Option<u64> {
+    options.connection.property("message.max.bytes")?.parse().ok()
+}
+
+fn producer(options: &TransactionOptions, limit_bytes: u64, batches: Batches) -> Result<Client, KafkaError> {
+    let [record, batch, batch_records, queue] = size_properties(limit_bytes, batches);
     let ours = [
+        record,
+        batch,
+        batch_records,
+        queue,
         ("linger.ms", "0".to_owned()),
         ("queue.buffering.max.messages", "100000".to_owned()),
-        ("queue.buffering.max.kbytes", IN_FLIGHT_KBYTES.to_string()),
     ];
     let fixed = [
         ("enable.idempotence", "true"),
@@ -186,6 +216,9 @@ fn marks(options: &TransactionOptions) -> Result<BaseConsumer, KafkaError> {
 
 struct Writer {
     options: TransactionOptions,
+    /// How large a record the producer takes.
+    limit_bytes: u64,
+    batches: Batches,
     producer: Client,
     marks: BaseConsumer,
     said: Sender<TransactionEvent>,
@@ -194,10 +227,22 @@ struct Writer {
     trouble: Trouble,
 }
 
+/// Who refuses a record: a broker speaks of whole batches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum By {
+    Client,
+    Broker,
+}
+
 /// Why a transaction is not committed.
 enum Refusal {
-    /// It was aborted, and may be tried again, without these records.
-    TryAgain(Vec<(usize, RDKafkaErrorCode)>),
+    /// It is to be aborted, and may be tried again, without those of these records that are refused for good.
+    TryAgain {
+        /// Places of records in the batch.
+        failed: Vec<(usize, RDKafkaErrorCode)>,
+        /// Who says so.
+        by: By,
+    },
     /// The sink cannot go on.
     Failed(KafkaError),
     /// It is to stop.
@@ -207,14 +252,14 @@ enum Refusal {
 impl Writer {
     fn run(mut self, to_write: &Receiver<Batch>) {
         match self.serve(to_write) {
-            Ok(()) | Err(Refusal::Stopped | Refusal::TryAgain(_)) => {}
+            Ok(()) | Err(Refusal::Stopped | Refusal::TryAgain { .. }) => {}
             Err(Refusal::Failed(error)) => self.say(TransactionEvent::Sink(SinkEvent::Failed(error))),
         }
     }
 
     fn serve(&mut self, to_write: &Receiver<Batch>) -> Result<(), Refusal> {
-        // Fences the life before: what it had begun is aborted, or its commit is finished, before this returns.
-        self.call("beginning transactions", |this| this.producer.init_transactions(CALL_PATIENCE))?;
+        self.fit()?;
+        self.begin()?;
         let mut list = TopicPartitionList::new();
         list.add_partition(&self.options.topic, 0);
         let found =
@@ -230,8 +275,11 @@ impl Writer {
             match to_write.recv_timeout(TICK) {
                 Ok(batch) => {
                     number += 1;
-                    self.write(batch, number)?;
-                    self.say(TransactionEvent::Committed);
+                    let event = match self.write(&batch, number)? {
+                        refused if refused.is_empty() => TransactionEvent::Committed,
+                        refused => TransactionEvent::Refused(refused),
+                    };
+                    self.say(event);
                 }
                 Err(RecvTimeoutError::Timeout) => {
                     self.producer.poll(Duration::ZERO);
@@ -242,34 +290,80 @@ impl Writer {
         Ok(())
     }
 
-    /// Writes a batch; an aborted transaction is begun again until it is committed.
-    fn write(&mut self, mut batch: Batch, number: i64) -> Result<(), Refusal> {
-        // What the client cannot write at all is refused as the other sink does it, before a transaction is begun for it.
-        let unnamed = |record: &mut SinkRecord| record.headers.iter().any(|(name, _)| name.as_bytes().contains(&0));
-        for record in batch.records.extract_if(.., unnamed).collect::<Vec<_>>() {
-            let sequence = record.sequence;
-            self.say(TransactionEvent::Sink(SinkEvent::Refused { sequence, error: RefusedRecord::HeaderName, record }));
+    /// Makes the producer anew when the topic takes records of another size than it was made for: a batch of many small records that
+    /// is larger than the topic takes would be refused with all of them.
+    fn fit(&mut self) -> Result<(), Refusal> {
+        let mut missing = 0;
+        loop {
+            let found = self.call("finding the topic", |this| {
+                let metadata = this.marks.fetch_metadata(Some(&this.options.topic), CALL_PATIENCE)?;
+                let error = metadata.topics().first().map(|topic| topic.error().map(RDKafkaErrorCode::from));
+                Ok(error.unwrap_or(Some(RDKafkaErrorCode::UnknownTopicOrPartition)))
+            })?;
+            match found.map(|code| (code, kind(code))) {
+                None => break,
+                Some((_, Kind::Passing)) => {}
+                Some((code, found)) => {
+                    // One that was made a moment ago is not yet known to every broker.
+                    missing += 1;
+                    if missing >= UNKNOWN_TOPIC_TRIES || found != Kind::NoTopic {
+                        let Connection { bootstrap_servers, .. } = &self.options.connection;
+                        return Err(Refusal::Failed(failure(code, &self.options.topic, bootstrap_servers)));
+                    }
+                }
+            }
+            std::thread::park_timeout(UNKNOWN_TOPIC_PAUSE);
+        }
+        if own_limit_bytes(&self.options).is_some() {
+            return Ok(());
+        }
+        let config = self.options.connection.client_config(&[], &[]).map_err(Refusal::Failed)?;
+        let limit_bytes = admin::taken_by(&config, &self.options.topic, ASK_FIRST).max_message_bytes;
+        if let Some(limit_bytes) = limit_bytes.filter(|limit_bytes| *limit_bytes != self.limit_bytes) {
+            self.limit_bytes = limit_bytes;
+            self.producer = producer(&self.options, limit_bytes, self.batches).map_err(Refusal::Failed)?;
+        }
+        Ok(())
+    }
+
+    /// Fences the life before, or the producer before: what that had begun is aborted, or its commit is finished, before this returns.
+    fn begin(&mut self) -> Result<(), Refusal> {
+        self.call("beginning transactions", |this| this.producer.init_transactions(CALL_PATIENCE))
+    }
+
+    /// The broker found a batch too large whose records are not, as far as we know: the topic takes less than it did, or does not say
+    /// what. Then it is told by batches of one.
+    fn narrow(&mut self) -> Result<(), Refusal> {
+        let before = self.limit_bytes;
+        self.fit()?;
+        if self.limit_bytes == before {
+            self.batches = Batches::OfOne;
+            self.producer = producer(&self.options, before, self.batches).map_err(Refusal::Failed)?;
+        }
+        self.begin()
+    }
+
+    /// Writes a batch; an aborted transaction is begun again until it is committed. Not empty: it is aborted for good, because of these.
+    fn write(&mut self, batch: &Batch, number: i64) -> Result<Vec<(u64, RefusedRecord)>, Refusal> {
+        // What can be known before is refused before: no transaction is begun for it.
+        let refused: Vec<_> =
+            batch.records.iter().filter_map(|record| Some((record.sequence, self.refused_by_us(record)?))).collect();
+        if !refused.is_empty() {
+            return Ok(refused);
         }
         loop {
-            match self.try_write(&batch, number) {
-                Ok(()) => return Ok(()),
-                Err(Refusal::TryAgain(refused)) => {
-                    self.call("aborting a transaction", |this| this.producer.abort_transaction(CALL_PATIENCE))?;
-                    let mut refused: Vec<_> =
-                        refused.into_iter().filter(|(_, code)| is_refused_for_good(*code)).collect();
-                    refused.sort_unstable_by_key(|(place, _)| std::cmp::Reverse(*place));
-                    refused.dedup_by_key(|(place, _)| *place);
-                    let is_cured = !refused.is_empty();
-                    for (place, code) in refused {
-                        if place < batch.records.len() {
-                            let record = batch.records.remove(place);
-                            let error =
-                                RefusedRecord::Other { topic: self.options.topic.clone(), reason: code.to_string() };
-                            let sequence = record.sequence;
-                            self.say(TransactionEvent::Sink(SinkEvent::Refused { sequence, error, record }));
-                        }
+            match self.try_write(batch, number) {
+                Ok(()) => return Ok(Vec::new()),
+                Err(Refusal::TryAgain { failed, by }) => {
+                    self.abort()?;
+                    let is_of_size = failed.iter().any(|(_, code)| is_of_size(*code));
+                    let refused = self.refused(batch, failed, by);
+                    if !refused.is_empty() {
+                        return Ok(refused);
                     }
-                    if !is_cured {
+                    if is_of_size {
+                        self.narrow()?;
+                    } else {
                         std::thread::park_timeout(RETRY_PAUSE);
                     }
                 }
@@ -281,11 +375,67 @@ impl Writer {
         }
     }
 
+    /// Why the client would refuse a record, if it would.
+    fn refused_by_us(&self, record: &SinkRecord) -> Option<RefusedRecord> {
+        if record.headers.iter().any(|(name, _)| name.as_bytes().contains(&0)) {
+            return Some(RefusedRecord::HeaderName);
+        }
+        // Its own rule: headers do not count.
+        let len_bytes = record.payload.len() + record.key.as_ref().map_or(0, Vec::len);
+        let is_over =
+            u64::try_from(len_bytes).unwrap_or(u64::MAX) > self.limit_bytes.clamp(MESSAGE_BYTES_MIN, MESSAGE_BYTES_MAX);
+        let code = RDKafkaErrorCode::MessageSizeTooLarge;
+        is_over.then(|| RefusedRecord::of(code, &self.options.topic, self.limit_bytes, record))
+    }
+
+    /// Aborts the open transaction.
+    fn abort(&mut self) -> Result<(), Refusal> {
+        // The client does it only when every record has its report, and reports come to who polls. What is under way is given up first.
+        self.producer.purge(PurgeConfig::default().queue().inflight());
+        while self.producer.in_flight_count() > 0 && !self.is_stopping() {
+            self.producer.poll(Duration::from_millis(1));
+        }
+        let is_aborted =
+            self.call("aborting a transaction", |this| match this.producer.abort_transaction(CALL_PATIENCE) {
+                Err(ClientError::Transaction(inner)) if inner.code() == RDKafkaErrorCode::InvalidTransactionalState => {
+                    Ok(false)
+                }
+                result => result.map(|()| true),
+            })?;
+        if is_aborted {
+            return Ok(());
+        }
+        // It came before the broker had heard of the transaction, and the client takes that for its own end: the next one fences it.
+        self.producer = producer(&self.options, self.limit_bytes, self.batches).map_err(Refusal::Failed)?;
+        self.begin()
+    }
+
+    /// Those of the failed records of a batch that are refused for good.
+    fn refused(&self, batch: &Batch, failed: Vec<(usize, RDKafkaErrorCode)>, by: By) -> Vec<(u64, RefusedRecord)> {
+        let is_alone = by == By::Client || self.batches == Batches::OfOne;
+        let failed: BTreeMap<_, _> = failed.into_iter().filter(|(_, code)| is_refused_for_good(*code)).collect();
+        let refused = failed.into_iter().filter_map(|(place, code)| {
+            let record = batch.records.get(place)?;
+            if is_of_size(code) && !is_alone && !record.is_surely_over(self.limit_bytes) {
+                return None;
+            }
+            Some((record.sequence, RefusedRecord::of(code, &self.options.topic, self.limit_bytes, record)))
+        });
+        refused.collect()
+    }
+
     fn try_write(&mut self, batch: &Batch, number: i64) -> Result<(), Refusal> {
         lock(&self.producer.context().failed).clear();
         self.producer.begin_transaction().map_err(|error| self.refusal("beginning a transaction", &error))?;
+        let mut refused = Vec::new();
         for (place, record) in batch.records.iter().enumerate() {
-            self.send(place, record)?;
+            if let Err(code) = self.send(place, record)? {
+                refused.push((place, code));
+            }
+        }
+        // All that the client itself refuses cost one transaction.
+        if !refused.is_empty() {
+            return Err(Refusal::TryAgain { failed: refused, by: By::Client });
         }
         // Not `flush`: that sleeps for 100 ms whenever something is in flight. What fails is reported with its record.
         while self.producer.in_flight_count() > 0 {
@@ -314,11 +464,12 @@ impl Writer {
                 Err(Refusal::Failed(KafkaError::Fatal { attempt: "writing in a transaction", reason }))
             }
             None if failed.is_empty() => Ok(()),
-            None => Err(Refusal::TryAgain(failed)),
+            None => Err(Refusal::TryAgain { failed, by: By::Broker }),
         }
     }
 
-    fn send(&self, place: usize, record: &SinkRecord) -> Result<(), Refusal> {
+    /// Hands a record to the client, which may refuse it for good.
+    fn send(&self, place: usize, record: &SinkRecord) -> Result<Result<(), RDKafkaErrorCode>, Refusal> {
         loop {
             let mut outgoing: BaseRecord<'_, [u8], [u8], usize> =
                 BaseRecord::with_opaque_to(&self.options.topic, place).payload(record.payload.as_slice());
@@ -330,7 +481,7 @@ impl Writer {
                     headers.insert(Header { key: name, value: Some(value.as_slice()) })
                 }));
             }
-            let Err((error, _)) = self.producer.send(outgoing) else { return Ok(()) };
+            let Err((error, _)) = self.producer.send(outgoing) else { return Ok(Ok(())) };
             match error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Fail) {
                 RDKafkaErrorCode::QueueFull => {
                     self.producer.poll(Duration::from_millis(5));
@@ -338,7 +489,7 @@ impl Writer {
                         return Err(Refusal::Stopped);
                     }
                 }
-                code if is_refused_for_good(code) => return Err(Refusal::TryAgain(vec![(place, code)])),
+                code if is_refused_for_good(code) => return Ok(Err(code)),
                 _ => return Err(self.refusal("writing in a transaction", &error)),
             }
         }
@@ -374,7 +525,7 @@ impl Writer {
         if let ClientError::Transaction(inner) = error
             && inner.txn_requires_abort()
         {
-            return Refusal::TryAgain(Vec::new());
+            return Refusal::TryAgain { failed: Vec::new(), by: By::Broker };
         }
         Refusal::Failed(KafkaError::Fatal { attempt, reason: error.to_string() })
     }

@@ -184,7 +184,9 @@ fn resolve(text: &str, raw: &[RawStep<'_>], names: &HashMap<String, usize>) -> R
     match output {
         None if step.class == Class::Sink => {
             let again = match step.kind_name {
-                "kafka" => "; to read its topic, add a second kafka step with from: []",
+                "kafka" => {
+                    "; to read its topic, add a second kafka step with from: []; what the topic refuses is in NAME.errors"
+                }
                 "file" => "; to read its file, use a pipeline of its own",
                 _ => "",
             };
@@ -198,12 +200,18 @@ fn resolve(text: &str, raw: &[RawStep<'_>], names: &HashMap<String, usize>) -> R
         Some("errors") if step.has_errors() => Ok(Input { step: step.index, output: Output::Errors }),
         Some("errors") => Err(Problem {
             found: format!("{}, but {} has no errors output", quote(text), step.kind_name),
-            expected: "NAME.errors of a groupByKey or a parDo: only in these can single records fail".to_owned(),
+            expected: "NAME.errors of a groupByKey, a parDo, kafka, or a file or stdin source: only in these can single records fail"
+                .to_owned(),
             meant: None,
         }),
         Some(other) => Err(Problem {
             found: format!("the output {} of {}", quote(other), quote(name)),
-            expected: format!("{name}{}", if step.has_errors() { format!(" or {name}.errors") } else { String::new() }),
+            expected: match (step.class, step.has_errors()) {
+                (Class::Sink, true) => format!("{name}.errors"),
+                (Class::Sink, false) => "another step: a sink gives nothing on".to_owned(),
+                (_, true) => format!("{name} or {name}.errors"),
+                (_, false) => name.to_owned(),
+            },
             meant: suggestion(other, ["errors"]).filter(|_| step.has_errors()).map(|output| format!("{name}.{output}")),
         }),
     }

@@ -4,6 +4,7 @@ use crate::error::{Report, quote};
 use crate::fields::{describe, duration_ns, fields, fraction, join, text, whole};
 use crate::limits::{ATTEMPTS_MAX, BACKOFF_NS_MAX, BACKOFF_NS_MIN, TEXT_BYTES_MAX};
 use crate::plan::Retry;
+use crate::steps::Class;
 use crate::yaml::Node;
 
 /// What a step's `onError` says.
@@ -19,12 +20,34 @@ pub(crate) struct OnError<'a> {
 
 const EXAMPLE: &str = "a map, as onError: {attempts: 5, backoff: {initial: 100ms}, deadLetter: STEP}";
 
+/// Why a kind's records are not tried again, if they are not.
+fn why_no_attempts(kind: &str, class: Class) -> &'static str {
+    match (kind, class) {
+        ("groupByKey", _) => "deadLetter only: a record without a key has none the next time either",
+        (_, Class::Source) => "deadLetter only: what is longer than a record may be is as long the next time",
+        _ => {
+            "deadLetter only: the client tries again by itself while that can help, and what is refused is refused for good"
+        }
+    }
+}
+
+/// Whether single records can fail in a step of this kind.
+pub(crate) fn can_fail(kind: &str, class: Class) -> bool {
+    matches!((kind, class), ("parDo" | "groupByKey" | "kafka" | "stdin", _) | ("file", Class::Source))
+}
+
 /// Reads `onError` beside a kind. None: it is wrong, and the report says so.
-pub(crate) fn on_error<'a>(node: &'a Node, place: &str, kind: &str, report: &mut Report) -> Option<OnError<'a>> {
+pub(crate) fn on_error<'a>(
+    node: &'a Node,
+    place: &str,
+    (kind, class): (&str, Class),
+    report: &mut Report,
+) -> Option<OnError<'a>> {
     let path = join(place, "onError");
-    if !matches!(kind, "parDo" | "groupByKey") {
-        let expected = "it beside a parDo or a groupByKey only: in others no record fails on its own";
-        report.node(node, &path, &format!("\"onError\" beside {kind}"), expected);
+    if !can_fail(kind, class) {
+        let what = if kind == "file" { " as a sink" } else { "" };
+        let expected = "it beside a parDo, a groupByKey, kafka, or a file or stdin source only: in others no record fails on its own";
+        report.node(node, &path, &format!("\"onError\" beside {kind}{what}"), expected);
         return None;
     }
     let misplaced = |name: &str| match name {
@@ -38,11 +61,15 @@ pub(crate) fn on_error<'a>(node: &'a Node, place: &str, kind: &str, report: &mut
         _ => None,
     };
     let fields = fields(node, &path, EXAMPLE, &["attempts", "backoff", "deadLetter"], &misplaced, report)?;
-    if kind == "groupByKey" {
+    if kind != "parDo" {
         for name in ["attempts", "backoff"] {
             if let Some(key) = fields.key(name) {
-                let expected = "deadLetter only: a record without a key has none the next time either";
-                report.node(key, &join(&path, name), &format!("\"{name}\" for groupByKey"), expected);
+                let what = match class {
+                    Class::Source => format!("a {kind} source"),
+                    Class::Transform => kind.to_owned(),
+                    Class::Sink => format!("a {kind} sink"),
+                };
+                report.node(key, &join(&path, name), &format!("\"{name}\" for {what}"), why_no_attempts(kind, class));
                 return None;
             }
         }

@@ -84,7 +84,7 @@ pub struct Input {
 pub enum Output {
     /// `STEP`: its records.
     Main,
-    /// `STEP.errors`: the records that it could not handle. Only a groupByKey and a parDo have it.
+    /// `STEP.errors`: the records that it could not handle. Generators, the log, `discard` and file sinks do not have it.
     Errors,
 }
 

@@ -15,7 +15,7 @@ use crate::limits::{
     RECORDS_PER_SECOND_MAX, STATE_BYTES_DEFAULT, STATE_BYTES_MAX, STATE_BYTES_MIN, SUCCESS_MAX, TEXT_BYTES_MAX,
     WORD_BYTES_MAX,
 };
-use crate::on_error::{OnError, on_error};
+use crate::on_error::{OnError, can_fail, on_error};
 use crate::plan::{
     Acknowledgement, Buffering, FileSink, FileSource, Framing, Generate, Generator, GroupByKey, KafkaSink, KafkaSource,
     Overflow, ParDo, Retry, Sink, Source, StartAt, StepKind, Transport,
@@ -95,7 +95,7 @@ impl RawStep<'_> {
 
     /// Whether single records can fail in it.
     pub(crate) fn has_errors(&self) -> bool {
-        self.class == Class::Transform
+        can_fail(self.kind_name, self.class)
     }
 }
 
@@ -138,7 +138,7 @@ pub(crate) fn step<'a>(node: &'a Node, index: usize, report: &mut Report) -> Opt
     let mut reader = Reader { fields: &fields, value, path: join(&place, kind_name), place: &place, report };
     let (class, mut kind) = reader.kind(kind_name, at_source, from.is_some());
     let overflow = reader.overflow(kind_name, class);
-    let on_error = fields.value("onError").and_then(|node| on_error(node, &place, kind_name, report));
+    let on_error = fields.value("onError").and_then(|node| on_error(node, &place, (kind_name, class), report));
     if let (Some(StepKind::ParDo(par_do)), Some(on_error)) = (&mut kind, &on_error) {
         par_do.retry = Retry { is_declared: true, ..on_error.retry };
         let is_read = par_do.acknowledgement == Acknowledgement::Read;

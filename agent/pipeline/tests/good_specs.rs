@@ -359,6 +359,29 @@ fn what_fails_is_tried_again_and_read_by_the_step_that_is_named() {
 }
 
 #[test]
+fn what_a_topic_refuses_is_read_by_the_step_that_is_named() {
+    let plan = steps(
+        "  - stdin: {}\n  - kafka: {topic: a}\n    name: a\n    onError: {deadLetter: dead}\n  - kafka: {topic: b, transactions: true}\n    name: b\n    from: [stdin-0]\n  - kafka: {topic: dead}\n    name: dead\n  - log: {}\n    from: [b.errors, stdin-0]\n",
+    );
+    let errors_of = |step| Input { step, output: Output::Errors };
+    assert_eq!(plan.steps()[3].inputs(), [errors_of(1)], "it has no from, and reads nothing else");
+    assert_eq!(plan.steps()[4].inputs(), [errors_of(2), Input { step: 0, output: Output::Main }]);
+    assert_eq!(plan.readers(1, Output::Errors), [3]);
+    assert_eq!(plan.readers(3, Output::Errors), [0_usize; 0], "dead letters that are refused are read by nobody");
+}
+
+#[test]
+fn what_a_source_cannot_take_is_read_by_the_step_that_is_named() {
+    for source in ["file: {path: in}", "stdin: {}", "kafka: {topic: t}"] {
+        let plan = steps(&format!(
+            "  - {source}\n    name: in\n    onError: {{deadLetter: dead}}\n  - discard: {{}}\n  - log: {{}}\n    name: dead\n  - log: {{}}\n    from: [in.errors]\n"
+        ));
+        assert_eq!(plan.steps()[1].inputs(), [Input { step: 0, output: Output::Main }], "{source}");
+        assert_eq!(plan.readers(0, Output::Errors), [2, 3], "{source}");
+    }
+}
+
+#[test]
 fn sizes_of_state() {
     for (limit, bytes) in
         [("1Mi", 1 << 20), ("1024Ki", 1 << 20), ("1048576", 1 << 20), ("\"64Gi\"", 64 << 30), ("07Gi", 7 << 30)]

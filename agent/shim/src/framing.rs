@@ -138,13 +138,13 @@ impl FrameSplitter {
 fn frame_of_line(line: Line<'_>) -> Frame {
     match line {
         Line::Whole(payload) => Frame::Whole(Answer { payload: payload.to_vec(), ..Answer::default() }),
-        Line::TooLong { len_bytes } => Frame::TooLong { len_bytes },
+        Line::TooLong { len_bytes, .. } => Frame::TooLong { len_bytes },
     }
 }
 
 pub(crate) fn frame_of_json(line: Line<'_>) -> Frame {
     match line {
-        Line::TooLong { len_bytes } => Frame::TooLong { len_bytes },
+        Line::TooLong { len_bytes, .. } => Frame::TooLong { len_bytes },
         Line::Whole(bytes) => match read_json(bytes) {
             Ok(Frame::Whole(answer)) if answer.payload.len() > LINE_BYTES_MAX => {
                 Frame::TooLong { len_bytes: answer.payload.len() as u64 }

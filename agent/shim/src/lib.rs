@@ -23,5 +23,5 @@ pub use arguments::{Ack, BufferingKind, FramingKind, ShimArguments, ShimTranspor
 pub use batch::{BatchLimits, Batches};
 pub use exchange::Exchange;
 pub use framing::Framing;
-pub use lines::{LINE_BYTES_MAX, Line, LineSplitter};
+pub use lines::{LINE_BYTES_MAX, LINE_HEAD_BYTES, Line, LineSplitter};
 pub use serve::{Acknowledgement, Options, ShimError, run};

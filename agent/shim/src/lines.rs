@@ -4,15 +4,20 @@
 pub const LINE_BYTES_MAX: usize = 16 << 20;
 const _: () = assert!(LINE_BYTES_MAX <= argo_streams_shm_protocol::limits::RECORD_PAYLOAD_BYTES_MAX);
 
+/// So much is kept of a line that is longer: enough to tell which it is.
+pub const LINE_HEAD_BYTES: usize = 64 << 10;
+
 /// One line of output, where it lies in the splitter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Line<'a> {
     /// A whole line, without its newline.
     Whole(&'a [u8]),
-    /// A line longer than [`LINE_BYTES_MAX`]; its bytes were dropped as they came.
+    /// A line longer than [`LINE_BYTES_MAX`]; its bytes were dropped as they came, but for the first.
     TooLong {
         /// Its length without its newline.
         len_bytes: u64,
+        /// Its first [`LINE_HEAD_BYTES`].
+        head: &'a [u8],
     },
 }
 
@@ -23,6 +28,8 @@ pub struct LineSplitter {
     begin: usize,
     searched: usize,
     dropped: u64,
+    /// The beginning of the line whose bytes are being dropped, or of the last one.
+    head: Vec<u8>,
     line_bytes_max: usize,
 }
 
@@ -35,7 +42,7 @@ impl Default for LineSplitter {
 impl LineSplitter {
     /// For lines of at most so many bytes.
     pub(crate) fn with_limit(line_bytes_max: usize) -> Self {
-        Self { buffer: Vec::new(), begin: 0, searched: 0, dropped: 0, line_bytes_max }
+        Self { buffer: Vec::new(), begin: 0, searched: 0, dropped: 0, head: Vec::new(), line_bytes_max }
     }
 
     /// The next bytes, if so many are there.
@@ -88,6 +95,9 @@ impl LineSplitter {
             None => {
                 self.searched = self.buffer.len();
                 if self.buffer.len() - self.begin > self.line_bytes_max {
+                    if self.dropped == 0 {
+                        self.keep_head(self.begin, self.buffer.len());
+                    }
                     self.dropped += (self.buffer.len() - self.begin) as u64;
                     self.buffer.clear();
                     self.begin = 0;
@@ -110,11 +120,22 @@ impl LineSplitter {
     }
 
     fn line(&mut self, begin: usize, end: usize) -> Line<'_> {
-        let len_bytes = (end - begin) as u64 + std::mem::take(&mut self.dropped);
+        let dropped = std::mem::take(&mut self.dropped);
+        let len_bytes = (end - begin) as u64 + dropped;
         if len_bytes > self.line_bytes_max as u64 {
-            return Line::TooLong { len_bytes };
+            if dropped == 0 {
+                self.keep_head(begin, end);
+            }
+            return Line::TooLong { len_bytes, head: &self.head };
         }
         Line::Whole(self.buffer.get(begin..end).unwrap_or_default())
+    }
+
+    #[cold]
+    fn keep_head(&mut self, begin: usize, end: usize) {
+        let end = end.min(begin + LINE_HEAD_BYTES);
+        self.head.clear();
+        self.head.extend_from_slice(self.buffer.get(begin..end).unwrap_or_default());
     }
 }
 
@@ -131,7 +152,10 @@ mod tests {
         while let Some(line) = splitter.next_line() {
             lines.push(match line {
                 Line::Whole(line) => Ok(line.to_vec()),
-                Line::TooLong { len_bytes } => Err(len_bytes),
+                Line::TooLong { len_bytes, head } => {
+                    assert!(!head.is_empty() && head.len() <= LINE_HEAD_BYTES);
+                    Err(len_bytes)
+                }
             });
         }
         lines
@@ -154,6 +178,25 @@ mod tests {
             );
             assert_eq!(splitter.take_unterminated(), Some(Line::Whole(b"last")));
             assert_eq!(splitter.take_unterminated(), None);
+        }
+    }
+
+    #[test]
+    fn the_beginning_of_a_line_beyond_the_limit_is_kept() {
+        for (len, piece) in
+            [(LINE_BYTES_MAX + 1, usize::MAX), (LINE_BYTES_MAX + 1, 1 << 20), (3 * LINE_BYTES_MAX, 5 << 20)]
+        {
+            let mut text: Vec<u8> = (0..len).map(|at| b'a' + u8::try_from(at % 23).unwrap()).collect();
+            let head = text[..LINE_HEAD_BYTES].to_vec();
+            text.push(b'\n');
+            let mut splitter = LineSplitter::default();
+            for piece in text.chunks(piece) {
+                assert_eq!(splitter.next_line(), None);
+                let mut buffer = splitter.take_buffer();
+                buffer.extend_from_slice(piece);
+                splitter.put_buffer(buffer);
+            }
+            assert_eq!(splitter.next_line(), Some(Line::TooLong { len_bytes: len as u64, head: &head }));
         }
     }
 

@@ -70,7 +70,7 @@ pub async fn run(context: Context, source: FileSource) -> Result<(), InternalErr
                 splitter.put_buffer(buffer);
             }
         }
-        emit_lines(&mut internal, &mut splitter, count == 0, &context.name, unpacked).await?;
+        emit_lines(&mut internal, &mut splitter, count == 0, unpacked, Some(source.path())).await?;
         internal.publish()?;
         if count == 0 {
             return internal.finish(false).await;

@@ -10,9 +10,8 @@ use argo_streams_shm_protocol::Bell;
 use argo_streams_shm_protocol::attributes_encode;
 use argo_streams_shm_protocol::stage::{Emit, StageError};
 
-use crate::internal::{Context, Internal, InternalError, from_source};
+use crate::internal::{Context, Internal, InternalError, Part, from_source};
 use crate::offsets::GroupOffsets;
-use crate::physical::COUNTER_ERRORS;
 
 /// Hears how far a partition was read: what fills an embedded topic goes no faster.
 pub type Progress = Arc<dyn Fn(i32, i64) + Send + Sync>;
@@ -89,9 +88,22 @@ pub async fn run(context: Context, mut options: SourceOptions, hooks: Hooks) -> 
                     match internal.emit(&emit, &record.payload).await {
                         Ok(()) => {}
                         Err(InternalError::Stage(error @ StageError::TooLarge(_))) => {
-                            internal.stage.add_counter(COUNTER_ERRORS, 1);
                             let (partition, offset) = (record.partition, record.offset);
                             tracing::warn!(step = context.name, topic, partition, offset, %error, "a record is left out; it is counted as an error of this step");
+                            let place = [
+                                ("topic", topic.clone()),
+                                ("partition", partition.to_string()),
+                                ("offset", offset.to_string()),
+                            ];
+                            let part = Part {
+                                reason: &format!("{error}; this is the beginning of the record"),
+                                len_bytes: record.payload.len() as u64,
+                                bytes: &record.payload,
+                                place: &place,
+                                attributes: &attributes,
+                                event_time_ns,
+                            };
+                            internal.reject_part(&part).await?;
                         }
                         Err(error) => return Err(error),
                     }

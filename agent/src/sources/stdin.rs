@@ -47,7 +47,7 @@ pub async fn run(context: Context) -> Result<(), InternalError> {
             result => result.map_err(failed())?,
         };
         taken += count as u64;
-        emit_lines(&mut internal, &mut splitter, count == 0, &context.name, taken).await?;
+        emit_lines(&mut internal, &mut splitter, count == 0, taken, None).await?;
         internal.publish()?;
         if count == 0 {
             return internal.finish(false).await;

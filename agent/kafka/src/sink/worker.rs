@@ -1,14 +1,13 @@
 //! The threads of a sink: one hands records to librdkafka, the other takes its delivery reports.
 
-use super::admin;
+use super::admin::{self, Taken};
 use super::window::Window;
-use super::{RefusedRecord, Shared, SinkEvent, SinkOptions, SinkRecord};
+use super::{RefusedRecord, Shared, SinkEvent, SinkOptions, SinkRecord, is_of_size};
 use crate::connection;
 use crate::error::{KafkaError, Kind, kind};
 use crate::limits::{
-    ASK_FIRST, ASK_LONGEST, ASK_PAUSE_FIRST, ASK_PAUSE_LONGEST, BATCH_BYTES, CLIENT_ERRORS, DEFAULT_MESSAGE_BYTES,
-    IN_FLIGHT_KBYTES, IN_FLIGHT_RECORDS, MESSAGE_BYTES_MAX, MESSAGE_BYTES_MIN, TICK, UNKNOWN_TOPIC_PAUSE,
-    UNKNOWN_TOPIC_TRIES,
+    ASK_FIRST, ASK_LONGEST, ASK_PAUSE_FIRST, ASK_PAUSE_LONGEST, Batches, CLIENT_ERRORS, DEFAULT_MESSAGE_BYTES,
+    IN_FLIGHT_RECORDS, TICK, UNKNOWN_TOPIC_PAUSE, UNKNOWN_TOPIC_TRIES, size_properties,
 };
 use crate::source::lock;
 use crate::trouble::Trouble;
@@ -24,9 +23,18 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 type Client = BaseProducer<Reports>;
+
+/// What passes on to the next client, if there is one.
+#[derive(Debug, Clone)]
+struct Carried {
+    window: Arc<Mutex<Window>>,
+    /// Records that were in one request with a refused one, or may have been: they are not written, and sent again. At most what is in
+    /// flight.
+    again: Arc<Mutex<Vec<SinkRecord>>>,
+}
 
 /// What librdkafka calls while a sink polls it.
 #[derive(Debug)]
@@ -34,9 +42,12 @@ struct Reports {
     shared: Arc<Shared>,
     topic: String,
     limit_bytes: u64,
-    window: Mutex<Window>,
+    batches: Batches,
+    carried: Carried,
     /// Reports that say "written": while there are new ones, the brokers can be reached.
     written: AtomicU64,
+    /// Whether a broker has called a batch too large whose records are not, as far as we know. What to do then: see [`Sending::again`].
+    is_too_coarse: AtomicBool,
     errors: Mutex<VecDeque<(RDKafkaErrorCode, String)>>,
     /// One token when librdkafka's queue has lost a record.
     room: Sender<()>,
@@ -45,7 +56,7 @@ struct Reports {
 impl Reports {
     /// Notes that nothing more will happen to a record.
     fn settled(&self, sequence: u64) {
-        let mut window = lock(&self.window);
+        let mut window = lock(&self.carried.window);
         let delivered = window.report(sequence);
         // Release: pairs with the Acquire in `Sink::delivered`. Under the lock, so that it never goes back.
         let before = self.shared.delivered.swap(delivered, Ordering::AcqRel);
@@ -60,25 +71,19 @@ impl Reports {
         self.settled(sequence);
     }
 
-    fn too_large(&self, record: &SinkRecord) -> RefusedRecord {
-        let len = record.payload.len() + record.key.as_ref().map_or(0, Vec::len);
-        RefusedRecord::TooLarge {
-            len_bytes: u64::try_from(len).unwrap_or(u64::MAX),
-            limit_bytes: self.limit_bytes,
-            topic: self.topic.clone(),
-        }
+    fn why(&self, code: RDKafkaErrorCode, record: &SinkRecord) -> RefusedRecord {
+        RefusedRecord::of(code, &self.topic, self.limit_bytes, record)
     }
 
     fn refused_by_broker(&self, code: RDKafkaErrorCode, sequence: u64, message: &BorrowedMessage<'_>) {
-        let timestamp_ms = lock(&self.window).timestamp_ms(sequence);
+        let timestamp_ms = lock(&self.carried.window).timestamp_ms(sequence);
         let record = given_back(sequence, timestamp_ms, message);
-        let topic = self.topic.clone();
-        let error = match code {
-            RDKafkaErrorCode::MessageSizeTooLarge | RDKafkaErrorCode::MessageBatchTooLarge => self.too_large(&record),
-            RDKafkaErrorCode::InvalidTimestamp => RefusedRecord::Timestamp { timestamp_ms: record.timestamp_ms, topic },
-            other => RefusedRecord::Other { topic, reason: other.to_string() },
-        };
-        self.refuse(sequence, error, record);
+        if is_of_size(code) && self.batches == Batches::OfMany && !record.is_surely_over(self.limit_bytes) {
+            lock(&self.carried.again).push(record);
+            // Relaxed: it is looked at when nothing is under way.
+            return self.is_too_coarse.store(true, Ordering::Relaxed);
+        }
+        self.refuse(sequence, self.why(code, &record), record);
     }
 }
 
@@ -118,6 +123,10 @@ impl ProducerContext for Reports {
                 | Code::InvalidMessageSize
                 | Code::InvalidRecord
                 | Code::PolicyViolation) => self.refused_by_broker(code, sequence, message),
+                Code::InvalidDifferentRecord => {
+                    let timestamp_ms = lock(&self.carried.window).timestamp_ms(sequence);
+                    lock(&self.carried.again).push(given_back(sequence, timestamp_ms, message));
+                }
                 code => self.shared.fail(failure(code, &self.topic, "")),
             },
         }
@@ -126,7 +135,7 @@ impl ProducerContext for Reports {
     }
 }
 
-fn failure(code: RDKafkaErrorCode, topic: &str, servers: &str) -> KafkaError {
+pub(crate) fn failure(code: RDKafkaErrorCode, topic: &str, servers: &str) -> KafkaError {
     let (topic, servers, reason) = (topic.to_owned(), servers.to_owned(), code.to_string());
     match kind(code) {
         Kind::NoTopic => KafkaError::UnknownTopic { topic, servers },
@@ -161,7 +170,8 @@ pub(super) fn start(
     records: Receiver<SinkRecord>,
     alive: &Sender<()>,
 ) -> Result<Vec<JoinHandle<()>>, KafkaError> {
-    let (client, room) = client(&options, shared, None)?;
+    let carried = Carried { window: Arc::new(Mutex::new(Window::new(options.first_sequence))), again: Arc::default() };
+    let (client, room) = client(&options, shared, None, Batches::OfMany, carried)?;
     let shared = Arc::clone(shared);
     let alive = alive.clone();
     let thread = std::thread::Builder::new()
@@ -174,16 +184,16 @@ pub(super) fn start(
     Ok(vec![thread])
 }
 
-fn config(options: &SinkOptions, limit_bytes: u64) -> Result<ClientConfig, KafkaError> {
-    let limit_bytes = limit_bytes.clamp(MESSAGE_BYTES_MIN, MESSAGE_BYTES_MAX);
+fn config(options: &SinkOptions, limit_bytes: u64, batches: Batches) -> Result<ClientConfig, KafkaError> {
+    let [record, batch, batch_records, queue] = size_properties(limit_bytes, batches);
     let ours = [
-        ("message.max.bytes", limit_bytes.to_string()),
-        // librdkafka refuses every record of a batch that is too large, so a batch is never larger than a record may be.
-        ("batch.size", BATCH_BYTES.min(limit_bytes).to_string()),
+        record,
+        batch,
+        batch_records,
+        queue,
         // No record waits for others; batches come from what is there while the last request is on its way.
         ("linger.ms", "0".to_owned()),
         ("queue.buffering.max.messages", IN_FLIGHT_RECORDS.to_string()),
-        ("queue.buffering.max.kbytes", u64::from(IN_FLIGHT_KBYTES).max(limit_bytes / 512).to_string()),
     ];
     let fixed = [
         ("enable.idempotence", "true"),
@@ -199,6 +209,8 @@ fn client(
     options: &SinkOptions,
     shared: &Arc<Shared>,
     limit_bytes: Option<u64>,
+    batches: Batches,
+    carried: Carried,
 ) -> Result<(Client, Receiver<()>), KafkaError> {
     let own = options.connection.property("message.max.bytes").and_then(|value| value.parse::<u64>().ok());
     let limit_bytes = own.or(limit_bytes).unwrap_or(DEFAULT_MESSAGE_BYTES);
@@ -207,12 +219,14 @@ fn client(
         shared: Arc::clone(shared),
         topic: options.topic.clone(),
         limit_bytes,
-        window: Mutex::new(Window::new(options.first_sequence)),
+        batches,
+        carried,
+        is_too_coarse: AtomicBool::new(false),
         written: AtomicU64::new(0),
         errors: Mutex::default(),
         room,
     };
-    let client = config(options, limit_bytes)?
+    let client = config(options, limit_bytes, batches)?
         .create_with_context(reports)
         .map_err(|error: ClientError| KafkaError::Client { reason: error.to_string() })?;
     Ok((client, has_room))
@@ -227,24 +241,36 @@ fn run(
     first_room: Receiver<()>,
 ) {
     let prepared = find_topic(&options, shared, &first).and_then(|()| fit(&options, shared, first, first_room));
-    let (client, room) = match prepared {
-        Ok(prepared) => prepared,
-        Err(Ended::Stopped) => return,
-        Err(Ended::Failed(error)) => return shared.fail(error),
-    };
-    let sending_ended = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let (client, done) = (&client, &sending_ended);
-        let reports = std::thread::Builder::new()
-            .name("kafka-sink-reports".to_owned())
-            .spawn_scoped(scope, move || take_reports(client, &options, shared, done));
-        if let Err(error) = reports {
-            return shared.fail(KafkaError::Thread { name: "kafka-sink-reports", reason: error.to_string() });
+    let mut expected = shared.delivered.load(Ordering::Acquire);
+    let mut next = prepared;
+    loop {
+        let (client, room, taken) = match next {
+            Ok(prepared) => prepared,
+            Err(Ended::Stopped) => return,
+            Err(Ended::Failed(error)) => return shared.fail(error),
+        };
+        let (sending_ended, is_replaced) = (AtomicBool::new(false), AtomicBool::new(false));
+        let sent = std::thread::scope(|scope| {
+            let (client, done, is_replaced) = (&client, &sending_ended, &is_replaced);
+            let options = &options;
+            let reports = std::thread::Builder::new()
+                .name("kafka-sink-reports".to_owned())
+                .spawn_scoped(scope, move || take_reports(client, options, shared, done, is_replaced));
+            if let Err(error) = reports {
+                shared.fail(KafkaError::Thread { name: "kafka-sink-reports", reason: error.to_string() });
+                return Sent::All;
+            }
+            let sent = Sending { client, shared, room: &room, taken }.all(records, &mut expected);
+            // The last record is in librdkafka; its report is waited for by `finish`, which then says stop.
+            is_replaced.store(sent == Sent::TooCoarse, Ordering::Relaxed);
+            done.store(true, Ordering::Relaxed);
+            sent
+        });
+        if sent == Sent::All {
+            return;
         }
-        send_all(client, shared, records, &room);
-        // The last record is in librdkafka; its report is waited for by `finish`, which then says stop.
-        done.store(true, Ordering::Relaxed);
-    });
+        next = refit(&options, shared, client, room);
+    }
 }
 
 enum Ended {
@@ -310,93 +336,213 @@ fn first_refusal(client: &Client) -> Option<(RDKafkaErrorCode, String)> {
     found
 }
 
-/// Asks how large a record the topic takes, and makes the client anew if it was made for another size.
+/// Asks what the topic takes, and makes the client anew if it was made for records of another size.
 fn fit(
     options: &SinkOptions,
     shared: &Arc<Shared>,
     first: Client,
     first_room: Receiver<()>,
-) -> Result<(Client, Receiver<()>), Ended> {
+) -> Result<(Client, Receiver<()>, Taken), Ended> {
     let used = first.context().limit_bytes;
-    let found =
-        config(options, used).ok().and_then(|config| admin::max_message_bytes(&config, &options.topic, ASK_FIRST));
-    match found {
+    let config = config(options, used, Batches::OfMany).map_err(Ended::Failed)?;
+    let taken = admin::taken_by(&config, &options.topic, ASK_FIRST);
+    let (client, room) = match taken.max_message_bytes {
         Some(limit) if limit != used && options.connection.property("message.max.bytes").is_none() => {
-            client(options, shared, Some(limit)).map_err(Ended::Failed)
+            let carried = first.context().carried.clone();
+            client(options, shared, Some(limit), Batches::OfMany, carried).map_err(Ended::Failed)?
         }
-        _ => Ok((first, first_room)),
-    }
-}
-
-fn send_all(client: &Client, shared: &Shared, records: &Receiver<SinkRecord>, room: &Receiver<()>) {
-    let mut expected = shared.delivered.load(Ordering::Acquire);
-    while !shared.stopping() && !shared.failed() {
-        let record = match records.recv_timeout(TICK) {
-            Ok(record) => record,
-            Err(RecvTimeoutError::Timeout) => continue,
-            Err(RecvTimeoutError::Disconnected) => return,
-        };
-        // SeqCst: see `Sink::try_send`.
-        std::sync::atomic::fence(Ordering::SeqCst);
-        if shared.wants_room.load(Ordering::SeqCst) && shared.wants_room.swap(false, Ordering::SeqCst) {
-            shared.signal.raise();
-        }
-        if record.sequence != expected {
-            return shared.fail(KafkaError::Sequence { expected, found: record.sequence });
-        }
-        expected += 1;
-        send(client, shared, record, room);
-    }
-}
-
-/// Hands one record to librdkafka, waiting while it is full.
-fn send(client: &Client, shared: &Shared, record: SinkRecord, room: &Receiver<()>) {
-    use RDKafkaErrorCode as Code;
-    let reports = client.context();
-    let sequence = record.sequence;
-    lock(&reports.window).send(record.timestamp_ms);
-    if record.headers.iter().any(|(name, _)| name.as_bytes().contains(&0)) {
-        return reports.refuse(sequence, RefusedRecord::HeaderName, record);
-    }
-    let Ok(opaque) = usize::try_from(sequence) else {
-        let reason = "sequences end at 2^32 on this machine".to_owned();
-        return shared.fail(KafkaError::Fatal { attempt: "writing", reason });
+        _ => (first, first_room),
     };
-    while !shared.stopping() && !shared.failed() {
-        let mut outgoing: BaseRecord<'_, [u8], [u8], usize> =
-            BaseRecord::with_opaque_to(&reports.topic, opaque).payload(record.payload.as_slice());
-        outgoing.key = record.key.as_deref();
-        outgoing.timestamp = record.timestamp_ms;
-        if !record.headers.is_empty() {
-            let headers = record
-                .headers
-                .iter()
-                .fold(OwnedHeaders::new_with_capacity(record.headers.len()), |headers, (name, value)| {
-                    headers.insert(Header { key: name, value: Some(value.as_slice()) })
-                });
-            outgoing.headers = Some(headers);
+    Ok((client, room, taken))
+}
+
+/// A batch was too large whose records are not, as far as we know: the topic takes less than it did, or did not say what it takes. Asks
+/// again, and if that tells nothing new it is told by batches of one. Nothing is on its way.
+fn refit(
+    options: &SinkOptions,
+    shared: &Arc<Shared>,
+    before: Client,
+    room: Receiver<()>,
+) -> Result<(Client, Receiver<()>, Taken), Ended> {
+    let (limit_bytes, carried) = (before.context().limit_bytes, before.context().carried.clone());
+    let (fitted, room, taken) = fit(options, shared, before, room)?;
+    if fitted.context().limit_bytes != limit_bytes {
+        return Ok((fitted, room, taken));
+    }
+    let (client, room) = client(options, shared, Some(limit_bytes), Batches::OfOne, carried).map_err(Ended::Failed)?;
+    Ok((client, room, taken))
+}
+
+/// How sending has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sent {
+    /// All is sent, or the sink has ended.
+    All,
+    /// Not like this: with batches that are smaller.
+    TooCoarse,
+}
+
+/// What became of the records that were to be sent again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Again {
+    /// There were none.
+    None,
+    /// They are sent.
+    Sent,
+    /// They are left.
+    TooCoarse,
+}
+
+/// What sends records needs.
+struct Sending<'a> {
+    client: &'a Client,
+    shared: &'a Shared,
+    room: &'a Receiver<()>,
+    taken: Taken,
+}
+
+impl Sending<'_> {
+    fn is_over(&self) -> bool {
+        self.shared.stopping() || self.shared.failed()
+    }
+
+    fn all(&self, records: &Receiver<SinkRecord>, expected: &mut u64) -> Sent {
+        let shared = self.shared;
+        while !self.is_over() {
+            if self.again() == Again::TooCoarse {
+                return Sent::TooCoarse;
+            }
+            let record = match records.recv_timeout(TICK) {
+                Ok(record) => record,
+                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Disconnected) => {
+                    // Of the last ones some may have to be sent again.
+                    self.drain();
+                    match self.again() {
+                        Again::None => return Sent::All,
+                        Again::Sent => continue,
+                        Again::TooCoarse => return Sent::TooCoarse,
+                    }
+                }
+            };
+            // SeqCst: see `Sink::try_send`.
+            std::sync::atomic::fence(Ordering::SeqCst);
+            if shared.wants_room.load(Ordering::SeqCst) && shared.wants_room.swap(false, Ordering::SeqCst) {
+                shared.signal.raise();
+            }
+            if record.sequence != *expected {
+                shared.fail(KafkaError::Sequence { expected: *expected, found: record.sequence });
+                return Sent::All;
+            }
+            *expected += 1;
+            let carried = &self.client.context().carried;
+            lock(&carried.window).send(record.timestamp_ms);
+            if self.is_doubtful(&record) {
+                self.drain();
+                let mut again = lock(&carried.again);
+                if !again.is_empty() {
+                    // Behind these.
+                    again.push(record);
+                    continue;
+                }
+            }
+            self.in_order(record);
         }
-        let Err((error, _)) = client.send(outgoing) else { return };
-        match error.rdkafka_error_code().unwrap_or(Code::Fail) {
-            Code::QueueFull => {
-                // Either a report makes room, or it is time to look whether the sink has been stopped.
-                let _woken = room.recv_timeout(TICK).is_ok();
+        Sent::All
+    }
+
+    /// Waits until everything that was sent has its report.
+    fn drain(&self) {
+        while self.client.in_flight_count() > 0 && !self.is_over() {
+            // A record counts until its report was taken, which is a moment behind the token.
+            let _woken = self.room.recv_timeout(Duration::from_millis(1)).is_ok();
+        }
+    }
+
+    /// Sends those again that were in one request with a refused record, behind what was on its way then.
+    fn again(&self) -> Again {
+        let reports = self.client.context();
+        let again = &reports.carried.again;
+        if lock(again).is_empty() {
+            return Again::None;
+        }
+        self.drain();
+        if reports.is_too_coarse.load(Ordering::Relaxed) {
+            return Again::TooCoarse;
+        }
+        let mut records = std::mem::take(&mut *lock(again));
+        records.sort_unstable_by_key(|record| record.sequence);
+        records.into_iter().for_each(|record| self.in_order(record));
+        Again::Sent
+    }
+
+    fn is_doubtful(&self, record: &SinkRecord) -> bool {
+        let now_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_millis());
+        self.taken.doubts(record, i64::try_from(now_ms).unwrap_or(i64::MAX))
+    }
+
+    /// Sends one record; one that the broker may refuse goes alone in its request, with nothing on its way behind it: whatever becomes of
+    /// it, the order stays.
+    fn in_order(&self, record: SinkRecord) {
+        if self.is_doubtful(&record) {
+            self.drain();
+            self.one(record);
+            self.drain();
+        } else {
+            self.one(record);
+        }
+    }
+
+    /// Hands one record to librdkafka, waiting while it is full.
+    fn one(&self, record: SinkRecord) {
+        use RDKafkaErrorCode as Code;
+        let reports = self.client.context();
+        let sequence = record.sequence;
+        if record.headers.iter().any(|(name, _)| name.as_bytes().contains(&0)) {
+            return reports.refuse(sequence, RefusedRecord::HeaderName, record);
+        }
+        let Ok(opaque) = usize::try_from(sequence) else {
+            let reason = "sequences end at 2^32 on this machine".to_owned();
+            return self.shared.fail(KafkaError::Fatal { attempt: "writing", reason });
+        };
+        while !self.is_over() {
+            let mut outgoing: BaseRecord<'_, [u8], [u8], usize> =
+                BaseRecord::with_opaque_to(&reports.topic, opaque).payload(record.payload.as_slice());
+            outgoing.key = record.key.as_deref();
+            outgoing.timestamp = record.timestamp_ms;
+            if !record.headers.is_empty() {
+                let headers = record
+                    .headers
+                    .iter()
+                    .fold(OwnedHeaders::new_with_capacity(record.headers.len()), |headers, (name, value)| {
+                        headers.insert(Header { key: name, value: Some(value.as_slice()) })
+                    });
+                outgoing.headers = Some(headers);
             }
-            Code::MessageSizeTooLarge => {
-                let error = reports.too_large(&record);
-                return reports.refuse(sequence, error, record);
+            let Err((error, _)) = self.client.send(outgoing) else { return };
+            match error.rdkafka_error_code().unwrap_or(Code::Fail) {
+                Code::QueueFull => {
+                    // Either a report makes room, or it is time to look whether the sink has been stopped.
+                    let _woken = self.room.recv_timeout(TICK).is_ok();
+                }
+                code @ (Code::MessageSizeTooLarge | Code::InvalidArgument | Code::InvalidMessage) => {
+                    let error = reports.why(code, &record);
+                    return reports.refuse(sequence, error, record);
+                }
+                code => return self.shared.fail(failure(code, &reports.topic, "")),
             }
-            code @ (Code::InvalidArgument | Code::InvalidMessage) => {
-                let error = RefusedRecord::Other { topic: reports.topic.clone(), reason: code.to_string() };
-                return reports.refuse(sequence, error, record);
-            }
-            code => return shared.fail(failure(code, &reports.topic, "")),
         }
     }
 }
 
 /// The thread that takes delivery reports, and notices when the brokers are away.
-fn take_reports(client: &Client, options: &SinkOptions, shared: &Shared, sending_ended: &AtomicBool) {
+fn take_reports(
+    client: &Client,
+    options: &SinkOptions,
+    shared: &Shared,
+    sending_ended: &AtomicBool,
+    is_replaced: &AtomicBool,
+) {
     let reports = client.context();
     let servers = &options.connection.bootstrap_servers;
     let mut trouble = Trouble::default();
@@ -405,7 +551,8 @@ fn take_reports(client: &Client, options: &SinkOptions, shared: &Shared, sending
     loop {
         // Serves each report as it comes, and returns after a tick.
         client.poll(TICK);
-        if shared.stopping() || (shared.failed() && sending_ended.load(Ordering::Relaxed)) {
+        let is_over = shared.failed() || is_replaced.load(Ordering::Relaxed);
+        if shared.stopping() || (is_over && sending_ended.load(Ordering::Relaxed)) {
             return;
         }
         let errors = std::mem::take(&mut *lock(&reports.errors));

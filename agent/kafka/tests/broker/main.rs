@@ -12,3 +12,4 @@ mod group;
 mod sink;
 mod source;
 mod support;
+mod transactions;

@@ -147,6 +147,111 @@ fn a_time_far_in_the_future_is_refused_alone() {
     assert_eq!(sink.finish(PATIENCE).outcome, Ok(2));
 }
 
+/// What is refused by the broker and not by the client takes nothing else of its request with it, and leaves the others in order.
+#[test]
+fn times_far_in_the_future_in_the_middle_of_others_are_refused_alone() {
+    let (broker, _calm) = broker();
+    for (name, settings) in [
+        ("futures", [("message.timestamp.after.max.ms", "3600000"), ("message.timestamp.type", "CreateTime")]),
+        // In doubt is what comes without a key.
+        ("keyless", [("cleanup.policy", "compact"), ("message.timestamp.type", "CreateTime")]),
+    ] {
+        broker.topic(name, 1, &settings);
+        let sink = start(broker, name);
+        let is_bad = |number: u64| number % 100 == 57 || number % 1000 < 3;
+        let mut refused = Vec::new();
+        for number in 0..5_000 {
+            let mut record = SinkRecord { key: Some(b"k".to_vec()), ..numbered(number, 100) };
+            match name {
+                _ if !is_bad(number) => {}
+                "keyless" => record.key = None,
+                _ => record.timestamp_ms = Some(9_000_000_000_000),
+            }
+            send(&sink, record);
+            while let Some(event) = sink.try_event() {
+                let SinkEvent::Refused { sequence, .. } = event else { panic!("{event:?}") };
+                refused.push(sequence);
+            }
+        }
+        let finished = sink.finish(PATIENCE);
+        assert_eq!(finished.outcome, Ok(5_000), "{name}");
+        refused.extend(finished.events.into_iter().map(|event| match event {
+            SinkEvent::Refused { sequence, .. } => sequence,
+            other => panic!("{other:?}"),
+        }));
+        assert_eq!(refused, (0..5_000).filter(|number| is_bad(*number)).collect::<Vec<_>>(), "{name}");
+        let numbers: Vec<u64> = broker.all_records(name).iter().map(number_of).collect();
+        assert_eq!(numbers, (0..5_000).filter(|number| !is_bad(*number)).collect::<Vec<_>>(), "{name}");
+    }
+}
+
+/// A broker that says only when it refuses: here the topic's rule is another one by then.
+#[test]
+fn what_was_in_one_request_with_a_refused_record_is_sent_again() {
+    let (broker, _calm) = broker();
+    broker.topic("changed-rule", 1, &[("message.timestamp.after.max.ms", "9000000000000")]);
+    let sink = start(broker, "changed-rule");
+    send(&sink, numbered(0, 100));
+    delivered(&sink, 1);
+    broker.set("changed-rule", "message.timestamp.after.max.ms", "3600000");
+    let is_bad = |number: u64| number % 100 == 57;
+    let mut refused = Vec::new();
+    for number in 1..5_000 {
+        let mut record = numbered(number, 100);
+        if is_bad(number) {
+            record.timestamp_ms = Some(9_000_000_000_000);
+        }
+        send(&sink, record);
+        while let Some(event) = sink.try_event() {
+            let SinkEvent::Refused { sequence, .. } = event else { panic!("{event:?}") };
+            refused.push(sequence);
+        }
+    }
+    let finished = sink.finish(PATIENCE);
+    assert_eq!(finished.outcome, Ok(5_000));
+    refused.extend(finished.events.into_iter().map(|event| match event {
+        SinkEvent::Refused { sequence, .. } => sequence,
+        other => panic!("{other:?}"),
+    }));
+    refused.sort_unstable();
+    assert_eq!(refused, (0..5_000).filter(|number| is_bad(*number)).collect::<Vec<_>>());
+    let mut numbers: Vec<u64> = broker.all_records("changed-rule").iter().map(number_of).collect();
+    numbers.sort_unstable();
+    assert_eq!(numbers, (0..5_000).filter(|number| !is_bad(*number)).collect::<Vec<_>>());
+}
+
+/// The broker calls all records of a batch too large that is.
+#[test]
+fn a_topic_that_takes_less_by_now_refuses_only_what_is_too_large() {
+    let (broker, _calm) = broker();
+    broker.topic("less", 1, &[]);
+    let sink = start(broker, "less");
+    send(&sink, numbered(0, 100));
+    delivered(&sink, 1);
+    broker.set("less", "max.message.bytes", "2000");
+    for number in 1..2_000 {
+        let mut record = numbered(number, 100);
+        if number == 500 {
+            record.payload = vec![b'x'; 5000];
+        }
+        send(&sink, record);
+    }
+    let finished = sink.finish(PATIENCE);
+    assert_eq!(finished.outcome, Ok(2_000));
+    let refused: Vec<u64> = finished
+        .events
+        .into_iter()
+        .map(|event| match event {
+            SinkEvent::Refused { sequence, error: RefusedRecord::TooLarge { .. }, .. } => sequence,
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(refused, [500]);
+    let mut numbers: Vec<u64> = broker.all_records("less").iter().map(number_of).collect();
+    numbers.sort_unstable();
+    assert_eq!(numbers, (0..2_000).filter(|number| *number != 500).collect::<Vec<_>>());
+}
+
 #[test]
 fn a_header_that_cannot_be_written_is_refused() {
     let (broker, _calm) = broker();

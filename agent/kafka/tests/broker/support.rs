@@ -2,7 +2,7 @@
 
 use argo_streams_kafka::{Connection, Notify, Sink, SinkEvent, SinkRecord, Source, SourceEvent, SourceRecord};
 use rdkafka::ClientConfig;
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, NewTopic, ResourceSpecifier, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::Message;
@@ -129,6 +129,13 @@ impl Broker {
 
     pub fn admin(&self) -> AdminClient<DefaultClientContext> {
         self.config().create().unwrap()
+    }
+
+    /// Changes one setting of a topic; it counts from the broker's next request on.
+    pub fn set(&self, topic: &str, key: &str, value: &str) {
+        let change = AlterConfig::new(ResourceSpecifier::Topic(topic)).set(key, value);
+        let done = block_on(self.admin().alter_configs([&change], &AdminOptions::new())).unwrap();
+        done[0].as_ref().unwrap();
     }
 
     /// Makes a topic that is named after its test.
