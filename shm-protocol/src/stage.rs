@@ -567,7 +567,7 @@ pub struct Stage {
     /// When a bell was rung last, and when the stage was seen at work last.
     rung_at_ns: u64,
     busy_at_ns: u64,
-    /// Bytes published and freed since.
+    /// Bytes published since readers were looked after.
     unrung_bytes: u64,
     /// More is published soon, and who sleeps may sleep until then.
     holds_bells: bool,
