@@ -150,9 +150,8 @@ impl Mapping {
         );
         // SAFETY: in bounds by the assertion above.
         let pointer = unsafe { self.base.as_ptr().add(offset) };
-        #[expect(clippy::cast_ptr_alignment, reason = "the base is page-aligned and the offset a multiple of 8")]
         let pointer = pointer.cast::<[AtomicU64; COUNT]>();
-        // SAFETY: aligned and in bounds; every process touches these words atomically; the mapping lives as long as `self`.
+        // SAFETY: aligned (the base is page-aligned, the offset a multiple of 8) and in bounds; every process touches these words atomically; the mapping lives as long as `self`.
         unsafe { &*pointer }
     }
 
