@@ -106,6 +106,7 @@ impl TransactionSink {
             options,
             limit_bytes,
             batches: batches_now,
+            batches_from_now: batches_now,
             producer,
             marks,
             said,
@@ -219,6 +220,8 @@ struct Writer {
     /// How large a record the producer takes.
     limit_bytes: u64,
     batches: Batches,
+    /// What is sent from the next transaction on.
+    batches_from_now: Batches,
     producer: Client,
     marks: BaseConsumer,
     said: Sender<TransactionEvent>,
@@ -275,7 +278,11 @@ impl Writer {
             match to_write.recv_timeout(TICK) {
                 Ok(batch) => {
                     number += 1;
-                    let event = match self.write(&batch, number)? {
+                    let written = self.write(&batch, number)?;
+                    if self.batches != self.batches_from_now {
+                        self.send_in(self.batches_from_now)?;
+                    }
+                    let event = match written {
                         refused if refused.is_empty() => TransactionEvent::Committed,
                         refused => TransactionEvent::Refused(refused),
                     };
@@ -336,10 +343,17 @@ impl Writer {
     fn narrow(&mut self) -> Result<(), Refusal> {
         let before = self.limit_bytes;
         self.fit()?;
-        if self.limit_bytes == before {
-            self.batches = Batches::OfOne;
-            self.producer = producer(&self.options, before, self.batches).map_err(Refusal::Failed)?;
+        if self.limit_bytes != before {
+            return self.begin();
         }
+        self.batches_from_now = Batches::OfOne;
+        self.send_in(Batches::OfOne)
+    }
+
+    /// Goes on with a producer that sends such batches.
+    fn send_in(&mut self, batches: Batches) -> Result<(), Refusal> {
+        self.batches = batches;
+        self.producer = producer(&self.options, self.limit_bytes, batches).map_err(Refusal::Failed)?;
         self.begin()
     }
 
@@ -357,12 +371,15 @@ impl Writer {
                 Err(Refusal::TryAgain { failed, by }) => {
                     self.abort()?;
                     let is_of_size = failed.iter().any(|(_, code)| is_of_size(*code));
+                    let is_for_good = failed.iter().any(|(_, code)| is_refused_for_good(*code));
                     let refused = self.refused(batch, failed, by);
                     if !refused.is_empty() {
                         return Ok(refused);
                     }
                     if is_of_size {
                         self.narrow()?;
+                    } else if is_for_good {
+                        self.send_in(Batches::OfOne)?;
                     } else {
                         std::thread::park_timeout(RETRY_PAUSE);
                     }
@@ -406,17 +423,21 @@ impl Writer {
             return Ok(());
         }
         // It came before the broker had heard of the transaction, and the client takes that for its own end: the next one fences it.
-        self.producer = producer(&self.options, self.limit_bytes, self.batches).map_err(Refusal::Failed)?;
-        self.begin()
+        self.send_in(self.batches)
     }
 
     /// Those of the failed records of a batch that are refused for good.
     fn refused(&self, batch: &Batch, failed: Vec<(usize, RDKafkaErrorCode)>, by: By) -> Vec<(u64, RefusedRecord)> {
         let is_alone = by == By::Client || self.batches == Batches::OfOne;
+        // Brokers do not always say which record of a batch it is. When they do, the others are named as such.
+        let is_other = |(_, code): &(usize, RDKafkaErrorCode)| *code == RDKafkaErrorCode::InvalidDifferentRecord;
+        let is_told = is_alone || failed.len() == 1 || failed.iter().any(is_other);
         let failed: BTreeMap<_, _> = failed.into_iter().filter(|(_, code)| is_refused_for_good(*code)).collect();
         let refused = failed.into_iter().filter_map(|(place, code)| {
             let record = batch.records.get(place)?;
-            if is_of_size(code) && !is_alone && !record.is_surely_over(self.limit_bytes) {
+            let is_proven =
+                if is_of_size(code) { is_alone || record.is_surely_over(self.limit_bytes) } else { is_told };
+            if !is_proven {
                 return None;
             }
             Some((record.sequence, RefusedRecord::of(code, &self.options.topic, self.limit_bytes, record)))

@@ -33,7 +33,15 @@ struct Carried {
     window: Arc<Mutex<Window>>,
     /// Records that were in one request with a refused one, or may have been: they are not written, and sent again. At most what is in
     /// flight.
-    again: Arc<Mutex<Vec<SinkRecord>>>,
+    again: Arc<Mutex<Vec<Again>>>,
+}
+
+/// A record that is sent again.
+#[derive(Debug)]
+struct Again {
+    record: SinkRecord,
+    /// Only alone it shows whether it is refused itself.
+    goes_alone: bool,
 }
 
 /// What librdkafka calls while a sink polls it.
@@ -48,6 +56,8 @@ struct Reports {
     written: AtomicU64,
     /// Whether a broker has called a batch too large whose records are not, as far as we know. What to do then: see [`Sending::again`].
     is_too_coarse: AtomicBool,
+    /// The sequence of a record that is alone on its way, so that what is said of its batch is said of it.
+    alone: AtomicU64,
     errors: Mutex<VecDeque<(RDKafkaErrorCode, String)>>,
     /// One token when librdkafka's queue has lost a record.
     room: Sender<()>,
@@ -78,10 +88,16 @@ impl Reports {
     fn refused_by_broker(&self, code: RDKafkaErrorCode, sequence: u64, message: &BorrowedMessage<'_>) {
         let timestamp_ms = lock(&self.carried.window).timestamp_ms(sequence);
         let record = given_back(sequence, timestamp_ms, message);
-        if is_of_size(code) && self.batches == Batches::OfMany && !record.is_surely_over(self.limit_bytes) {
-            lock(&self.carried.again).push(record);
-            // Relaxed: it is looked at when nothing is under way.
-            return self.is_too_coarse.store(true, Ordering::Relaxed);
+        // Relaxed, both: set and looked at when nothing else is under way.
+        let is_alone = self.batches == Batches::OfOne || self.alone.load(Ordering::Relaxed) == sequence;
+        let is_proven = is_alone || (is_of_size(code) && record.is_surely_over(self.limit_bytes));
+        if !is_proven {
+            // Brokers do not always say which record of a batch it is.
+            lock(&self.carried.again).push(Again { record, goes_alone: true });
+            if is_of_size(code) {
+                self.is_too_coarse.store(true, Ordering::Relaxed);
+            }
+            return;
         }
         self.refuse(sequence, self.why(code, &record), record);
     }
@@ -125,7 +141,8 @@ impl ProducerContext for Reports {
                 | Code::PolicyViolation) => self.refused_by_broker(code, sequence, message),
                 Code::InvalidDifferentRecord => {
                     let timestamp_ms = lock(&self.carried.window).timestamp_ms(sequence);
-                    lock(&self.carried.again).push(given_back(sequence, timestamp_ms, message));
+                    let record = given_back(sequence, timestamp_ms, message);
+                    lock(&self.carried.again).push(Again { record, goes_alone: false });
                 }
                 code => self.shared.fail(failure(code, &self.topic, "")),
             },
@@ -222,6 +239,7 @@ fn client(
         batches,
         carried,
         is_too_coarse: AtomicBool::new(false),
+        alone: AtomicU64::new(u64::MAX),
         written: AtomicU64::new(0),
         errors: Mutex::default(),
         room,
@@ -384,11 +402,11 @@ enum Sent {
 
 /// What became of the records that were to be sent again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Again {
+enum Resent {
     /// There were none.
     None,
     /// They are sent.
-    Sent,
+    All,
     /// They are left.
     TooCoarse,
 }
@@ -409,7 +427,7 @@ impl Sending<'_> {
     fn all(&self, records: &Receiver<SinkRecord>, expected: &mut u64) -> Sent {
         let shared = self.shared;
         while !self.is_over() {
-            if self.again() == Again::TooCoarse {
+            if self.again() == Resent::TooCoarse {
                 return Sent::TooCoarse;
             }
             let record = match records.recv_timeout(TICK) {
@@ -419,9 +437,9 @@ impl Sending<'_> {
                     // Of the last ones some may have to be sent again.
                     self.drain();
                     match self.again() {
-                        Again::None => return Sent::All,
-                        Again::Sent => continue,
-                        Again::TooCoarse => return Sent::TooCoarse,
+                        Resent::None => return Sent::All,
+                        Resent::All => continue,
+                        Resent::TooCoarse => return Sent::TooCoarse,
                     }
                 }
             };
@@ -442,7 +460,7 @@ impl Sending<'_> {
                 let mut again = lock(&carried.again);
                 if !again.is_empty() {
                     // Behind these.
-                    again.push(record);
+                    again.push(Again { record, goes_alone: true });
                     continue;
                 }
             }
@@ -460,20 +478,23 @@ impl Sending<'_> {
     }
 
     /// Sends those again that were in one request with a refused record, behind what was on its way then.
-    fn again(&self) -> Again {
+    fn again(&self) -> Resent {
         let reports = self.client.context();
         let again = &reports.carried.again;
         if lock(again).is_empty() {
-            return Again::None;
+            return Resent::None;
         }
         self.drain();
         if reports.is_too_coarse.load(Ordering::Relaxed) {
-            return Again::TooCoarse;
+            return Resent::TooCoarse;
         }
         let mut records = std::mem::take(&mut *lock(again));
-        records.sort_unstable_by_key(|record| record.sequence);
-        records.into_iter().for_each(|record| self.in_order(record));
-        Again::Sent
+        records.sort_unstable_by_key(|again| again.record.sequence);
+        for Again { record, goes_alone } in records {
+            // Of batches of one each is alone.
+            if goes_alone && reports.batches == Batches::OfMany { self.alone(record) } else { self.in_order(record) }
+        }
+        Resent::All
     }
 
     fn is_doubtful(&self, record: &SinkRecord) -> bool {
@@ -484,13 +505,17 @@ impl Sending<'_> {
     /// Sends one record; one that the broker may refuse goes alone in its request, with nothing on its way behind it: whatever becomes of
     /// it, the order stays.
     fn in_order(&self, record: SinkRecord) {
-        if self.is_doubtful(&record) {
-            self.drain();
-            self.one(record);
-            self.drain();
-        } else {
-            self.one(record);
-        }
+        if self.is_doubtful(&record) { self.alone(record) } else { self.one(record) }
+    }
+
+    /// Sends one record with nothing else on its way.
+    fn alone(&self, record: SinkRecord) {
+        self.drain();
+        let alone = &self.client.context().alone;
+        alone.store(record.sequence, Ordering::Relaxed);
+        self.one(record);
+        self.drain();
+        alone.store(u64::MAX, Ordering::Relaxed);
     }
 
     /// Hands one record to librdkafka, waiting while it is full.

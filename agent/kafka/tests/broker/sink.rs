@@ -203,14 +203,18 @@ fn what_was_in_one_request_with_a_refused_record_is_sent_again() {
         }
         send(&sink, record);
         while let Some(event) = sink.try_event() {
-            let SinkEvent::Refused { sequence, .. } = event else { panic!("{event:?}") };
+            let SinkEvent::Refused { sequence, error, .. } = event else { panic!("{event:?}") };
+            assert!(is_bad(sequence), "{sequence}: {error}");
             refused.push(sequence);
         }
     }
     let finished = sink.finish(PATIENCE);
     assert_eq!(finished.outcome, Ok(5_000));
     refused.extend(finished.events.into_iter().map(|event| match event {
-        SinkEvent::Refused { sequence, .. } => sequence,
+        SinkEvent::Refused { sequence, error, .. } => {
+            assert!(is_bad(sequence), "{sequence}: {error}");
+            sequence
+        }
         other => panic!("{other:?}"),
     }));
     refused.sort_unstable();
