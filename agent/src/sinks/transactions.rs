@@ -1,7 +1,7 @@
 //! `kafka` as a sink with `transactions: true`: each record is in the topic once, for readers of committed records, or a dead letter
 //! once, also when the agent is killed at the worst moment.
 //!
-//! With every transaction goes a mark ([`super::mark`]): which run it is, up to where each input ring is decided, and which records before
+//! With every transaction goes a mark (`mark.rs`): which run it is, up to where each input ring is decided, and which records before
 //! that the topic refused. After a restart the mark is believed over the slot: a transaction may have been committed and the slot not, and
 //! what it holds is then finished without being written again. A mark of another run says nothing about these rings.
 //!
