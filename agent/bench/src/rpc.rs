@@ -2,7 +2,7 @@
 //! tonic) on one thread a side. gRPC's messages are the records' bytes as they are: no encoding is measured.
 
 use std::convert::Infallible;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -12,6 +12,7 @@ use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::runtime::Runtime;
 use tokio::sync::{Notify, mpsc};
@@ -30,6 +31,8 @@ use crate::record::{Order, Tally, blank, is_end, latencies, stamp, stamp_end};
 use crate::role::End;
 
 const PATIENCE: Duration = Duration::from_secs(2);
+/// How often a server looks whether its client has hung up, when all is measured.
+const HANG_UP_LOOK: Duration = Duration::from_millis(1);
 /// Messages between the producer and the task that sends them: as many as one batch of anything.
 const QUEUE: usize = 1024;
 /// Turns of the runtime in which a message gets from the queue to the socket.
@@ -237,11 +240,27 @@ async fn serve_grpc(stream: UnixStream, case: Case, kept: Kept) -> Result<(), Fa
             Ok::<_, Infallible>(response)
         }
     });
+    // The client ends the connection, when it has the last answer: a server that closes first can fail it. The client's next frame
+    // finds no reader then, and of what it has not read yet it takes nothing more.
+    let peer = stream.as_fd().try_clone_to_owned().map_err(Fault::of("grpc"))?;
+    let end = async move {
+        over.is_over().await;
+        hung_up(&peer).await;
+    };
     let incoming = tokio_stream::once(Ok::<_, std::io::Error>(stream)).chain(tokio_stream::pending());
-    // A graceful end: the answer to the last call still goes out.
-    let serving =
-        Server::builder().serve_with_incoming_shutdown(service, incoming, async move { over.is_over().await });
+    let serving = Server::builder().serve_with_incoming_shutdown(service, incoming, end);
     within(case.time_ms, serving).await?.map_err(Fault::of("grpc"))
+}
+
+/// Waits until the other end of a socket has closed it.
+async fn hung_up(socket: &OwnedFd) {
+    loop {
+        let mut look = [PollFd::new(socket, PollFlags::RDHUP)];
+        if poll(&mut look, Some(&Timespec::default())) != Ok(0) {
+            return;
+        }
+        tokio::time::sleep(HANG_UP_LOOK).await;
+    }
 }
 
 async fn within<T>(time_ms: u64, future: impl Future<Output = T>) -> Result<T, Fault> {
