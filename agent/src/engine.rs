@@ -116,7 +116,7 @@ pub struct Image {
 /// What a container is to be.
 #[derive(Debug)]
 pub struct Container<'a> {
-    /// Its name: the same for every life of a worker, so that what is left of one is found.
+    /// Its name, for containerd the beginning of it: the same for every life of a worker, so that what is left of one is found.
     pub name: &'a str,
     /// The step's name, for people.
     pub step: &'a str,

@@ -151,7 +151,8 @@ impl Mapping {
         // SAFETY: in bounds by the assertion above.
         let pointer = unsafe { self.base.as_ptr().add(offset) };
         let pointer = pointer.cast::<[AtomicU64; COUNT]>();
-        // SAFETY: aligned (the base is page-aligned, the offset a multiple of 8) and in bounds; every process touches these words atomically; the mapping lives as long as `self`.
+        // SAFETY: aligned, as the base is page-aligned and the offset a multiple of 8; in bounds by the assertion; every process
+        // touches these words atomically; the mapping lives as long as `self`.
         unsafe { &*pointer }
     }
 
