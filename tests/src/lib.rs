@@ -10,6 +10,7 @@
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -137,7 +138,8 @@ pub struct Running {
     /// Its process.
     pub child: Child,
     output: Option<std::thread::JoinHandle<Vec<u8>>>,
-    words: Option<std::thread::JoinHandle<Vec<u8>>>,
+    words: Option<std::thread::JoinHandle<()>>,
+    said: Arc<Mutex<Vec<u8>>>,
 }
 
 impl Running {
@@ -148,17 +150,39 @@ impl Running {
     #[must_use]
     pub fn start(mut command: Command) -> Self {
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        let (output, words) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
-        let collect = |from: std::os::fd::OwnedFd| {
-            let mut from = std::fs::File::from(from);
-            std::thread::spawn(move || {
-                let mut all = Vec::new();
-                from.read_to_end(&mut all).unwrap();
-                all
-            })
-        };
-        let (output, words) = (collect(output.into()), collect(words.into()));
-        Self { child, output: Some(output), words: Some(words) }
+        let (mut output, mut words) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+        let output = std::thread::spawn(move || {
+            let mut all = Vec::new();
+            output.read_to_end(&mut all).unwrap();
+            all
+        });
+        let said = Arc::new(Mutex::new(Vec::new()));
+        let all = Arc::clone(&said);
+        let words = std::thread::spawn(move || {
+            let mut some = [0; 4096];
+            loop {
+                let read = words.read(&mut some).unwrap();
+                if read == 0 {
+                    return;
+                }
+                all.lock().unwrap().extend_from_slice(&some[..read]);
+            }
+        });
+        Self { child, output: Some(output), words: Some(words), said }
+    }
+
+    /// Waits until it has said a whole line with this text on its standard error, and gives what follows the text there.
+    ///
+    /// # Panics
+    /// When it takes too long.
+    #[must_use]
+    pub fn says(&self, text: &str) -> String {
+        wait_for(text, || {
+            let said = self.said.lock().unwrap();
+            let said = String::from_utf8_lossy(&said);
+            let (whole, _) = said.rsplit_once('\n')?;
+            whole.lines().find_map(|line| Some(line.split_once(text)?.1.to_owned()))
+        })
     }
 
     /// Writes to its standard input.
@@ -184,25 +208,28 @@ impl Running {
     #[must_use]
     pub fn finish(mut self) -> Finished {
         let status = wait_for("the end of the run", || self.child.try_wait().unwrap());
-        let output = Output {
-            status,
-            stdout: self.output.take().unwrap().join().unwrap(),
-            stderr: self.words.take().unwrap().join().unwrap(),
-        };
+        let stdout = self.output.take().unwrap().join().unwrap();
+        self.words.take().unwrap().join().unwrap();
+        let stderr = std::mem::take(&mut *self.said.lock().unwrap());
+        let output = Output { status, stdout, stderr };
         Finished { output }
     }
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
+        let ended = self.child.try_wait();
         // A failed test leaves nothing behind.
         let _gone = self.child.kill();
         let _reaped = self.child.wait();
         if let (true, Some(words)) = (std::thread::panicking(), self.words.take())
-            && let Ok(words) = words.join()
+            && let (Ok(()), Ok(said)) = (words.join(), self.said.lock())
         {
-            let from = words.len().saturating_sub(WORDS_SHOWN_BYTES);
-            eprintln!("what the run said last:\n{}", String::from_utf8_lossy(&words[from..]));
+            if let Ok(Some(status)) = ended {
+                eprintln!("the run had ended: {status}");
+            }
+            let from = said.len().saturating_sub(WORDS_SHOWN_BYTES);
+            eprintln!("what the run said last:\n{}", String::from_utf8_lossy(&said[from..]));
         }
     }
 }
