@@ -356,12 +356,13 @@ impl Broker {
     /// # Errors
     /// What is not in the journal, or is no such segment: nothing is taken over then, and the keeper is told to let go.
     pub fn adopt(
-        physical: Physical,
+        mut physical: Physical,
         transports: &[Transport],
         sockets: &[Option<PathBuf>],
         mut state: StateDirectory,
         kept: &mut BTreeMap<String, Kept>,
     ) -> Result<Self, AdoptError> {
+        keep_capacities(&mut physical, kept);
         let workers = match Self::adopt_workers(&physical, transports, sockets, &state, kept) {
             Ok(workers) => workers,
             Err(error) => {
@@ -1690,6 +1691,26 @@ fn segment_entry(stage: usize, generation: u64, name: &str) -> String {
 
 fn client_entry(client: usize) -> String {
     format!("client/{client}")
+}
+
+/// The rings of a run that is taken over have the capacities that the agent before gave them, which may be an older one. Their segments
+/// tell by their length, which was sealed before anybody else got them.
+fn keep_capacities(physical: &mut Physical, kept: &BTreeMap<String, Kept>) {
+    let outputs = physical.stages.iter().map(|stage| stage.spec.outputs.len()).enumerate().collect::<Vec<_>>();
+    for (stage, outputs) in outputs {
+        let said = kept.get(&worker_entry(stage)).map(|entry| entry.bytes.as_slice()).unwrap_or_default();
+        let Ok(said) = serde_json::from_slice::<KeptWorker>(said) else { continue };
+        for output in 0..outputs {
+            let entry = kept.get(&segment_entry(stage, said.generation, &format!("output-{output}")));
+            let len_bytes = entry
+                .and_then(|entry| entry.descriptors.first())
+                .and_then(|descriptor| rustix::fs::fstat(descriptor).ok())
+                .and_then(|found| u64::try_from(found.st_size).ok());
+            if let Some(len_bytes) = len_bytes {
+                physical.set_ring_len(stage, output, len_bytes);
+            }
+        }
+    }
 }
 
 /// One incarnation from what the keeper has, every segment of it looked up in the journal.

@@ -32,6 +32,9 @@ pub enum InternalError {
     /// The step was taken out of the pipeline while it ran: what it had is finished, and the thread ends well.
     #[error("the step was taken out of the pipeline")]
     TakenOut,
+    /// A source is to stop, and its record found no room before that: it was not emitted, and stays where it came from.
+    #[error("the run is being stopped")]
+    Stopped,
     /// A file or stream failed.
     #[error("{what}: {source}")]
     Io {
@@ -173,6 +176,7 @@ pub struct Internal {
     are_partitions_written: bool,
     handover: Arc<Handover>,
     wants_input_while_blocked: bool,
+    reads_for_good: bool,
 }
 
 impl Internal {
@@ -190,7 +194,13 @@ impl Internal {
             are_partitions_written: true,
             handover: Arc::clone(handover),
             wants_input_while_blocked: false,
+            reads_for_good: false,
         })
+    }
+
+    /// What this source has read cannot be read again: it is emitted also when the source is to stop.
+    pub fn set_reads_for_good(&mut self) {
+        self.reads_for_good = true;
     }
 
     /// As [`Stage::set_wants_input_while_blocked`], also of the stage that comes after this one.
@@ -316,7 +326,8 @@ impl Internal {
     /// Emits a record of a source; publishes what is there and waits for room where there is none.
     ///
     /// # Errors
-    /// As [`Stage::emit`], but never for want of room.
+    /// As [`Stage::emit`], but never for want of room; [`InternalError::Stopped`] when there is none and the source is to stop: what
+    /// is behind it may wait for the end of the input, which would stand behind this record.
     pub async fn emit(&mut self, emit: &Emit<'_>, payload: &[u8]) -> Result<(), InternalError> {
         self.emit_to(OUTPUT_MAIN, emit, payload).await
     }
@@ -352,9 +363,13 @@ impl Internal {
             match self.stage.emit(output, emit, payload) {
                 Err(StageError::Full | StageError::BatchFull) => {
                     self.publish()?;
-                    if self.stage.is_blocked() {
-                        self.wait().await?;
+                    if !self.stage.is_blocked() {
+                        continue;
                     }
+                    if self.stage.is_stop_requested() && !self.reads_for_good {
+                        return Err(InternalError::Stopped);
+                    }
+                    self.wait().await?;
                 }
                 result => return Ok(result?),
             }

@@ -4,9 +4,10 @@
 //! pick the ring, so there is no shuffle process; one with a jq program becomes a router stage in the agent.
 
 use argo_streams_pipeline::{Acknowledgement, Buffering, KeyExpression, Output, Plan, Retry, StepKind};
+use argo_streams_shm_protocol::layout::DATA_OFFSET;
 use argo_streams_shm_protocol::limits::{
     INPUTS_MAX, LARGE_CAPACITY_BYTES, OUTPUTS_MAX, RECORD_PAYLOAD_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX_BEFORE,
-    RING_CAPACITY_BYTES,
+    RING_CAPACITY_BYTES, RING_CAPACITY_BYTES_MAX, RING_CAPACITY_BYTES_MIN, ring_capacity_bytes,
 };
 use argo_streams_shm_protocol::{
     GrantInput, GrantOutput, KEY_GROUPS, PageShape, RetryPolicy, RouteEdge, RouteNode, Routes, StageSpec, StateShape,
@@ -209,7 +210,10 @@ impl Physical {
 
     fn add_edge(&mut self, plan: &Plan, stage: usize, node: usize, reader: usize, (from, output): (usize, Output)) {
         let workers: Vec<usize> = self.stages_of(reader).collect();
-        let capacity = plan.step(reader).map_or(RING_CAPACITY_BYTES, |step| capacity_into(step.kind()));
+        let writers = self.stages.get(stage).map_or(1, |writer| self.stages_of(writer.step).count());
+        let capacity = plan
+            .step(reader)
+            .map_or(RING_CAPACITY_BYTES, |step| capacity_into(step.kind(), writers.saturating_mul(workers.len())));
         let mut rings = Vec::with_capacity(workers.len());
         for worker in &workers {
             let ring_id = self.stages.iter().map(|stage| stage.spec.outputs.len() as u64).sum::<u64>() + 1;
@@ -247,6 +251,23 @@ impl Physical {
         }
     }
 
+    /// A ring that exists already has the capacity that its segment has room for. A length that no ring has changes nothing.
+    pub fn set_ring_len(&mut self, stage: usize, output: usize, len_bytes: u64) {
+        let Some(writer) = self.stages.get_mut(stage) else { return };
+        let (Some(granted), Some(end)) = (writer.spec.outputs.get_mut(output), writer.consumers.get(output).copied())
+        else {
+            return;
+        };
+        let Some(capacity) = len_bytes.checked_sub(DATA_OFFSET as u64 + granted.large_capacity) else { return };
+        if !capacity.is_power_of_two() || !(RING_CAPACITY_BYTES_MIN..=RING_CAPACITY_BYTES_MAX).contains(&capacity) {
+            return;
+        }
+        granted.capacity = capacity;
+        if let Some(input) = self.stages.get_mut(end.stage).and_then(|reader| reader.spec.inputs.get_mut(end.index)) {
+            input.capacity = capacity;
+        }
+    }
+
     fn check(&self, plan: &Plan) -> Result<(), PhysicalError> {
         for stage in &self.stages {
             let (place, name) =
@@ -281,8 +302,8 @@ fn retry_policy(retry: &Retry) -> RetryPolicy {
     }
 }
 
-/// How much may wait in a ring into a step.
-fn capacity_into(kind: &StepKind) -> u64 {
+/// Capacity of each of so many rings into a step.
+fn capacity_into(kind: &StepKind, rings: usize) -> u64 {
     match kind {
         StepKind::ParDo(pardo)
             if pardo.buffering() == Buffering::Block
@@ -290,7 +311,7 @@ fn capacity_into(kind: &StepKind) -> u64 {
         {
             BUFFERED_RING_CAPACITY_BYTES
         }
-        _ => RING_CAPACITY_BYTES,
+        _ => ring_capacity_bytes(rings),
     }
 }
 
@@ -343,6 +364,37 @@ mod tests {
                 assert_eq!(ring, stage.spec.inputs[input].ring, "both ends name the same ring");
             }
         }
+    }
+
+    #[test]
+    fn a_ring_has_the_same_capacity_at_both_ends_and_many_have_less() {
+        let text = |copies: usize| {
+            format!(
+                "  - stdin: {{}}\n  - parDo: a\n    containers: {copies}\n  - parDo: b\n    containers: {copies}\n  - log: {{}}\n"
+            )
+        };
+        let capacities = |physical: &Physical| -> Vec<u64> {
+            let inputs = physical.stages.iter().flat_map(|stage| &stage.spec.inputs);
+            for (stage, index, output) in physical.stages.iter().enumerate().flat_map(|(stage, plan)| {
+                plan.spec.outputs.iter().enumerate().map(move |(index, ring)| (stage, index, ring))
+            }) {
+                let end = physical.stages[stage].consumers[index];
+                assert_eq!(physical.stages[end.stage].spec.inputs[end.index].capacity, output.capacity);
+            }
+            inputs.map(|input| input.capacity >> 10).collect()
+        };
+        assert_eq!(capacities(&physical(&text(1))), [2048, 2048, 2048]);
+        let mut many = physical(&text(4));
+        assert_eq!(capacities(&many), [vec![2048; 4], vec![512; 16], vec![2048; 4]].concat());
+
+        // As an older agent had made it: a stage in the middle, its second ring.
+        many.set_ring_len(1, 1, DATA_OFFSET as u64 + (256 << 10) + LARGE_CAPACITY_BYTES);
+        let changed = capacities(&many).iter().filter(|capacity| **capacity == 256).count();
+        assert_eq!(changed, 1, "that ring and no other");
+        for nonsense in [0, LARGE_CAPACITY_BYTES, DATA_OFFSET as u64 + 3000 + LARGE_CAPACITY_BYTES, u64::MAX] {
+            many.set_ring_len(1, 0, nonsense);
+        }
+        assert_eq!(capacities(&many).iter().filter(|capacity| **capacity == 512).count(), 15);
     }
 
     #[test]

@@ -16,6 +16,7 @@ use std::time::Duration;
 use argo_streams_pipeline::{
     Acknowledgement, Buffering, Framing, KeyExpression, ParDo, Plan, Sink, Source, StepKind, Transport as Declared,
 };
+use argo_streams_shm_protocol::limits::backlog_bytes_min;
 use argo_streams_shm_protocol::{Histogram, hash_key, monotonic_ns};
 use argo_streams_stage::{Backend, block_on, choose_backend};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -918,8 +919,9 @@ impl Run {
         for (stage, plan) in self.broker.physical().stages.iter().enumerate() {
             let is_pardo = self.plan.step(plan.step).is_some_and(|step| matches!(step.kind(), StepKind::ParDo(_)));
             let Some(snapshot) = self.broker.snapshot(stage).filter(|_| is_pardo) else { continue };
-            let is_full =
-                |(depth, input): (&u64, &argo_streams_shm_protocol::GrantInput)| *depth >= input.capacity / 8 * 7;
+            let is_full = |(depth, input): (&u64, &argo_streams_shm_protocol::GrantInput)| {
+                *depth >= backlog_bytes_min(input.capacity) / 8 * 7
+            };
             let stands = snapshot.phase == Phase::Live
                 && snapshot.undone > 0
                 && snapshot.undone_since_ns > 0

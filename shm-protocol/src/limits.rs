@@ -24,8 +24,16 @@ pub const ALONE_PATIENCE_NS: u64 = 2_000_000_000;
 /// The longest reason on an error output: a sentence, that fits even into the smallest ring.
 pub const ERROR_REASON_BYTES_MAX: usize = 1024;
 
-/// Capacity of a ring unless the agent says otherwise: 256 KiB to 1 MiB was best in every measurement (notes/shm.md, 3).
-pub const RING_CAPACITY_BYTES: u64 = 256 << 10;
+/// Capacity of the rings between two steps, if they are few: twice a second-level cache of today. A reader that stays so far behind
+/// finds in the shared cache what has left its writer's own: with 256 KiB every line is taken out of the writer's cache while that
+/// writes the next one, and records of 1 to 4 KiB were half as fast where the cores are near (Zen 4).
+pub const RING_CAPACITY_BYTES: u64 = 2 << 20;
+/// All rings between two steps have so much together, unless that is less than [`BACKLOG_BYTES_MIN`] for each.
+pub const EDGE_CAPACITY_BYTES: u64 = 8 << 20;
+/// So much may wait in a ring however slow its reader is ...
+pub const BACKLOG_BYTES_MIN: u64 = 256 << 10;
+/// ... and more only as far as its reader takes it in this time: a large ring is not to be a long queue.
+pub const BACKLOG_NS: u64 = 2_000_000;
 /// The smallest ring: one page, because it is mapped twice in a row.
 pub const RING_CAPACITY_BYTES_MIN: u64 = 4096;
 /// The largest ring.
@@ -45,6 +53,12 @@ pub const COMMIT_BYTES_MAX: u64 = 48 << 10;
 /// this far apart: a publication costs the two sides a few transfers of cache lines, some 0.5 us with its few records where the cores
 /// are far apart, and publishing each of a stream of records alone made a fast reader cost two thirds of the throughput.
 pub const PUBLICATION_GAP_NS: u64 = 2_000;
+
+/// Where records come so fast that this many are there within [`PUBLICATION_GAP_NS`] ...
+pub const DENSE_RECORDS_MIN: u64 = 32;
+/// ... and are published with ordinary stores, the batches are this far apart: a reader right behind its writer takes every line out of
+/// the writer's cache that it is about to write next to. Records of 64 B and 1 KiB were a tenth faster than at 2 us, no faster at 16.
+pub const DENSE_PUBLICATION_GAP_NS: u64 = 8_000;
 
 /// A stage that is at work all the time rings for a sleeping reader this often at most, and at once when it has nothing more to
 /// do or cannot go on; a producer that sleeps for room is woken when half of its ring is free. A wake takes both sides as long as
@@ -123,10 +137,32 @@ pub const SLOT_READ_TRIES: u32 = 64;
 /// Nodes in the routing table of one stage.
 pub const ROUTE_NODES_MAX: usize = 1024;
 
-const _: () = assert!(COMMIT_BYTES_MAX <= RING_CAPACITY_BYTES / LARGE_RECORD_RING_SHARE);
+const _: () = assert!(COMMIT_BYTES_MAX <= BACKLOG_BYTES_MIN / LARGE_RECORD_RING_SHARE);
+const _: () = assert!(BACKLOG_BYTES_MIN <= RING_CAPACITY_BYTES && RING_CAPACITY_BYTES <= EDGE_CAPACITY_BYTES);
 const _: () = assert!(RING_CAPACITY_BYTES.is_power_of_two() && LARGE_CAPACITY_BYTES.is_power_of_two());
 const _: () =
     assert!(LARGE_CAPACITY_BYTES >= 3 * (RECORD_PAYLOAD_BYTES_MAX + KEY_BYTES_MAX + ATTRIBUTES_BYTES_MAX) as u64);
 const _: () = assert!(3 + OUTPUTS_MAX as usize + STATE_EXTENTS_MAX as usize <= CONTROL_DESCRIPTORS_MAX);
 const _: () = assert!(STATE_BYTES_MAX / STATE_EXTENTS_MAX as u64 / 64 * STATE_EXTENTS_MAX as u64 <= 1 << 30);
 const _: () = assert!(STATE_EXTENT_BYTES >= 2 * (STATE_VALUE_BYTES_MAX + KEY_BYTES_MAX) as u64);
+
+/// Capacity of each of so many rings between two steps.
+#[must_use]
+pub const fn ring_capacity_bytes(rings: usize) -> u64 {
+    let mut capacity = RING_CAPACITY_BYTES;
+    while capacity > BACKLOG_BYTES_MIN && capacity.saturating_mul(rings as u64) > EDGE_CAPACITY_BYTES {
+        capacity /= 2;
+    }
+    capacity
+}
+
+/// What may always wait in a ring of this capacity. One that is larger than usual is used whole: whoever made it knows that its
+/// reader holds that much back.
+#[must_use]
+pub const fn backlog_bytes_min(capacity_bytes: u64) -> u64 {
+    if capacity_bytes > RING_CAPACITY_BYTES || capacity_bytes < BACKLOG_BYTES_MIN {
+        capacity_bytes
+    } else {
+        BACKLOG_BYTES_MIN
+    }
+}

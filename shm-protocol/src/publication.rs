@@ -1,4 +1,4 @@
-//! Which way a stage publishes its batches, found by measuring itself.
+//! Which way a stage publishes its batches, found by measuring itself; and how much may wait for a reader, found the same way.
 //!
 //! Where writer and reader share a cache, ordinary stores at a record's place are up to twice as fast as streaming; where
 //! they do not, streaming is up to ten times as fast (notes/shm.md, 1b and 3). No table of processors knows which it is, and
@@ -11,8 +11,11 @@
 //!
 //! A state machine without a clock: times come in.
 
+use crate::limits::BACKLOG_NS;
 use crate::ring::Way;
 
+/// What is measured of one ring at a time. With more, a move of the cores would be found too late.
+const STRETCH_BYTES: u64 = 256 << 10;
 /// Of the rings of a stage with many, a stretch is this share long, or it would take too long to find out.
 const STRETCH_SHARE: u64 = 4;
 /// A batch that took this many times the mean of its stretch had a pause in it, of the program or of the processor.
@@ -22,7 +25,7 @@ const PAUSE_NS_MIN: u64 = 20_000;
 /// The other way must be better by one part in this many, or it is not worth the change.
 const GAIN_PART: u64 = 16;
 /// When the way in use takes this much longer (in eighths) than when it was chosen, the cores may have moved.
-const CHANGE_EIGHTHS: u64 = 10;
+const CHANGE_EIGHTHS: u64 = 12;
 /// ... if it does so for so many stretches in a row. A single one says nothing: on a Zen 4 machine one stretch in 70 was that
 /// far off by itself, and a trial for each of them cost a seventh of the throughput.
 const CHANGE_STRETCHES: u64 = 4;
@@ -45,13 +48,14 @@ const TRIAL_NS_MAX: u64 = 250_000_000;
 pub(crate) struct Chooser {
     is_fixed: bool,
     stretch_bytes_min: u64,
+    turn_bytes: u64,
     phase: Phase,
     way: Way,
     stretch: Stretch,
     /// Femtoseconds a byte of the way in use, when it was chosen.
     chosen_cost: u64,
-    /// ... and of the other one.
-    other_cost: u64,
+    /// What the trial under way has taken and published, the turn included.
+    trial: Stretch,
     next_trial_ns: u64,
     /// Stretches in a row that said the same against what is in use, and the sum of their costs.
     doubts: u64,
@@ -68,6 +72,8 @@ enum Phase {
     Turning,
     /// The other way is measured.
     Trying,
+    /// It was not better: the way in use fills the ring once again, which belongs to the price of the trial.
+    Returning,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -85,22 +91,29 @@ impl Stretch {
 }
 
 impl Chooser {
-    /// For the rings out of one stage, with these capacities. A stretch is one ring long: what is measured is the ring as it is
-    /// when it has gone around in that way, not the lines that the other way left behind.
+    /// For the rings out of one stage, with these capacities. The other way turns for one ring before it is measured: what counts is
+    /// the ring as it is when it has gone around in that way, not the lines that the one before left behind.
     pub(crate) fn new(capacities: &[u64]) -> Self {
-        let sum = capacities.iter().fold(0, |sum: u64, capacity| sum.saturating_add(*capacity));
-        Self::with_stretch(capacities.iter().copied().max().unwrap_or(0).max(sum / STRETCH_SHARE))
+        let longest = |capacities: &mut dyn Iterator<Item = u64>| {
+            let (max, sum) =
+                capacities.fold((0, 0_u64), |(max, sum), bytes| (bytes.max(max), sum.saturating_add(bytes)));
+            max.max(sum / STRETCH_SHARE)
+        };
+        let turn_bytes = longest(&mut capacities.iter().copied());
+        let stretch_bytes_min = longest(&mut capacities.iter().map(|capacity| (*capacity).min(STRETCH_BYTES)));
+        Self::with_stretch(stretch_bytes_min, turn_bytes)
     }
 
-    fn with_stretch(stretch_bytes_min: u64) -> Self {
+    fn with_stretch(stretch_bytes_min: u64, turn_bytes: u64) -> Self {
         Self {
             is_fixed: false,
             stretch_bytes_min,
+            turn_bytes,
             phase: Phase::Using,
             way: Way::Ordinary,
             stretch: Stretch::default(),
             chosen_cost: 0,
-            other_cost: 0,
+            trial: Stretch::default(),
             next_trial_ns: 0,
             doubts: 0,
             doubts_cost: 0,
@@ -113,7 +126,7 @@ impl Chooser {
         *self = Self {
             way: way.unwrap_or_default(),
             is_fixed: way.is_some(),
-            ..Self::with_stretch(self.stretch_bytes_min)
+            ..Self::with_stretch(self.stretch_bytes_min, self.turn_bytes)
         };
     }
 
@@ -121,7 +134,7 @@ impl Chooser {
     #[inline]
     pub(crate) fn way(&self) -> Way {
         match self.phase {
-            Phase::Using => self.way,
+            Phase::Using | Phase::Returning => self.way,
             Phase::Turning | Phase::Trying => other(self.way),
         }
     }
@@ -154,10 +167,14 @@ impl Chooser {
         self.stretch.time_ns += since_ns;
         self.stretch.batches += 1;
         let lost_factor = if self.phase == Phase::Turning { 2 * LOST_FACTOR } else { LOST_FACTOR };
-        let has_lost = self.phase != Phase::Using
+        let has_lost = matches!(self.phase, Phase::Turning | Phase::Trying)
             && self.stretch.bytes >= self.stretch_bytes_min / 4
             && self.stretch.cost() > self.chosen_cost.saturating_mul(lost_factor);
-        if self.stretch.bytes >= self.stretch_bytes_min || has_lost {
+        let stretch_bytes = match self.phase {
+            Phase::Turning | Phase::Returning => self.turn_bytes,
+            Phase::Using | Phase::Trying => self.stretch_bytes_min,
+        };
+        if self.stretch.bytes >= stretch_bytes || has_lost {
             if has_lost {
                 self.phase = Phase::Trying;
             }
@@ -167,16 +184,18 @@ impl Chooser {
 
     /// A trickle is published with ordinary stores, and tells nothing.
     fn interrupted(&mut self, now_ns: u64) {
-        if self.phase != Phase::Using {
-            self.phase = Phase::Using;
-        }
+        self.phase = Phase::Using;
+        self.trial = Stretch::default();
         self.stretch = Stretch { last_ns: now_ns, ..Stretch::default() };
         (self.doubts, self.doubts_cost) = (0, 0);
     }
 
     fn stretch_is_over(&mut self, now_ns: u64) {
         let cost = self.stretch.cost();
-        let took_ns = self.stretch.time_ns;
+        if self.phase != Phase::Using {
+            self.trial.bytes += self.stretch.bytes;
+            self.trial.time_ns += self.stretch.time_ns;
+        }
         self.stretch = Stretch { last_ns: now_ns, ..Stretch::default() };
         match self.phase {
             Phase::Using => {
@@ -210,25 +229,60 @@ impl Chooser {
                     if self.doubts < TRIAL_STRETCHES {
                         return;
                     }
-                    (self.other_cost, self.chosen_cost) = (self.chosen_cost, self.doubts_cost / self.doubts);
+                    self.trial_is_over(now_ns);
+                    self.chosen_cost = self.doubts_cost / self.doubts;
                     self.way = other(self.way);
                 } else {
-                    self.other_cost = cost;
+                    self.phase = Phase::Returning;
                 }
                 (self.doubts, self.doubts_cost) = (0, 0);
-                self.phase = Phase::Using;
-                let share = took_ns.saturating_mul(2 * TRIAL_SHARE);
-                let excess = self.other_cost.saturating_sub(self.chosen_cost);
-                // What a trial costs is what it is slower, not what it takes.
-                let wait_ns = share / self.other_cost.max(1) * excess;
-                self.next_trial_ns = now_ns + wait_ns.clamp(TRIAL_NS_MIN, TRIAL_NS_MAX);
             }
+            Phase::Returning => self.trial_is_over(now_ns),
         }
+    }
+
+    fn trial_is_over(&mut self, now_ns: u64) {
+        self.phase = Phase::Using;
+        // What a trial costs is what it is slower, not what it takes.
+        let trial = std::mem::take(&mut self.trial);
+        let lost_ns = trial.time_ns.saturating_sub(trial.bytes.saturating_mul(self.chosen_cost) / 1_000_000);
+        self.next_trial_ns = now_ns + (lost_ns * TRIAL_SHARE).clamp(TRIAL_NS_MIN, TRIAL_NS_MAX);
     }
 
     fn doubt(&mut self, cost: u64) {
         self.doubts += 1;
         self.doubts_cost = self.doubts_cost.saturating_add(cost);
+    }
+}
+
+/// How fast the reader of a ring takes what comes, and so how much may wait for it.
+///
+/// A long ring is fast and a long queue is slow (the bufferbloat of networks); so as much may wait as the reader takes in
+/// [`BACKLOG_NS`]. A state machine without a clock, as the chooser.
+#[derive(Debug)]
+pub(crate) struct Pace {
+    looked_at_ns: u64,
+    free: u64,
+}
+
+impl Pace {
+    /// For a reader that has freed everything below `free`.
+    pub(crate) fn new(free: u64) -> Self {
+        Self { looked_at_ns: 0, free }
+    }
+
+    /// The reader has freed everything below `free` at `now_ns`: how much may wait from now on, where it was `backlog_max`. `None`:
+    /// the last look was just before. A faster reader gets more at once; where it seems slower it may only have been without a
+    /// processor, so it gets half as much for each time without more.
+    #[inline]
+    pub(crate) fn look(&mut self, now_ns: u64, free: u64, backlog_max: u64) -> Option<u64> {
+        let since_ns = now_ns.saturating_sub(self.looked_at_ns);
+        if since_ns < BACKLOG_NS {
+            return None;
+        }
+        let taken = free.saturating_sub(self.free).saturating_mul(BACKLOG_NS) / since_ns;
+        (self.looked_at_ns, self.free) = (now_ns, free);
+        Some(taken.max(backlog_max / (1 + since_ns / BACKLOG_NS)))
     }
 }
 
@@ -243,7 +297,7 @@ fn other(way: Way) -> Way {
 mod tests {
     use super::*;
 
-    const RING: u64 = 256 << 10;
+    const RING: u64 = crate::limits::RING_CAPACITY_BYTES;
     const BATCH: u64 = 16 << 10;
 
     /// A ring whose ways cost so many nanoseconds a batch.
@@ -342,7 +396,7 @@ mod tests {
             random ^= random << 17;
             // One stretch in ten takes twice as long.
             cores.streamed_ns = if random.is_multiple_of(10) { 2_600 } else { 1_300 };
-            for _ in 0..RING / BATCH {
+            for _ in 0..STRETCH_BYTES / BATCH {
                 batches += 1;
                 streamed += u32::from(cores.chooser.way() == Way::Streamed);
                 cores.batch();
@@ -350,9 +404,26 @@ mod tests {
             assert_eq!(cores.chooser.way, Way::Streamed, "stretch {stretch}");
         }
         assert!(
-            f64::from(streamed) >= 0.98 * f64::from(batches),
+            f64::from(streamed) >= 0.97 * f64::from(batches),
             "{streamed} of {batches} batches went the better way"
         );
+    }
+
+    #[test]
+    fn what_waits_follows_the_readers_pace() {
+        let mut pace = Pace::new(1000);
+        let mut now_ns = 1_000 * BACKLOG_NS;
+        assert_eq!(pace.look(now_ns, 1000, 256), Some(0), "the first look knows of no pace");
+        now_ns += BACKLOG_NS / 2;
+        assert_eq!(pace.look(now_ns, 9000, 256), None, "too early to tell");
+        now_ns += BACKLOG_NS / 2;
+        assert_eq!(pace.look(now_ns, 9000, 256), Some(8000), "what it took in that time");
+        now_ns += 4 * BACKLOG_NS;
+        assert_eq!(pace.look(now_ns, 9000 + 32_000, 8000), Some(8000), "over a longer time as well");
+        now_ns += BACKLOG_NS;
+        assert_eq!(pace.look(now_ns, 41_000, 8000), Some(4000), "one time without its processor");
+        now_ns += 99 * BACKLOG_NS;
+        assert_eq!(pace.look(now_ns, 41_000, 8000), Some(80), "a pause");
     }
 
     #[test]

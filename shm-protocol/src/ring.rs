@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use crate::layout::{BATCH_ALIGN, DATA_OFFSET, batch, record};
 use crate::limits::{
     ATTRIBUTES_BYTES_MAX, COMMIT_BYTES_MAX, KEY_BYTES_MAX, LARGE_RECORD_RING_SHARE, RECORD_PAYLOAD_BYTES_MAX,
-    STAGED_COMMIT_BYTES_MAX, STAGING_BYTES, STREAM_BYTES_MIN, STREAM_IN_PLACE_BYTES_MIN,
+    STAGED_COMMIT_BYTES_MAX, STAGING_BYTES, STREAM_BYTES_MIN, STREAM_IN_PLACE_BYTES_MIN, backlog_bytes_min,
 };
 use crate::memory::Bytes;
 use crate::record::{
@@ -139,6 +139,8 @@ pub struct Producer<B> {
     reserved: Option<(u64, u64)>,
     /// `cursor` may not go beyond it before the reader frees more.
     room_end: u64,
+    /// While so much is published and not free, nothing more is taken.
+    backlog_max: u64,
     /// The longest payload of a record that lies in the ring, whatever else the record carries.
     plain_len_max: usize,
     /// How the next batch goes into the ring.
@@ -206,9 +208,10 @@ impl<B: Bytes> Producer<B> {
         if let Some(wrong) = wrong {
             return Err(wrong.into());
         }
-        let in_ring_max = (bytes.capacity() / LARGE_RECORD_RING_SHARE).min(u64::from(record::LEN_MASK));
+        let in_ring_max = in_ring_max(bytes.capacity());
         let mut producer = Self {
-            room_end: (free + bytes.capacity()).saturating_sub(SLACK_BYTES),
+            room_end: 0,
+            backlog_max: backlog_bytes_min(bytes.capacity()),
             plain_len_max: usize::try_from(in_ring_max).unwrap_or(usize::MAX).min(RECORD_PAYLOAD_BYTES_MAX),
             way: Way::Ordinary,
             is_staged: false,
@@ -229,6 +232,7 @@ impl<B: Bytes> Producer<B> {
             reserved: None,
         };
         producer.open_batch(0, large_published);
+        producer.settle_room();
         Ok(producer)
     }
 
@@ -302,7 +306,7 @@ impl<B: Bytes> Producer<B> {
         }
         self.acknowledged = acknowledged;
         self.free = free;
-        self.room_end = (free + self.bytes.capacity()).saturating_sub(SLACK_BYTES);
+        self.settle_room();
         while let Some((ring_end, large_end)) = self.large.front().copied() {
             if ring_end > free {
                 break;
@@ -311,6 +315,31 @@ impl<B: Bytes> Producer<B> {
             self.large.pop_front();
         }
         Ok(())
+    }
+
+    /// Sets how much may be published and not free before the reader has to catch up: at least [`backlog_bytes_min`], at most the
+    /// capacity. The open batch always has the room of the whole ring, or a reader that waits for it would never get it.
+    pub fn set_backlog_max(&mut self, backlog_bytes: u64) {
+        let capacity = self.bytes.capacity();
+        self.backlog_max = backlog_bytes.clamp(backlog_bytes_min(capacity), capacity);
+        self.settle_room();
+    }
+
+    /// How much may be published and not free.
+    pub fn backlog_max(&self) -> u64 {
+        self.backlog_max
+    }
+
+    #[inline]
+    fn settle_room(&mut self) {
+        let has_room = self.published - self.free < self.backlog_max;
+        self.room_end = if has_room { self.ring_end() } else { self.published };
+    }
+
+    /// So far there is room in the ring, however much waits.
+    #[inline]
+    fn ring_end(&self) -> u64 {
+        (self.free + self.bytes.capacity()).saturating_sub(SLACK_BYTES)
     }
 
     /// How the batches behind the open one go into the ring.
@@ -702,9 +731,7 @@ impl<B: Bytes> Producer<B> {
         let mut head = RecordHead::new(fields, inherited);
         let before_payload = head.fixed().len() + pad(key_len) + pad(fields.attributes.len());
         let capacity = self.bytes.capacity();
-        // In the largest rings a quarter is more than the length field of a record's head holds.
-        let in_ring_max = (capacity / LARGE_RECORD_RING_SHARE).min(u64::from(record::LEN_MASK));
-        let large = (before_payload + payload_len) as u64 > in_ring_max;
+        let large = (before_payload + payload_len) as u64 > in_ring_max(capacity);
         let body_len = before_payload + if large { 16 } else { payload_len };
         let need = (record::HEAD_LEN + pad(body_len)) as u64;
         if need + SLACK_BYTES + BATCH_ALIGN > capacity {
@@ -729,9 +756,9 @@ impl<B: Bytes> Producer<B> {
         {
             return Err(EmitError::BatchFull);
         }
-        if self.cursor.cursor + need + SLACK_BYTES > self.free + capacity
-            || (large && large_end - large_free > self.bytes.large_capacity())
-        {
+        // What a stream says of itself, its end above all, does not stand behind what waits: the reader may wait for it.
+        let room_end = if fields.kind == RecordKind::Data { self.room_end } else { self.ring_end() };
+        if self.cursor.cursor + need > room_end || (large && large_end - large_free > self.bytes.large_capacity()) {
             return Err(EmitError::Full);
         }
         if large {
@@ -961,6 +988,7 @@ impl<B: Bytes> Producer<B> {
         }
         self.published = end;
         self.large_published = done.large_cursor;
+        self.settle_room();
         self.inherited.origin = inherited_origin(&header, done.records);
         self.open_batch(pending, done.large_cursor);
         if pending > 0 {
@@ -1267,6 +1295,12 @@ fn walk<B: Bytes>(bytes: &B, from: u64, to: u64, mut show: impl FnMut(&RecordVie
 #[inline(always)]
 fn keyed_body_len(has_origin: bool, key: &[u8], payload: &[u8]) -> usize {
     8 + if has_origin { 16 } else { 0 } + pad(key.len()) + payload.len()
+}
+
+/// The longest body of a record in a ring of this capacity: a share of what may always wait in it. In the largest rings that is more
+/// than the length field of a record's head holds.
+fn in_ring_max(capacity: u64) -> u64 {
+    (backlog_bytes_min(capacity) / LARGE_RECORD_RING_SHARE).min(u64::from(record::LEN_MASK))
 }
 
 /// Room for large records is given out in lines.

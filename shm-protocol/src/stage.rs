@@ -24,13 +24,14 @@ use crate::key::{hash_key, key_group};
 use crate::layout::{commit, session, slot};
 use crate::limits::{
     ALONE_AFTER_DEATH_RECORDS, ALONE_PATIENCE_NS, ATTRIBUTES_BYTES_MAX, BELL_GAP_NS, COMMIT_BYTES_MAX,
-    COMMIT_RECORDS_MAX, ERROR_REASON_BYTES_MAX, KEY_BYTES_MAX, LARGE_RECORD_RING_SHARE, MEASUREMENT_GAP_NS,
-    PARKING_BYTES, PUBLICATION_GAP_NS, RING_CAPACITY_BYTES_MIN, SLEEP_NS_MAX, SPIN_NS_MAX, STATE_ASK_AGAIN_NS,
-    STATE_BATCH_BYTES, STATE_BATCH_ENTRIES_MAX, STREAM_BYTES_MIN, STREAM_RECORDS_MIN, UNDONE_RECORDS_MAX,
+    COMMIT_RECORDS_MAX, DENSE_PUBLICATION_GAP_NS, DENSE_RECORDS_MIN, ERROR_REASON_BYTES_MAX, KEY_BYTES_MAX,
+    LARGE_RECORD_RING_SHARE, MEASUREMENT_GAP_NS, PARKING_BYTES, PUBLICATION_GAP_NS, RING_CAPACITY_BYTES_MIN,
+    SLEEP_NS_MAX, SPIN_NS_MAX, STATE_ASK_AGAIN_NS, STATE_BATCH_BYTES, STATE_BATCH_ENTRIES_MAX, STREAM_BYTES_MIN,
+    STREAM_RECORDS_MIN, UNDONE_RECORDS_MAX, backlog_bytes_min,
 };
 use crate::memory::{Access, Bytes, Mapping, RingMapping, Words};
 use crate::parking::{Alone, Attempts, ParkedRecord, Parking};
-use crate::publication::Chooser;
+use crate::publication::{Chooser, Pace};
 use crate::record::{Origin, RecordFields, RecordKind, RecordView, attributes_encode};
 use crate::ring::{Consumer, EmitError, Producer, ReadPosition, RingViolation, Savepoint, Way};
 use crate::segment::{Kind, Segment, SegmentError};
@@ -338,9 +339,9 @@ struct Input {
 }
 
 impl Input {
-    /// Whether its producer has half of the ring to write to.
+    /// Whether what its producer may always have waiting is half gone: time to wake one that sleeps for room, before the rest is read.
     fn has_room(&self) -> bool {
-        self.consumer.as_ref().is_none_or(|ring| ring.held_bytes() <= self.capacity / 2)
+        self.consumer.as_ref().is_none_or(|ring| ring.held_bytes() <= backlog_bytes_min(self.capacity) / 2)
     }
 }
 
@@ -355,6 +356,7 @@ struct Output {
     /// Whether it is in [`Stage::done_outputs`].
     has_done: bool,
     ended: bool,
+    pace: Pace,
 }
 
 impl Output {
@@ -672,6 +674,7 @@ impl Stage {
                 has_pending: false,
                 has_done: false,
                 ended: entry.has_ended(),
+                pace: Pace::new(output.free),
             });
         }
         let inputs = grant.inputs.iter().zip(&page.slot().inputs).map(|(granted, entry)| Input {
@@ -2068,7 +2071,9 @@ impl Stage {
     /// One commit publishes every ring that has something: with several of them it costs as many times what one costs.
     #[inline]
     fn publication_gap_ns(&self) -> u64 {
-        PUBLICATION_GAP_NS * self.done_outputs.len().max(1) as u64
+        let is_dense = self.uncommitted_records >= DENSE_RECORDS_MIN && self.chooser.way() == Way::Ordinary;
+        let gap_ns = if is_dense { DENSE_PUBLICATION_GAP_NS } else { PUBLICATION_GAP_NS };
+        gap_ns * self.done_outputs.len().max(1) as u64
     }
 
     fn reader_is_starved(&mut self, index: usize) -> bool {
@@ -2221,6 +2226,9 @@ impl Stage {
         for index in self.done_outputs.iter().copied() {
             let Some(output) = self.outputs.get_mut(index) else { break };
             output.has_done = false;
+            if let Some(backlog_max) = output.pace.look(now, output.producer.free(), output.producer.backlog_max()) {
+                output.producer.set_backlog_max(backlog_max);
+            }
             let before = output.producer.published();
             if let Some((tail, records, bytes)) = output.producer.seal(now) {
                 let large_tail = output.producer.large_published();

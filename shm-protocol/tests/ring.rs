@@ -13,7 +13,10 @@
 use std::collections::VecDeque;
 
 use argo_streams_shm_protocol::layout::batch;
-use argo_streams_shm_protocol::limits::{ATTRIBUTES_BYTES_MAX, KEY_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX};
+use argo_streams_shm_protocol::limits::{
+    ATTRIBUTES_BYTES_MAX, BACKLOG_BYTES_MIN, KEY_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX, RING_CAPACITY_BYTES,
+    ring_capacity_bytes,
+};
 use argo_streams_shm_protocol::{
     Bytes, Consumer, EmitError, Origin, Producer, ReadPosition, RecordFields, RecordKind, RecordView, Way, copy_unread,
     record_len_bytes,
@@ -515,6 +518,73 @@ impl World {
     fn seal_for_positions(&mut self) {
         assert_eq!(self.producer.seal(1), Some((768, 1, 1)));
     }
+}
+
+/// Publishes records of 1 KiB, 16 at a time, until one is not taken. Returns what waits then.
+fn fill(producer: &mut Producer<Heap>) -> u64 {
+    loop {
+        for _ in 0..16 {
+            if let Err(error) = producer.emit(&RecordFields::default(), &[1; 1000]) {
+                assert_eq!(error, EmitError::Full);
+                return producer.published() - producer.free();
+            }
+        }
+        producer.mark_done();
+        producer.seal(0).unwrap();
+    }
+}
+
+#[test]
+fn a_long_ring_is_no_long_queue() {
+    const BATCH: u64 = 20 << 10;
+    let heap = Heap::new(usize::try_from(RING_CAPACITY_BYTES).unwrap(), 64 << 10);
+    let mut producer = Producer::new(heap, 0, 0, 0).unwrap();
+    let waiting = fill(&mut producer);
+    assert!((BACKLOG_BYTES_MIN..BACKLOG_BYTES_MIN + BATCH).contains(&waiting), "{waiting}");
+
+    let end = RecordFields { kind: RecordKind::EndOfStream, ..RecordFields::default() };
+    producer.emit(&end, &[]).expect("the end of a stream stands behind nobody");
+
+    producer.set_backlog_max(1 << 20);
+    let waiting = fill(&mut producer);
+    assert!((1 << 20..(1 << 20) + BATCH).contains(&waiting), "a faster reader: {waiting}");
+
+    producer.set_backlog_max(0);
+    let tail = producer.published();
+    producer.take_acknowledgement(tail - BACKLOG_BYTES_MIN, tail - BACKLOG_BYTES_MIN).unwrap();
+    assert_eq!(producer.emit(&RecordFields::default(), b"x"), Err(EmitError::Full), "still so much waits");
+    producer.take_acknowledgement(tail - BACKLOG_BYTES_MIN + 64, tail - BACKLOG_BYTES_MIN + 64).unwrap();
+    // What is not published waits for nobody: the outputs of one record may fill the ring.
+    for count in 0.. {
+        match producer.emit(&RecordFields::default(), &[1; 1000]) {
+            Ok(()) => {}
+            Err(error) => {
+                assert_eq!(error, EmitError::Full);
+                assert!(count > 1_500, "{count} records of 1 KiB in a ring of 2 MiB");
+                break;
+            }
+        }
+    }
+    producer.mark_done();
+    producer.seal(0).unwrap();
+    let tail = producer.published();
+    producer.take_acknowledgement(tail, tail).unwrap();
+    producer.emit(&RecordFields::default(), b"x").unwrap();
+}
+
+#[test]
+fn a_ring_that_is_longer_than_usual_is_used_whole() {
+    let capacity = 2 * RING_CAPACITY_BYTES;
+    let heap = Heap::new(usize::try_from(capacity).unwrap(), 64 << 10);
+    let mut producer = Producer::new(heap, 0, 0, 0).unwrap();
+    let waiting = fill(&mut producer);
+    assert!((capacity - (32 << 10)..capacity).contains(&waiting), "{waiting}");
+}
+
+#[test]
+fn many_rings_between_two_steps_share_their_room() {
+    let capacities = [0, 1, 4, 5, 8, 9, 16, 17, 4096].map(|rings| ring_capacity_bytes(rings) >> 10);
+    assert_eq!(capacities, [2048, 2048, 2048, 1024, 1024, 512, 512, 256, 256]);
 }
 
 #[test]

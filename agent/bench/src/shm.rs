@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use argo_streams_shm_protocol::layout::commit::STATISTICS_BELLS;
-use argo_streams_shm_protocol::limits::{LARGE_CAPACITY_BYTES, RECORD_PAYLOAD_BYTES_MAX, RING_CAPACITY_BYTES};
+use argo_streams_shm_protocol::limits::{LARGE_CAPACITY_BYTES, RECORD_PAYLOAD_BYTES_MAX, ring_capacity_bytes};
 use argo_streams_shm_protocol::stage::{
     self, BelongsTo, Emit, KeyChoice, OUTPUT_MAIN, PROTOCOL_VERSION_MAX, Received, Stage, StageError, payload_offset,
 };
@@ -248,7 +248,7 @@ impl Serving {
 }
 
 fn spec(stage: u64, name: &str, inputs: u32, outputs: u32) -> StageSpec {
-    let (capacity, large_capacity) = (RING_CAPACITY_BYTES, LARGE_CAPACITY_BYTES);
+    let (capacity, large_capacity) = (ring_capacity_bytes(inputs.max(outputs) as usize), LARGE_CAPACITY_BYTES);
     let shape =
         PageShape { inputs: inputs.max(1), outputs: outputs.max(1), partitions: 0, counters: 1, opaque_bytes: 0 };
     let owners = if outputs > 1 {

@@ -70,7 +70,10 @@ pub async fn run(context: Context, source: FileSource) -> Result<(), InternalErr
                 splitter.put_buffer(buffer);
             }
         }
-        emit_lines(&mut internal, &mut splitter, count == 0, unpacked, Some(source.path())).await?;
+        match emit_lines(&mut internal, &mut splitter, count == 0, unpacked, Some(source.path())).await {
+            Err(InternalError::Stopped) => return internal.finish(true).await,
+            emitted => emitted?,
+        }
         internal.publish()?;
         if count == 0 {
             return internal.finish(false).await;

@@ -55,7 +55,7 @@ pub async fn run(context: Context, mut options: SourceOptions, hooks: Hooks) -> 
     let source = Source::start(options, Box::new(move || bell.ring()))
         .map_err(|error| InternalError::Refused(error.to_string()))?;
     let mut ends_told = false;
-    let is_stop = loop {
+    let is_stop = 'input: loop {
         if internal.stage.is_stop_requested() {
             break true;
         }
@@ -103,8 +103,12 @@ pub async fn run(context: Context, mut options: SourceOptions, hooks: Hooks) -> 
                                 attributes: &attributes,
                                 event_time_ns,
                             };
-                            internal.reject_part(&part).await?;
+                            match internal.reject_part(&part).await {
+                                Err(InternalError::Stopped) => break 'input true,
+                                rejected => rejected?,
+                            }
                         }
+                        Err(InternalError::Stopped) => break 'input true,
                         Err(error) => return Err(error),
                     }
                     let (partition, next) = (record.partition.unsigned_abs().into(), record.offset.unsigned_abs() + 1);

@@ -17,6 +17,7 @@ pub async fn run(context: Context) -> Result<(), InternalError> {
         rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3).map_err(|error| failed()(error.into()))?;
     let stream = Stream::new(context.backend, descriptor, Interest::READABLE).map_err(failed())?;
     let mut internal = Internal::open(context.control, &context.handover)?;
+    internal.set_reads_for_good();
     let mut splitter = LineSplitter::default();
     let mut taken = 0;
     loop {
