@@ -83,8 +83,7 @@ def variants(commands):
         found[f"{language} file"] = ("run", "    transport: file\n", command + ["file"])
         found[f"{language} socket"] = ("run", "    transport: socket\n", command + ["socket"])
         found[f"{language} shm"] = ("run", "    transport: shm\n", command + ["shm"])
-        if language == "c":
-            found["c shm one"] = ("run", "    transport: shm\n", command + ["shm", "one"])
+        found[f"{language} shm one"] = ("run", "    transport: shm\n    batch: {records: 1}\n", command + ["shm"])
         found[f"{language} http"] = ("run", "    transport: http\n    batch: {records: 100}\n", command + ["http"])
         found[f"{language} http one"] = ("run", "    transport: http\n", command + ["http"])
     return found

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests: a failure is a failed test")]
 
-use argo_streams_tests::{Scratch, kill_while_running, processes_with};
+use argo_streams_tests::{Scratch, compile_with_library, kill_while_running, processes_with};
 
 /// A small server as anybody writes it, with nothing but Python's own library.
 const HTTP_SERVER: &str = r#"
@@ -189,4 +189,28 @@ fn nonsense_on_the_socket_ends_the_program_with_what_was_wrong() {
         run.words()
     );
     assert_eq!(scratch.text("out"), "no key|A\n", "what was answered before counts");
+}
+
+#[test]
+fn over_shared_memory_a_program_gets_no_more_records_at_a_time_than_the_pipeline_says() {
+    let scratch = Scratch::new();
+    let program = scratch.path("batch_of");
+    compile_with_library("batch_of.c", &program);
+    scratch.write("in", (0..3000).map(|i| format!("{i}\n")).collect::<String>());
+    let program = program.display();
+    let received = |batch: &str| -> Vec<u32> {
+        let pipeline = scratch.pipeline(&format!(
+            "  - file: {{path: in}}\n  - parDo: batch\n    command: [{program}]\n    transport: shm\n{batch}  - file: {{path: out, truncate: true}}\n"
+        ));
+        let _run = scratch.run(&pipeline, &[]).expect_code(0);
+        scratch.text("out").lines().map(|line| line.parse().unwrap()).collect()
+    };
+    for records in [1, 7] {
+        let counts = received(&format!("    batch: {{records: {records}}}\n"));
+        assert_eq!(counts.len(), 3000);
+        assert!(counts.iter().all(|count| (1..=records).contains(count)), "{:?}", counts.iter().max());
+    }
+    let counts = received("");
+    assert_eq!(counts.len(), 3000);
+    assert!(counts.iter().any(|count| *count > 7), "else the limit above says nothing");
 }

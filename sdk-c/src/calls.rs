@@ -61,7 +61,7 @@ unsafe fn handle<'a>(stage: *const StageHandle) -> Result<&'a StageHandle, Failu
 /// options may be NULL. Blocks until the agent has answered, at most the time in the options for each question.
 ///
 /// AGS_NO_AGENT: the program was not started by an agent (AGS_SOCKET is not set), or nobody listens there. AGS_STATE: not now;
-/// the sentence says why. AGS_TIMEOUT, AGS_VERSION, AGS_PERMISSION, AGS_AGENT_GONE, AGS_SYSTEM, AGS_INVALID.
+/// the sentence says why. AGS_INVALID: AGS_BATCH_RECORDS, which the agent sets, is no number, or the options cannot be. AGS_TIMEOUT, AGS_VERSION, AGS_PERMISSION, AGS_AGENT_GONE, AGS_SYSTEM.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ags_stage_open(
     options: *const AgsStageOptions,
@@ -159,8 +159,8 @@ pub unsafe extern "C" fn ags_stage_map(
     })
 }
 
-/// Receives up to records_max records (at most 4096 in one call), in order for each input, into memory of the caller's. Never
-/// blocks. Records of one input in one call point into one mapping. Each is valid until it is done.
+/// Receives up to records_max records (at most 4096 in one call, and what the pipeline says with `batch: {records: N}`), in order
+/// for each input, into memory of the caller's. Never blocks. Records of one input in one call point into one mapping. Each is valid until it is done.
 ///
 /// AGS_AGAIN: none now. AGS_INPUT_OVER: none will come any more, and records are not done: finish them (once also when all are,
 /// if the stage was opened with AGS_STAGE_TELL_INPUT_OVER). AGS_CLOSED: none will

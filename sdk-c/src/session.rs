@@ -1,6 +1,6 @@
 //! A stage as a C program sees it: end of stream by itself, claims, one thread at a time, all in safe code.
 
-use std::ffi::{CStr, CString};
+use std::ffi::{CStr, CString, OsStr};
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, RwLock, TryLockError};
@@ -51,6 +51,8 @@ const _: () = assert_sync::<StageHandle>();
 #[derive(Debug)]
 pub(crate) struct Inner {
     stage: Stage,
+    /// At most so many records come from one receive, whatever the program asks for.
+    batch_records_max: u32,
     /// Generation of the mapping that the caller was told of last, for each input.
     generations: Vec<u64>,
     value: Vec<u8>,
@@ -99,6 +101,7 @@ impl StageHandle {
                 ));
             }
         };
+        let batch_records_max = batch_records_max(std::env::var_os("AGS_BATCH_RECORDS").as_deref())?;
         let control = Control::connect(path).map_err(|error| unreachable_agent(path, &error))?;
         let socket = control.descriptor().as_raw_fd();
         let timeout_ns = if timeout_ns == 0 { OPEN_TIMEOUT_NS } else { timeout_ns };
@@ -119,6 +122,7 @@ impl StageHandle {
             mappings: RwLock::new(vec![None; inputs]),
             inner: Mutex::new(Inner {
                 stage,
+                batch_records_max,
                 generations: vec![u64::MAX; inputs],
                 value: Vec::new(),
                 entry_bytes: Vec::new(),
@@ -219,6 +223,21 @@ fn unreachable_agent(path: &Path, error: &ControlError) -> Failure {
     Failure::new(status, format!("no agent listens on {}: {error}", path.display()))
 }
 
+/// How many records the pipeline's author wants a program to get at a time (`batch: {records: N}`).
+fn batch_records_max(said: Option<&OsStr>) -> Result<u32, Failure> {
+    let Some(said) = said else { return Ok(u32::MAX) };
+    match said.to_str().and_then(|said| said.parse().ok()) {
+        Some(records) if records > 0 => Ok(records),
+        _ => Err(Failure::new(
+            AGS_INVALID,
+            format!(
+                "AGS_BATCH_RECORDS is \"{}\": expected a whole number from 1, as the agent sets it for batch: {{records: N}}, or leave it unset",
+                said.to_string_lossy()
+            ),
+        )),
+    }
+}
+
 impl Inner {
     fn recv(
         &mut self,
@@ -229,6 +248,7 @@ impl Inner {
         let mut number = 0;
         let (generations, is_poisoned) = (&mut self.generations, &mut false);
         // Once: only between two calls of it an input's mapping may change.
+        let records_max = records_max.min(self.batch_records_max);
         let count = self.stage.recv_with((records_max as usize).min(RECV_RECORDS_MAX), |mapping, record| {
             if let Some(told) = generations.get_mut(record.input)
                 && *told != record.generation
@@ -542,5 +562,22 @@ fn describe(record: &Received, mapping: &RingMapping) -> AgsRecord {
         argument: if view.kind == RecordKind::Data { 0 } else { view.argument },
         attempts: record.failed_attempts(),
         reserved: 0,
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by a panic")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_of_batches_is_a_number_or_refused_with_its_name() {
+        assert_eq!(batch_records_max(None).unwrap(), u32::MAX);
+        assert_eq!(batch_records_max(Some(OsStr::new("7"))).unwrap(), 7);
+        for wrong in ["", "0", "-1", "many", "4294967296"] {
+            let failure = batch_records_max(Some(OsStr::new(wrong))).unwrap_err();
+            assert_eq!(failure.status, AGS_INVALID, "{wrong}");
+            assert!(failure.sentence.is_some_and(|sentence| sentence.contains("AGS_BATCH_RECORDS")), "{wrong}");
+        }
     }
 }

@@ -229,7 +229,8 @@ impl ParDo {
         self.batch_bytes
     }
 
-    /// Whether the file says `batch`: with [`Transport::Http`] requests are then of several records.
+    /// Whether the file says `batch`: with [`Transport::Http`] requests are then of several records, and with [`Transport::Shm`] the
+    /// library gives no more at a time.
     pub fn has_declared_batch(&self) -> bool {
         self.has_declared_batch
     }

@@ -710,13 +710,13 @@ impl<'a> Reader<'a, '_> {
             }
         }
         let is_exit = acknowledgement == Acknowledgement::Exit;
-        let has_batches = is_exit || matches!(transport, Transport::File | Transport::Http);
+        let has_batches = is_exit || matches!(transport, Transport::File | Transport::Http | Transport::Shm);
         for (name, has_effect, expected) in [
             ("success", is_exit, "it with `ack: exit` only: other programs are to run until their input ends"),
             (
                 "batch",
                 has_batches,
-                "it with `ack: exit`, `transport: file` or `http` only: others get records as they come",
+                "it with `ack: exit`, `transport: file`, `http` or `shm` only: others get records as they come",
             ),
             ("buffering", !is_exit, "it without `ack: exit` only: what the program wrote counts when it has ended"),
         ] {
@@ -726,6 +726,15 @@ impl<'a> Reader<'a, '_> {
                 let found = format!("{} where it has no effect", quote(name));
                 self.report.at(node.line, node.column, &join(self.place, name), &found, expected, None);
             }
+        }
+        if transport == Transport::Shm
+            && let Some(Value::Map(members)) = self.fields.value("batch").map(|node| &node.value)
+            && let Some((name, _)) = members.iter().find(|(name, _)| name.as_text() == Some("bytes"))
+        {
+            let expected =
+                "`records` alone with `transport: shm`: payloads are not copied, so their length is no matter";
+            let path = join(&join(self.place, "batch"), "bytes");
+            self.report.at(name.line, name.column, &path, "\"bytes\" where it has no effect", expected, None);
         }
         if is_exit
             && transport == Transport::Shm

@@ -34,7 +34,7 @@ pub struct ShimArguments {
     /// Records of a batch at most.
     #[arg(long, default_value_t = 16_384)]
     pub batch_records: usize,
-    /// With `--transport http`: requests of several records.
+    /// With `--transport http`: requests of several records. For a program that uses the library: it gets no more records at a time.
     #[arg(long)]
     pub batched: bool,
     /// Bytes of a batch at most.
@@ -66,6 +66,7 @@ impl ShimArguments {
                 _ => None,
             },
             batch,
+            library_batch_records: self.batched.then_some(batch.records),
             framing: match self.framing {
                 FramingKind::Lines => Framing::Lines,
                 FramingKind::Json => Framing::Json,

@@ -60,6 +60,8 @@ pub struct Options {
     pub batches: Option<Batches>,
     /// How long a batch may be.
     pub batch: BatchLimits,
+    /// How many records the library gives the program at a time; `None` = as many as the program asks for.
+    pub library_batch_records: Option<usize>,
     /// How records lie in the program's input and output.
     pub framing: Framing,
     /// Whether lines go over named pipes in place of standard input and output.
@@ -188,7 +190,10 @@ impl Serve for Shim {
             (true, true) => OutputKind::Pipe,
             (true, false) => OutputKind::Terminal,
         };
-        let environment = [("AGS_SOCKET".to_owned(), self.supervisor.options.socket.to_string_lossy().into_owned())];
+        let options = &self.supervisor.options;
+        let mut environment = vec![("AGS_SOCKET".to_owned(), options.socket.to_string_lossy().into_owned())];
+        environment
+            .extend(options.library_batch_records.map(|records| ("AGS_BATCH_RECORDS".to_owned(), records.to_string())));
         match self.supervisor.start_program(&environment, output) {
             Ok(program) => {
                 self.supervisor.say_started(program.pid())?;
