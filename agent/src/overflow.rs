@@ -2,7 +2,7 @@
 //! in place of making everything before them wait.
 //!
 //! Which records: `dropNewest` what finds the ring to the step full; `dropOldest` keeps what finds it full, up to
-//! half a ring, and then drops what it has kept longest; `sample` passes every n-th record on, where n doubles with each one that finds
+//! half of what may always wait in a ring, and then drops what it has kept longest; `sample` passes every n-th record on, where n doubles with each one that finds
 //! the ring full, and halves when the step has read all that was given to it. A dropped record is acknowledged, and
 //! counted by the same commit, so that the number is exact through every death. Nothing here grows: what is kept stays
 //! in the ring that it came in.
@@ -15,7 +15,7 @@ use crate::internal::{Context, Internal, InternalError};
 
 /// The counter of dropped records, behind those of the two outputs.
 pub const COUNTER_DROPPED: usize = 2;
-/// What `dropOldest` keeps at most: half of what a ring holds, so that whoever writes into it finds room.
+/// What `dropOldest` keeps at most: half of what may always wait in a ring, so that whoever writes into it finds room.
 const HELD_BYTES_MAX: usize = 128 << 10;
 const HELD_RECORDS_MAX: usize = 4096;
 /// ... and to which part of that it drops, so that each wake-up of whoever waits for room is worth it.

@@ -10,6 +10,7 @@
 use std::collections::{HashMap, VecDeque};
 
 use argo_streams_pipeline::{ParDo, Plan, Step, StepKind, Transport};
+use argo_streams_shm_protocol::limits::RING_CAPACITY_BYTES;
 
 use crate::physical::{Physical, PhysicalError};
 
@@ -236,6 +237,9 @@ fn deals(old_plan: &Plan, old: &Physical, new_plan: &Plan, new: &Physical, same:
     deals
 }
 
+/// Writer and reader of a ring, its kind, and the node that it leads from.
+type Ends<'a> = (usize, usize, u64, &'a str);
+
 /// Gives stages and rings the ids of those that they are, and all others new ones, which nothing of this run has had before.
 fn number_as(physical: &mut Physical, old: &Physical, before: &[Option<usize>], renamed: &HashMap<String, String>) {
     let (mut next_stage, mut next_ring) = (old.next_stage, old.next_ring);
@@ -246,12 +250,16 @@ fn number_as(physical: &mut Physical, old: &Physical, before: &[Option<usize>], 
             None => take(&mut next_stage),
         };
     }
+    // A ring that is used whole is another one than a usual one. Of those one keeps its capacity: how many lead to a step is no reason to
+    // make those anew that lead there already.
+    let kind = |capacity: u64| if capacity > RING_CAPACITY_BYTES { capacity } else { 0 };
     // Two rings may lead from nodes of the same name, where a groupByKey reads two outputs of one step.
-    let mut known: HashMap<(usize, usize, u64, &str), VecDeque<u64>> = HashMap::new();
+    let mut known: HashMap<Ends<'_>, VecDeque<(u64, u64)>> = HashMap::new();
     for (consumer, stage) in old.stages.iter().enumerate() {
         for (producer, input) in stage.producers.iter().zip(&stage.spec.inputs) {
             let from = renamed.get(&input.from).unwrap_or(&input.from);
-            known.entry((producer.stage, consumer, input.capacity, from)).or_default().push_back(input.ring);
+            let ends = (producer.stage, consumer, kind(input.capacity), from.as_str());
+            known.entry(ends).or_default().push_back((input.ring, input.capacity));
         }
     }
     let mut numbered = Vec::new();
@@ -259,19 +267,20 @@ fn number_as(physical: &mut Physical, old: &Physical, before: &[Option<usize>], 
         for (input, (producer, granted)) in stage.producers.iter().zip(&stage.spec.inputs).enumerate() {
             let ends = before.get(producer.stage).copied().flatten().zip(before.get(consumer).copied().flatten());
             let same = ends.and_then(|(producer, consumer)| {
-                known.get_mut(&(producer, consumer, granted.capacity, granted.from.as_str()))?.pop_front()
+                known.get_mut(&(producer, consumer, kind(granted.capacity), granted.from.as_str()))?.pop_front()
             });
-            numbered.push((consumer, input, *producer, same.unwrap_or_else(|| take(&mut next_ring))));
+            let numbers = same.unwrap_or_else(|| (take(&mut next_ring), granted.capacity));
+            numbered.push((consumer, input, *producer, numbers));
         }
     }
-    for (consumer, input, producer, ring) in numbered {
+    for (consumer, input, producer, (ring, capacity)) in numbered {
         if let Some(granted) = physical.stages.get_mut(consumer).and_then(|stage| stage.spec.inputs.get_mut(input)) {
-            granted.ring = ring;
+            (granted.ring, granted.capacity) = (ring, capacity);
         }
         if let Some(granted) =
             physical.stages.get_mut(producer.stage).and_then(|stage| stage.spec.outputs.get_mut(producer.index))
         {
-            granted.ring = ring;
+            (granted.ring, granted.capacity) = (ring, capacity);
         }
     }
     (physical.next_stage, physical.next_ring) = (next_stage, next_ring);
@@ -332,6 +341,12 @@ mod tests {
         let fewer = Reshaping::new(&plan(&more), &reshaping.physical, &plan(CHAIN)).expect("possible");
         assert_eq!(told(&fewer), ["in/0 goes on", "a/0 kept", "b/0 goes on", "out/0 kept"]);
         assert_eq!(fewer.ended, [2, 3]);
+        // So many that rings made now are shorter: the one that was there stays as it is.
+        let many = reshape(CHAIN, &CHAIN.replace("transport: stdio", "transport: stdio\n    containers: 9"))
+            .expect("possible");
+        assert_eq!(told(&many)[..3], ["in/0 goes on", "a/0 kept", "a/1 new"]);
+        let capacities: Vec<_> = many.physical.stages[0].spec.outputs.iter().map(|ring| ring.capacity >> 10).collect();
+        assert_eq!(capacities, [vec![2048], vec![512; 8]].concat());
         // What is gone is never the id of something else.
         let again = Reshaping::new(&plan(CHAIN), &fewer.physical, &plan(&more)).expect("possible");
         assert_eq!(again.physical.stages.iter().map(|stage| stage.spec.stage).max(), Some(8));

@@ -88,7 +88,7 @@ private:
 
 class Stage {
     static constexpr uint32_t batch_records_max = 256;
-    /* Far from what fills a ring (256 KiB), so that the outputs of one more record have room. */
+    /* Far from what fills the shortest ring (256 KiB), so that the outputs of one more record have room. */
     static constexpr uint64_t pending_bytes_max = 32 * 1024;
 
 public:

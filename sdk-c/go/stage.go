@@ -165,7 +165,7 @@ import (
 
 const (
 	batchRecordsMax = C.BATCH_RECORDS_MAX
-	// Far from what fills a ring (256 KiB), so that the outputs of one more record have room.
+	// Far from what fills the shortest ring (256 KiB), so that the outputs of one more record have room.
 	pendingBytesMax = 32 * 1024
 	// A batch that took longer is followed by a shorter one.
 	batchTimeMax = time.Millisecond

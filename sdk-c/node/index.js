@@ -20,7 +20,7 @@ const OUTPUT_MAIN = 0, OUTPUT_ERRORS = 1;
 const KEY_INHERIT = 0, KEY_NONE = 1, KEY_SET = 2;
 
 const BATCH_RECORDS_MAX = 256;
-// Far from what fills a ring (256 KiB), so that the outputs of one more record have room.
+// Far from what fills the shortest ring (256 KiB), so that the outputs of one more record have room.
 const PENDING_BYTES_MAX = 32 * 1024;
 // A batch that took longer is followed by a shorter one.
 const BATCH_MS_MAX = 1;

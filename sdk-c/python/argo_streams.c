@@ -16,7 +16,7 @@
 
 /* More is not faster, and a kill repeats less. */
 #define BATCH_RECORDS_MAX 256
-/* Far from what fills a ring (256 KiB), so that the outputs of one more record have room. */
+/* Far from what fills the shortest ring (256 KiB), so that the outputs of one more record have room. */
 #define PENDING_BYTES_MAX (32 * 1024)
 /* A batch that took longer is followed by a shorter one. */
 #define BATCH_NS_MAX 1000000

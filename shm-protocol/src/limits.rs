@@ -61,7 +61,7 @@ pub const DENSE_RECORDS_MIN: u64 = 32;
 pub const DENSE_PUBLICATION_GAP_NS: u64 = 8_000;
 
 /// A stage that is at work all the time rings for a sleeping reader this often at most, and at once when it has nothing more to
-/// do or cannot go on; a producer that sleeps for room is woken when half of its ring is free. A wake takes both sides as long as
+/// do or cannot go on; a producer that sleeps for room is woken when half of [`BACKLOG_BYTES_MIN`] is left. A wake takes both sides as long as
 /// tens of records (3 to 20 us on virtual machines), and who is woken where all processors are busy sleeps again at once.
 pub const BELL_GAP_NS: u64 = 50_000;
 

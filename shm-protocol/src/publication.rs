@@ -182,11 +182,14 @@ impl Chooser {
         }
     }
 
-    /// A trickle is published with ordinary stores, and tells nothing.
+    /// A trickle is published with ordinary stores, and tells nothing. A turn goes on in the next stream: the lines lie where they are,
+    /// and streams that are all shorter than a ring would else never find out.
     fn interrupted(&mut self, now_ns: u64) {
-        self.phase = Phase::Using;
-        self.trial = Stretch::default();
-        self.stretch = Stretch { last_ns: now_ns, ..Stretch::default() };
+        let turned = match self.phase {
+            Phase::Using | Phase::Trying => Stretch::default(),
+            Phase::Turning | Phase::Returning => self.stretch,
+        };
+        self.stretch = Stretch { last_ns: now_ns, ..turned };
         (self.doubts, self.doubts_cost) = (0, 0);
     }
 
@@ -273,7 +276,7 @@ impl Pace {
 
     /// The reader has freed everything below `free` at `now_ns`: how much may wait from now on, where it was `backlog_max`. `None`:
     /// the last look was just before. A faster reader gets more at once; where it seems slower it may only have been without a
-    /// processor, so it gets half as much for each time without more.
+    /// processor, so it gets half of it, or a share as small as the time was long.
     #[inline]
     pub(crate) fn look(&mut self, now_ns: u64, free: u64, backlog_max: u64) -> Option<u64> {
         let since_ns = now_ns.saturating_sub(self.looked_at_ns);
@@ -349,6 +352,28 @@ mod tests {
             assert_eq!(cores.chooser.way, better, "{ordinary_ns} against {streamed_ns}");
             let share = cores.run(1_000_000_000);
             assert!(share >= 0.95, "{share} of what {better:?} alone would do");
+        }
+    }
+
+    /// Each stream is half a ring long, and there is a trickle between two.
+    #[test]
+    fn short_streams_find_the_better_way_together() {
+        for (costs, better) in [(FAR, Way::Streamed), (NEAR, Way::Ordinary)] {
+            let mut cores = Cores::new(costs.0, costs.1);
+            let mut streamed = 0;
+            for round in 0..2000 {
+                cores.now_ns += 1_000_000;
+                cores.chooser.published(cores.now_ns, 128, false);
+                for _ in 0..RING / BATCH / 2 {
+                    streamed += u64::from(round >= 100 && cores.chooser.way() == Way::Streamed);
+                    cores.batch();
+                }
+            }
+            assert_eq!(cores.chooser.way, better);
+            let share = streamed as f64 / (1900 * RING / BATCH / 2) as f64;
+            let share = if better == Way::Streamed { share } else { 1.0 - share };
+            // A trial is paid by the time that goes by, most of which is no stream here.
+            assert!(share >= 0.8, "{share} went the better way, {better:?}");
         }
     }
 

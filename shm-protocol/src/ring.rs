@@ -21,6 +21,9 @@ use crate::record::{
 /// new header (64 + 63 bytes), and for that header's own padding.
 const SLACK_BYTES: u64 = 256;
 
+/// Data leaves this much of a ring to what a stream says of itself, its end above all: two batches of one such record.
+const CONTROL_BYTES: u64 = 256;
+
 /// [`BATCH_ALIGN`] as a length.
 #[expect(clippy::cast_possible_truncation, reason = "64")]
 const BATCH_ALIGN_BYTES: usize = BATCH_ALIGN as usize;
@@ -139,7 +142,7 @@ pub struct Producer<B> {
     reserved: Option<(u64, u64)>,
     /// `cursor` may not go beyond it before the reader frees more.
     room_end: u64,
-    /// While so much is published and not free, nothing more is taken.
+    /// While so much is published and not acknowledged, no more data is taken.
     backlog_max: u64,
     /// The longest payload of a record that lies in the ring, whatever else the record carries.
     plain_len_max: usize,
@@ -317,7 +320,7 @@ impl<B: Bytes> Producer<B> {
         Ok(())
     }
 
-    /// Sets how much may be published and not free before the reader has to catch up: at least [`backlog_bytes_min`], at most the
+    /// Sets how much may be published and not acknowledged before the reader has to catch up: at least [`backlog_bytes_min`], at most the
     /// capacity. The open batch always has the room of the whole ring, or a reader that waits for it would never get it.
     pub fn set_backlog_max(&mut self, backlog_bytes: u64) {
         let capacity = self.bytes.capacity();
@@ -325,21 +328,23 @@ impl<B: Bytes> Producer<B> {
         self.settle_room();
     }
 
-    /// How much may be published and not free.
+    /// How much may be published and not acknowledged.
     pub fn backlog_max(&self) -> u64 {
         self.backlog_max
     }
 
     #[inline]
     fn settle_room(&mut self) {
-        let has_room = self.published - self.free < self.backlog_max;
-        self.room_end = if has_room { self.ring_end() } else { self.published };
+        // Not what is not free: that is all of a batch until its last record is acknowledged, and a reader may keep that one until more comes.
+        let waiting = self.published - self.acknowledged.max(self.free);
+        let has_room = waiting < self.backlog_max;
+        self.room_end = if has_room { self.ring_end() - CONTROL_BYTES } else { self.published };
     }
 
     /// So far there is room in the ring, however much waits.
     #[inline]
     fn ring_end(&self) -> u64 {
-        (self.free + self.bytes.capacity()).saturating_sub(SLACK_BYTES)
+        self.free + self.bytes.capacity() - SLACK_BYTES
     }
 
     /// How the batches behind the open one go into the ring.
@@ -734,8 +739,11 @@ impl<B: Bytes> Producer<B> {
         let large = (before_payload + payload_len) as u64 > in_ring_max(capacity);
         let body_len = before_payload + if large { 16 } else { payload_len };
         let need = (record::HEAD_LEN + pad(body_len)) as u64;
-        if need + SLACK_BYTES + BATCH_ALIGN > capacity {
-            let limit_bytes = usize::try_from(capacity - SLACK_BYTES).unwrap_or(usize::MAX);
+        // Beside what lies in the ring it needs the head of its batch and the slack; data leaves what control needs as well.
+        let is_data = fields.kind == RecordKind::Data;
+        let beside = SLACK_BYTES + BATCH_ALIGN + if is_data { CONTROL_BYTES } else { 0 };
+        if need + beside > capacity {
+            let limit_bytes = usize::try_from(capacity - beside).unwrap_or(usize::MAX);
             return Err(EmitError::TooLarge {
                 part: "key and attributes for this ring",
                 len_bytes: before_payload,
@@ -751,13 +759,13 @@ impl<B: Bytes> Producer<B> {
         let large_free = if large { self.large_free_at(large_begin) } else { self.large_free };
         let done = *self.done();
         let pending = self.cursor.cursor - done.cursor;
-        if pending + need + SLACK_BYTES + BATCH_ALIGN > capacity
+        if pending + need + beside > capacity
             || (large && large_end - done.large_cursor.max(large_free) > self.bytes.large_capacity())
         {
             return Err(EmitError::BatchFull);
         }
         // What a stream says of itself, its end above all, does not stand behind what waits: the reader may wait for it.
-        let room_end = if fields.kind == RecordKind::Data { self.room_end } else { self.ring_end() };
+        let room_end = if is_data { self.room_end } else { self.ring_end() };
         if self.cursor.cursor + need > room_end || (large && large_end - large_free > self.bytes.large_capacity()) {
             return Err(EmitError::Full);
         }

@@ -25,9 +25,9 @@ use crate::layout::{commit, session, slot};
 use crate::limits::{
     ALONE_AFTER_DEATH_RECORDS, ALONE_PATIENCE_NS, ATTRIBUTES_BYTES_MAX, BELL_GAP_NS, COMMIT_BYTES_MAX,
     COMMIT_RECORDS_MAX, DENSE_PUBLICATION_GAP_NS, DENSE_RECORDS_MIN, ERROR_REASON_BYTES_MAX, KEY_BYTES_MAX,
-    LARGE_RECORD_RING_SHARE, MEASUREMENT_GAP_NS, PARKING_BYTES, PUBLICATION_GAP_NS, RING_CAPACITY_BYTES_MIN,
-    SLEEP_NS_MAX, SPIN_NS_MAX, STATE_ASK_AGAIN_NS, STATE_BATCH_BYTES, STATE_BATCH_ENTRIES_MAX, STREAM_BYTES_MIN,
-    STREAM_RECORDS_MIN, UNDONE_RECORDS_MAX, backlog_bytes_min,
+    LARGE_RECORD_RING_SHARE, MEASUREMENT_GAP_NS, PARKING_BYTES, PUBLICATION_GAP_NS, RING_CAPACITY_BYTES,
+    RING_CAPACITY_BYTES_MIN, SLEEP_NS_MAX, SPIN_NS_MAX, STATE_ASK_AGAIN_NS, STATE_BATCH_BYTES, STATE_BATCH_ENTRIES_MAX,
+    STREAM_BYTES_MIN, STREAM_RECORDS_MIN, UNDONE_RECORDS_MAX, backlog_bytes_min,
 };
 use crate::memory::{Access, Bytes, Mapping, RingMapping, Words};
 use crate::parking::{Alone, Attempts, ParkedRecord, Parking};
@@ -2323,7 +2323,7 @@ impl Stage {
     }
 
     /// Rings for neighbours that sleep: for all, or for readers that have slept for [`BELL_GAP_NS`] or have much to read, and for
-    /// producers whose rings are half empty.
+    /// producers of whose records so few are left that they have half of the usual room.
     fn ring(&mut self, now: u64, all: bool) {
         let wakes_readers =
             all || now.saturating_sub(self.rung_at_ns) >= BELL_GAP_NS || self.unrung_bytes >= COMMIT_BYTES_MAX;
@@ -3019,8 +3019,10 @@ fn lay_out(record: &ParkedRecord) -> Result<(RingMapping, RecordView), String> {
     let words = |error: &dyn std::fmt::Display| error.to_string();
     let key = record.key.as_deref();
     let len = key.map_or(0, <[u8]>::len) + record.attributes.len() + record.payload.len();
-    // No record of a ring is longer than a share of it; 256 for heads and padding.
-    let capacity = ((len as u64 + 256) * LARGE_RECORD_RING_SHARE).next_power_of_two().max(RING_CAPACITY_BYTES_MIN);
+    // No record of a ring is longer than a share of what may always wait in it; 512 for heads and padding.
+    let capacity = ((len as u64 + 512) * LARGE_RECORD_RING_SHARE).next_power_of_two().max(RING_CAPACITY_BYTES_MIN);
+    let capacity =
+        if backlog_bytes_min(capacity) < capacity { (2 * RING_CAPACITY_BYTES).max(capacity) } else { capacity };
     let segment = Segment::create_data(0, 0, 0, capacity, RING_CAPACITY_BYTES_MIN).map_err(|error| words(&error))?;
     let map = |access| segment.map_ring(capacity, RING_CAPACITY_BYTES_MIN, access).map_err(|error| words(&error));
     let mut producer = Producer::new(map(Access::Writable)?, 0, 0, 0).map_err(|error| words(&error))?;

@@ -261,6 +261,25 @@ fn records_without_a_key_wait_for_nobody() {
 }
 
 #[test]
+fn a_record_of_any_length_comes_again() {
+    let mut agent = agent(AT_ONCE, ROOMY);
+    let [mut source, mut worker, _sink] = open_all(&mut agent, Role::Stage);
+    // Around the shares of rings, where a record changes its place.
+    for kib in [0, 1, 4, 16, 63, 64, 65, 100, 127, 128, 255, 256, 300, 511, 512, 513, 1024, 5000] {
+        for bytes in [(kib << 10) - usize::from(kib > 0) * 300, kib << 10, (kib << 10) + 300] {
+            let payload: Vec<u8> = (0..bytes).map(|at| b'a' + (at % 23) as u8).collect();
+            publish(&mut source, Some("k"), &payload);
+            assert_eq!(received(&mut worker).len(), 1, "{bytes}");
+            assert_eq!(fail(&mut worker), Failed::Parked, "{bytes}");
+            let again = received(&mut worker);
+            assert_eq!(again.len(), 1, "{bytes}");
+            assert!(text(&worker, &again[0]).as_bytes() == payload, "{bytes}");
+            worker.done(1).unwrap();
+        }
+    }
+}
+
+#[test]
 fn what_was_received_can_be_given_back() {
     let mut agent = agent(AT_ONCE, ROOMY);
     let [mut source, mut worker, mut sink] = open_all(&mut agent, Role::ShimStage);

@@ -35,11 +35,11 @@ pub const TOPIC_LENGTH_MAX: usize = 249;
 pub const COMMAND_WORDS_MAX: usize = 256;
 /// Bytes of one word of a command or of one variable's value: Linux refuses arguments beyond 128 KiB.
 pub const WORD_BYTES_MAX: usize = 128 * 1024 - 1;
-/// Records of a batch unless the pipeline says otherwise: more than the ring into a step holds of the shortest ones.
+/// Records of a batch unless the pipeline says otherwise: more than may always wait in the ring into a step, of the shortest ones.
 pub const BATCH_RECORDS_DEFAULT: u64 = 16_384;
 /// The most that may be asked for: what a step may have received and not finished.
 pub const BATCH_RECORDS_MAX: u64 = 1_000_000;
-/// Bytes of a batch unless the pipeline says otherwise: what the ring into a step holds. Payloads beyond a quarter of that lie
+/// Bytes of a batch unless the pipeline says otherwise: what may always wait in the ring into a step. Payloads beyond a quarter of that lie
 /// beside the ring.
 pub const BATCH_BYTES_DEFAULT: u64 = 256 << 10;
 /// The most that may be asked for: a batch is in memory once.

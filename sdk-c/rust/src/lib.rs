@@ -48,7 +48,7 @@ use border::{EmitParts, Handle, Parts};
 
 /// More is not faster, and a kill repeats less.
 const BATCH_RECORDS_MAX: usize = 256;
-/// Far from what fills a ring (256 KiB), so that the outputs of one more record have room.
+/// Far from what fills the shortest ring (256 KiB), so that the outputs of one more record have room.
 const PENDING_BYTES_MAX: u64 = 32 * 1024;
 /// A batch that took longer is followed by a shorter one.
 const BATCH_TIME_MAX: Duration = Duration::from_millis(1);

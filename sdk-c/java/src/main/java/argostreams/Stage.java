@@ -35,7 +35,7 @@ import java.util.NoSuchElementException;
  */
 public final class Stage implements Iterable<Stage.Record>, AutoCloseable {
     private static final int BATCH_RECORDS_MAX = 256;
-    /** Far from what fills a ring (256 KiB), so that the outputs of one more record have room. */
+    /** Far from what fills the shortest ring (256 KiB), so that the outputs of one more record have room. */
     private static final long PENDING_BYTES_MAX = 32 * 1024;
     /** A batch that took longer is followed by a shorter one. */
     private static final long BATCH_NS_MAX = 1_000_000;
