@@ -108,7 +108,9 @@ impl Words for Shared {
     }
 }
 
-const CAPACITY: u64 = 512;
+const CAPACITY: u64 = 1024;
+/// Of a record: its number, and so much behind it that four batches are a ring, and two are all that data may take of it.
+const PAYLOAD_LEN: usize = 128;
 
 /// A ring of words in loom's cells: two accesses that are not ordered are a race, and loom finds it.
 #[derive(Clone)]
@@ -209,7 +211,9 @@ fn at(position: u64) -> Slot {
 
 /// Publishes one record per commit; what is free comes from the reader's page.
 fn publish(producer: &mut Producer<Cells>, page: &mut CommitPage<Shared>, number: u64) -> bool {
-    if producer.emit(&RecordFields::default(), &number.to_le_bytes()).is_err() {
+    let mut payload = [0; PAYLOAD_LEN];
+    payload[..8].copy_from_slice(&number.to_le_bytes());
+    if producer.emit(&RecordFields::default(), &payload).is_err() {
         return false;
     }
     producer.mark_done();
@@ -221,14 +225,14 @@ fn publish(producer: &mut Producer<Cells>, page: &mut CommitPage<Shared>, number
 
 fn take(consumer: &mut Consumer<Cells>, page: &mut CommitPage<Shared>) -> Option<u64> {
     let view = consumer.next().unwrap()?;
-    let mut payload = [0; 8];
+    let mut payload = [0; PAYLOAD_LEN];
     consumer.bytes().read(view.payload_position, &mut payload);
     let after = consumer.read_position();
     page.change_input(0, |slot| (slot.acknowledged, slot.batch) = (after.acknowledged, after.batch));
     page.set_free(0, u64::MAX);
     page.commit(0);
     consumer.set_free(after.batch);
-    Some(u64::from_le_bytes(payload))
+    Some(u64::from_le_bytes(payload[..8].try_into().unwrap()))
 }
 
 /// Publish, consume, free, and use the space again behind the wrap: the reader's copies and the writer's are never at once.
