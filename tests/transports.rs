@@ -1,4 +1,5 @@
-//! Programs that are reached over HTTP, over a unix socket and over named pipes: every answer counts once and in order, whatever kills them.
+//! Programs that are reached over HTTP, over a unix socket and over named pipes: every answer counts once and in order, whatever kills them;
+//! and how many records at a time a program gets over shared memory.
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests: a failure is a failed test")]
 

@@ -9,7 +9,7 @@
 //! counts only while the stage does nothing but fill its rings: a batch with a pause before it is left out, and a trickle ends the
 //! stretch.
 //!
-//! A state machine without a clock: times come in.
+//! How much may wait for a reader is [`Pace`]. Both are state machines without a clock: times come in.
 
 use crate::limits::BACKLOG_NS;
 use crate::ring::Way;
