@@ -1013,6 +1013,10 @@ impl Broker {
     }
 
     fn hello(&mut self, client: usize, stage: usize, hello: &Hello) {
+        // Its shim may have been heard before it: nobody would say a second time that this process is dead.
+        if self.has_hung_up(client) {
+            return self.client_gone(client);
+        }
         if !(hello.version_min..=hello.version_max).contains(&PROTOCOL_VERSION_MAX) {
             let text = format!(
                 "{} speaks protocol versions {} to {}, this agent speaks {PROTOCOL_VERSION_MAX}",
@@ -1072,6 +1076,10 @@ impl Broker {
                 _ => self.refuse_client(client, RefusalCode::State, "another process holds this stage"),
             },
         }
+    }
+
+    fn has_hung_up(&self, client: usize) -> bool {
+        self.clients.get(&client).is_none_or(|(_, entry)| entry.control.is_closed_by_peer())
     }
 
     fn grant(&mut self, client: usize, stage: usize, role: Role) {
@@ -1348,6 +1356,9 @@ impl Broker {
         }
         if self.phase(stage) == Some(Phase::Failed) {
             return self.refuse_client(opener, RefusalCode::State, "the step has failed");
+        }
+        if self.has_hung_up(opener) {
+            return self.client_gone(opener);
         }
         self.grant(opener, stage, Role::Stage);
     }
@@ -1903,6 +1914,50 @@ mod tests {
         broker.handle(of_shim);
         let (again, _) = connect(&mut broker, Role::ShimStage);
         assert!(granted(&again), "the stage is nobody's");
+    }
+
+    #[test]
+    fn a_program_that_is_heard_only_when_it_is_dead_leaves_the_stage_to_the_next_one() {
+        let mut broker = broker();
+        broker.workers[READER].transport = Transport::Auto;
+        let connect = |broker: &mut Broker, role: Role| {
+            let control = broker.internal_client(READER).expect("a socket");
+            let (version_min, version_max) = (PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MAX);
+            let hello =
+                Hello { version_min, version_max, role, features: u64::MAX, pid: 1, library: "test".to_owned() };
+            control.try_send(&Message::Hello(hello), &[]).expect("room");
+            (control, broker.next_client - 1)
+        };
+        let (shim, of_shim) = connect(&mut broker, Role::Supervisor);
+        broker.handle(of_shim);
+        let ended = |broker: &mut Broker| {
+            let text = "was killed by signal 9".to_owned();
+            let event = Event::Program(ProgramEvent::Ended { code: 137, text, uncertain_records: 0 });
+            shim.try_send(&Message::Event(event), &[]).expect("room");
+            broker.handle(of_shim);
+        };
+        // It asked for the stage and was killed; the shim is heard first.
+        let (dead, of_dead) = connect(&mut broker, Role::Stage);
+        drop(dead);
+        ended(&mut broker);
+        broker.handle(of_dead);
+        assert_eq!(broker.phase(READER), Some(Phase::Waiting));
+        let (next, of_next) = connect(&mut broker, Role::Stage);
+        broker.handle(of_next);
+        assert!(matches!(next.try_receive(), Ok(Some((Message::Grant(_), _)))), "the stage is nobody's");
+        // Nor is the stage taken from a shim for it.
+        drop(next);
+        broker.handle(of_next);
+        ended(&mut broker);
+        let (of_the_shim, of_this) = connect(&mut broker, Role::ShimStage);
+        broker.handle(of_this);
+        of_the_shim.try_send(&Message::Mapped, &[]).expect("room");
+        broker.handle(of_this);
+        while let Ok(Some(_)) = shim.try_receive() {}
+        let (dead, of_dead) = connect(&mut broker, Role::Stage);
+        drop(dead);
+        broker.handle(of_dead);
+        assert!(matches!(shim.try_receive(), Ok(None)), "the shim is asked for nothing");
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recvmsg, sendmsg, socket_with,
@@ -334,6 +335,15 @@ impl Control {
     pub fn credentials(&self) -> Result<(u32, i32), ControlError> {
         let credentials = rustix::net::sockopt::socket_peercred(&self.socket).map_err(io::Error::from)?;
         Ok((credentials.uid.as_raw(), credentials.pid.as_raw_nonzero().get()))
+    }
+
+    /// Whether the other side has closed the socket, for example by its death. What it sent before may still wait to be
+    /// received. Does not block; `false` where the kernel does not say.
+    #[must_use]
+    pub fn is_closed_by_peer(&self) -> bool {
+        let mut looks = [PollFd::new(&self.socket, PollFlags::empty())];
+        let looked = poll(&mut looks, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
+        looked.is_ok() && looks.iter().any(|look| look.revents().contains(PollFlags::HUP))
     }
 
     /// Sends a message. Blocks only while the other side leaves hundreds of messages unread.
@@ -978,7 +988,11 @@ mod tests {
         crate::Bell::adopt(descriptors.into_iter().next().unwrap()).ring();
         assert!(bell.wait(1_000_000_000));
         assert_eq!(b.credentials().unwrap().1, i32::try_from(std::process::id()).unwrap());
+        a.send(&Message::Mapped, &[]).unwrap();
+        assert!(!b.is_closed_by_peer());
         drop(a);
+        assert!(b.is_closed_by_peer(), "also while a message waits");
+        assert_eq!(b.try_receive().unwrap().map(|(message, _)| message), Some(Message::Mapped));
         assert!(matches!(b.try_receive(), Err(ControlError::Closed)));
     }
 }
