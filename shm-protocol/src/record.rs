@@ -343,6 +343,44 @@ pub struct RecordView {
     pub payload_len: usize,
 }
 
+/// What a record's head says, checked against the batch: all there is of a record without flags.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PlainRecord {
+    pub(crate) position: u64,
+    /// Position behind the record.
+    pub(crate) end: u64,
+    /// Which of its batch it is.
+    pub(crate) index: u32,
+    pub(crate) key_hash: u32,
+    pub(crate) body_len: u64,
+}
+
+impl PlainRecord {
+    /// Reads the head at `position` of a batch that ends at `batch_end`, once, and checks the copy. Also its flags.
+    #[inline(always)]
+    pub(crate) fn read<B: Bytes>(
+        bytes: &B,
+        index: u32,
+        position: u64,
+        batch_end: u64,
+    ) -> Result<(Self, u32), RecordError> {
+        let body = position + record::HEAD_LEN as u64;
+        if body > batch_end {
+            let room = batch_end.saturating_sub(position);
+            return Err(RecordError::Record { position, part: "head", len_bytes: record::HEAD_LEN as u64, room });
+        }
+        let word = bytes.read_word(position);
+        let body_len = word & u64::from(record::LEN_MASK);
+        if body_len > batch_end - body {
+            return Err(RecordError::Record { position, part: "body", len_bytes: body_len, room: batch_end - body });
+        }
+        #[expect(clippy::cast_possible_truncation, reason = "the two halves of a packed word")]
+        let (flags, key_hash) = (word as u32 >> record::FLAGS_SHIFT, (word >> 32) as u32);
+        let end = (body + body_len).next_multiple_of(RECORD_ALIGN);
+        Ok((Self { position, end, index, key_hash, body_len }, flags))
+    }
+}
+
 impl RecordView {
     /// Reads the record at `position` of a batch that ends at `batch_end`. Copies its head once and checks the copy.
     pub(crate) fn parse<B: Bytes>(
@@ -367,34 +405,9 @@ impl RecordView {
         position: u64,
         batch_end: u64,
     ) -> Result<(), RecordError> {
-        let body = position + record::HEAD_LEN as u64;
-        if body > batch_end {
-            let room = batch_end.saturating_sub(position);
-            return Err(RecordError::Record { position, part: "head", len_bytes: record::HEAD_LEN as u64, room });
-        }
-        let word = bytes.read_word(position);
-        let len = word & u64::from(record::LEN_MASK);
-        if len > batch_end - body {
-            return Err(RecordError::Record { position, part: "body", len_bytes: len, room: batch_end - body });
-        }
-        #[expect(clippy::cast_possible_truncation, reason = "the two halves of a packed word")]
-        let (flags, key_hash) = (word as u32 >> record::FLAGS_SHIFT, (word >> 32) as u32);
-        self.position = position;
-        self.end = (body + len).next_multiple_of(RECORD_ALIGN);
-        self.kind = RecordKind::Data;
-        self.argument = 0;
-        self.event_time_ns = header.event_time_ns;
-        self.ingest_time_ns = header.ingest_time_ns;
-        self.origin = inherited_origin(header, index);
-        self.keyed = false;
-        self.key_hash = key_hash;
-        self.key_position = 0;
-        self.key_len = 0;
-        self.attributes_position = 0;
-        self.attributes_len = 0;
-        self.large = false;
-        self.payload_position = body;
-        self.payload_len = usize::try_from(len).unwrap_or(usize::MAX);
+        let (record, flags) = PlainRecord::read(bytes, index, position, batch_end)?;
+        self.set_plain(header, &record);
+        let (body, len) = (self.payload_position, record.body_len);
         // By far the most records say nothing that their batch does not say already, or that and a key, or those and their
         // origin, because the keys of their source go several ways.
         if flags == 0 {
@@ -420,6 +433,27 @@ impl RecordView {
             }
         }
         self.read_parts(bytes, flags, body, len)
+    }
+
+    /// Becomes a record of which the batch says all but the payload.
+    #[inline(always)]
+    pub(crate) fn set_plain(&mut self, header: &BatchHeader, record: &PlainRecord) {
+        self.position = record.position;
+        self.end = record.end;
+        self.kind = RecordKind::Data;
+        self.argument = 0;
+        self.event_time_ns = header.event_time_ns;
+        self.ingest_time_ns = header.ingest_time_ns;
+        self.origin = inherited_origin(header, record.index);
+        self.keyed = false;
+        self.key_hash = record.key_hash;
+        self.key_position = 0;
+        self.key_len = 0;
+        self.attributes_position = 0;
+        self.attributes_len = 0;
+        self.large = false;
+        self.payload_position = record.position + record::HEAD_LEN as u64;
+        self.payload_len = usize::try_from(record.body_len).unwrap_or(usize::MAX);
     }
 
     /// The parts that the flags name, behind the head.

@@ -357,8 +357,8 @@ impl Ring {
     }
 }
 
-/// Emits; waits while the ring is full.
-#[inline]
+/// Emits; waits while the ring is full. What the caller always says is known where it is inlined, and not asked for each record.
+#[inline(always)]
 fn emit(stage: &mut Stage, waiting: Waiting, emit: &Emit<'_>, record: &[u8]) -> Result<(), Fault> {
     match stage.emit(OUTPUT_MAIN, emit, record) {
         Err(StageError::Full) => emit_later(stage, waiting, emit, record),
@@ -385,7 +385,7 @@ fn emit_later(stage: &mut Stage, waiting: Waiting, emit: &Emit<'_>, record: &[u8
 }
 
 impl Channel for Ring {
-    #[inline]
+    #[inline(always)]
     fn send(&mut self, record: &[u8]) -> Result<(), Fault> {
         let own = Emit { belongs_to: BelongsTo::Nothing, finishes: true, ..Emit::default() };
         let Some(keys) = &self.keys else { return emit(&mut self.stage, self.waiting, &own, record) };
