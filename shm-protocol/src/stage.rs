@@ -857,6 +857,13 @@ impl Stage {
         self.stop_requested
     }
 
+    /// Whether the agent has shown the stage all its neighbours by now: before that nothing comes, and nobody reads.
+    #[must_use]
+    pub fn is_joined(&self) -> bool {
+        self.inputs.iter().all(|input| input.neighbour.is_some())
+            && self.outputs.iter().all(|output| output.neighbour.is_some())
+    }
+
     /// Whether everything emitted was read and acknowledged by everybody downstream.
     pub fn is_drained_downstream(&mut self) -> bool {
         (0..self.outputs.len()).all(|output| {

@@ -71,6 +71,12 @@ pub(crate) trait Channel {
         Ok(())
     }
 
+    /// Called once on both sides when both are open, before either spins: whoever else has to bring the two together gets no
+    /// processor beside two that do.
+    fn join(&mut self) -> Result<(), Fault> {
+        Ok(())
+    }
+
     /// Called once on the consumer's side before the producer starts: some transports forget what comes before the first look.
     fn settle(&mut self) -> Result<(), Fault> {
         Ok(())

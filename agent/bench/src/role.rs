@@ -146,14 +146,14 @@ impl Role<'_> {
             }
             Transport::Http | Transport::GrpcUnary | Transport::GrpcStream => {
                 let rpc = Rpc::open(case, end, descriptors)?;
-                self.measure(case, |_| Ok(()), || rpc.run(case))
+                self.measure(case, || Ok(()), |_| Ok(()), || rpc.run(case))
             }
             Transport::Memcpy => {
                 let (from, mut to) = match end {
                     End::Producer => (vec![1_u8; MEMORY_BYTES], vec![2_u8; MEMORY_BYTES]),
                     End::Consumer => (Vec::new(), Vec::new()),
                 };
-                self.measure(case, |_| Ok(()), || Ok(copy_memory(case, &from, &mut to)))
+                self.measure(case, || Ok(()), |_| Ok(()), || Ok(copy_memory(case, &from, &mut to)))
             }
             #[cfg(feature = "peers")]
             Transport::Iceoryx2 => {
@@ -184,6 +184,7 @@ impl Role<'_> {
         let channel = std::cell::RefCell::new(&mut channel);
         self.measure(
             case,
+            || channel.borrow_mut().join(),
             |end| if end == End::Consumer { channel.borrow_mut().settle() } else { Ok(()) },
             || match end {
                 End::Producer => produce(*channel.borrow_mut(), case),
@@ -196,12 +197,14 @@ impl Role<'_> {
     fn measure(
         &mut self,
         case: &Case,
+        join: impl FnOnce() -> Result<(), Fault>,
         settle: impl FnOnce(End) -> Result<(), Fault>,
         work: impl FnOnce() -> Result<Found, Fault>,
     ) -> Result<(), RoleError> {
         self.link.send(&Answer::Ready, &[])?;
         let (order, _) = self.link.receive(ORDER_TIMEOUT_NS)?;
         let Order::Go = order else { return Err(RoleError::Order("something else was prepared already")) };
+        join()?;
         self.scratch.meet(Meeting::Politely, MEETING_NS)?;
         // Who sleeps gets its core back at once, too. Only who is going to be killed must leave room for the killer.
         let burst = if case.is_fatal { None } else { Burst::begin() };

@@ -25,6 +25,8 @@ use crate::record::{Checker, FLAT_BYTES, Record, is_end};
 
 const TRANSPORT: &str = "shm";
 const OPEN_TIMEOUT_NS: u64 = 5_000_000_000;
+/// How long an end sleeps at most before it looks whether it has a neighbour.
+const JOIN_LOOK_NS: u64 = 1_000_000;
 const PATIENCE_NS: u64 = 1_000_000_000;
 /// Records that one look takes at most: as many as one commit covers.
 const RECEIVE_RECORDS_MAX: usize = 256;
@@ -402,6 +404,15 @@ impl Channel for Ring {
 
     fn idle(&mut self) -> Result<(), Fault> {
         self.done(0)
+    }
+
+    fn join(&mut self) -> Result<(), Fault> {
+        let mut patience = Patience::unlooked(OPEN_TIMEOUT_NS);
+        while !self.stage.is_joined() {
+            patience.check("being shown its neighbour")?;
+            self.stage.wait(JOIN_LOOK_NS).map_err(Fault::of(TRANSPORT))?;
+        }
+        Ok(())
     }
 
     #[inline]
