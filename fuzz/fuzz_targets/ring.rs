@@ -2,7 +2,7 @@
 #![no_main]
 
 use argo_streams_fuzz::{RING_BYTES, RING_PREFIX, ring};
-use argo_streams_shm_protocol::{Bytes, Consumer, ReadPosition, copy_unread};
+use argo_streams_shm_protocol::{Bytes, Consumer, ReadPosition, RecordView, copy_unread};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|input: &[u8]| {
@@ -14,11 +14,23 @@ fuzz_target!(|input: &[u8]| {
     // What an agent does with the ring of a dead stage.
     let _refused = copy_unread(&heap, &to, at.batch, tail);
     let Ok(mut consumer) = Consumer::new(heap.clone(), at, tail) else { return };
+    let Ok(mut in_runs) = Consumer::new(heap.clone(), at, tail) else { return };
     let mut scratch = vec![0; RING_BYTES];
     for count in 0.. {
         assert!(count <= RING_BYTES / 8, "more records than fit");
         let before = consumer.position();
-        let Ok(Some(view)) = consumer.next() else { return };
+        let mut of_run = RecordView::default();
+        let taken = in_runs.read_plain(1, |_, header, record, _| {
+            of_run.set_plain(header, record);
+            true
+        });
+        let Ok(Some(view)) = consumer.next() else { return assert_eq!(taken, 0) };
+        if taken == 0 {
+            assert_eq!(in_runs.next(), Ok(Some(view)));
+        } else {
+            assert_eq!(of_run, view);
+        }
+        assert_eq!(in_runs.read_position(), consumer.read_position());
         let end = consumer.position();
         assert!(before < end && end <= tail, "{before} to {end}, published are {tail}");
         assert!(view.position < view.end && view.end <= end, "{view:?} ends behind {end}");

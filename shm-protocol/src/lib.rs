@@ -49,7 +49,7 @@ pub use key::{KEY_GROUPS, hash_key, key_group};
 pub use memory::{Access, Bytes, Mapping, RingMapping, Words};
 pub use parking::{Alone, Attempts, ParkedRecord, Parking, RetryPolicy};
 pub use record::{
-    BatchHeader, Origin, RecordError, RecordFields, RecordHead, RecordKind, RecordView, attributes_encode,
+    BatchHeader, Origin, PlainRecord, RecordError, RecordFields, RecordHead, RecordKind, RecordView, attributes_encode,
     attributes_iter, record_len_bytes,
 };
 pub use ring::{Consumer, EmitError, Producer, ReadPosition, RingViolation, Savepoint, Way, copy_unread};

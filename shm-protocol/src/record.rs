@@ -345,14 +345,17 @@ pub struct RecordView {
 
 /// What a record's head says, checked against the batch: all there is of a record without flags.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct PlainRecord {
-    pub(crate) position: u64,
+pub struct PlainRecord {
+    /// Position of the record's head.
+    pub position: u64,
     /// Position behind the record.
-    pub(crate) end: u64,
+    pub end: u64,
     /// Which of its batch it is.
-    pub(crate) index: u32,
-    pub(crate) key_hash: u32,
-    pub(crate) body_len: u64,
+    pub index: u32,
+    /// Upper half of the key's hash.
+    pub key_hash: u32,
+    /// Bytes behind the head; of a record without flags all of them are its payload.
+    pub body_len: u64,
 }
 
 impl PlainRecord {
@@ -437,7 +440,7 @@ impl RecordView {
 
     /// Becomes a record of which the batch says all but the payload.
     #[inline(always)]
-    pub(crate) fn set_plain(&mut self, header: &BatchHeader, record: &PlainRecord) {
+    pub fn set_plain(&mut self, header: &BatchHeader, record: &PlainRecord) {
         self.position = record.position;
         self.end = record.end;
         self.kind = RecordKind::Data;

@@ -1230,7 +1230,7 @@ impl<B: Bytes> Consumer<B> {
     ///
     /// What a record needs of the batch stays in registers here: one by one, each took half as long again (64 B).
     #[inline(always)]
-    pub(crate) fn read_plain(
+    pub fn read_plain(
         &mut self,
         records_max: usize,
         mut show: impl FnMut(&B, &BatchHeader, &PlainRecord, ReadPosition) -> bool,

@@ -424,6 +424,30 @@ fn shapes() -> impl Strategy<Value = (usize, usize, u64)> {
     )
 }
 
+/// All that a reader shows, each with where a successor goes on, and whether it came to the end: one by one, or in runs, as a
+/// stage reads.
+fn read_all(heap: &Heap, at: ReadPosition, tail: u64, in_runs: bool) -> (Vec<(RecordView, ReadPosition)>, bool) {
+    let mut consumer = Consumer::new(heap.clone(), at, tail).unwrap();
+    let mut shown = Vec::new();
+    loop {
+        if in_runs {
+            let before = shown.len();
+            let taken = consumer.read_plain(7, |_, header, record, after| {
+                let mut view = RecordView::default();
+                view.set_plain(header, record);
+                shown.push((view, after));
+                true
+            });
+            assert_eq!(taken, shown.len() - before);
+        }
+        match consumer.next() {
+            Ok(Some(view)) => shown.push((view, consumer.read_position())),
+            Ok(None) => return (shown, true),
+            Err(_) => return (shown, false),
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 3000, max_shrink_iters: 3_000, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -469,6 +493,7 @@ proptest! {
             });
         }
         let at = ReadPosition { acknowledged: start, batch: start };
+        prop_assert_eq!(read_all(&heap, at, tail, true), read_all(&heap, at, tail, false));
         let mut consumer = Consumer::new(heap.clone(), at, tail).unwrap();
         let mut last = start;
         while let Ok(Some(view)) = consumer.next() {
