@@ -150,7 +150,7 @@ fn two_rings(records: u64, batch: u64, has_pages: bool) -> f64 {
                     let origin = Origin { sequence: sent + count, ..Origin::default() };
                     let fields =
                         RecordFields { event_time_ns: 1, ingest_time_ns: 1, origin, ..RecordFields::default() };
-                    let is_emitted = producer.emit_plain_done(1, 1, origin, &payload)
+                    let is_emitted = producer.emit_plain(true, (1, 1), origin, &payload)
                         || producer.emit_done(&fields, &payload).is_ok();
                     if is_emitted {
                         count += 1;

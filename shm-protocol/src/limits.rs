@@ -54,6 +54,11 @@ pub const COMMIT_BYTES_MAX: u64 = 48 << 10;
 /// are far apart, and publishing each of a stream of records alone made a fast reader cost two thirds of the throughput.
 pub const PUBLICATION_GAP_NS: u64 = 2_000;
 
+/// A batch says the times of its records once, and each record with other times says its own, at several times the cost. Where a step
+/// emits records from one batch of its input and then from the next, its own batch is published from so many records (for each
+/// ring) on, so that the rest is in a batch with their times.
+pub const APART_RECORDS_MIN: u64 = 16;
+
 /// Where records come so fast that this many are there within [`PUBLICATION_GAP_NS`] ...
 pub const DENSE_RECORDS_MIN: u64 = 32;
 /// ... and are published with ordinary stores, the batches are this far apart: a reader right behind its writer takes every line out of

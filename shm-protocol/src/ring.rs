@@ -155,6 +155,8 @@ pub struct Producer<B> {
     streamed: u64,
     /// Whether something was streamed that no fence has ordered yet.
     is_unfenced: bool,
+    /// Whether a record of the open batch says other times than the batch.
+    is_apart: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -221,6 +223,7 @@ impl<B: Bytes> Producer<B> {
             staging: Vec::new(),
             streamed: 0,
             is_unfenced: false,
+            is_apart: false,
             bytes,
             published,
             free,
@@ -381,10 +384,23 @@ impl<B: Bytes> Producer<B> {
         self.emit_one(fields, payload)
     }
 
-    /// As [`Producer::emit_done`] for a record that is nothing but a payload and needs no more than the 8 bytes of its head.
-    /// `false`: it needs more, or there is no room; nothing was changed then.
+    /// Whether records came that say other times than the open batch does: it goes on with them at several times the cost of
+    /// records that do not, and the next batch would begin with theirs.
+    #[inline]
+    pub fn is_apart(&self) -> bool {
+        self.is_apart
+    }
+
+    /// As [`Producer::emit_done`] (or, unless it `finishes`, [`Producer::emit`]) for a record that is nothing but a payload and needs
+    /// no more than the 8 bytes of its head. `false`: it needs more, or there is no room; nothing was changed then.
     #[inline(always)]
-    pub fn emit_plain_done(&mut self, event_time_ns: i64, ingest_time_ns: u64, origin: Origin, payload: &[u8]) -> bool {
+    pub fn emit_plain(
+        &mut self,
+        finishes: bool,
+        (event_time_ns, ingest_time_ns): (i64, u64),
+        origin: Origin,
+        payload: &[u8],
+    ) -> bool {
         let end = self.cursor.cursor + (record::HEAD_LEN + pad(payload.len())) as u64;
         if payload.len() > self.plain_len_max || end > self.room_end || origin.emit_index != 0 {
             return false;
@@ -398,7 +414,11 @@ impl<B: Bytes> Producer<B> {
         {
             return false;
         }
-        self.pending = None;
+        if finishes {
+            self.pending = None;
+        } else {
+            self.begin_pending();
+        }
         self.append_plain(end, payload);
         true
     }
@@ -615,6 +635,8 @@ impl<B: Bytes> Producer<B> {
 
     fn emit_any(&mut self, fields: &RecordFields<'_>, payload: &[u8]) -> Result<(), EmitError> {
         self.make_room(fields, payload.len())?;
+        self.is_apart |=
+            self.cursor.records > 0 && (fields.event_time_ns, fields.ingest_time_ns) != self.inherited_times();
         if let Some(claim) = self.claim {
             if claim.large {
                 self.bytes.write_large(claim.payload_position, payload);
@@ -956,6 +978,7 @@ impl<B: Bytes> Producer<B> {
         if done.records == 0 {
             return None;
         }
+        self.is_apart = false;
         let end = done.cursor.next_multiple_of(BATCH_ALIGN);
         let header = BatchHeader {
             // At most a ring's capacity, which is at most 1 GiB.

@@ -23,9 +23,9 @@ use crate::histogram::HistogramView;
 use crate::key::{hash_key, key_group};
 use crate::layout::{commit, session, slot};
 use crate::limits::{
-    ALONE_AFTER_DEATH_RECORDS, ALONE_PATIENCE_NS, ATTRIBUTES_BYTES_MAX, BELL_GAP_NS, COMMIT_BYTES_MAX,
-    COMMIT_RECORDS_MAX, DENSE_PUBLICATION_GAP_NS, DENSE_RECORDS_MIN, ERROR_REASON_BYTES_MAX, KEY_BYTES_MAX,
-    LARGE_RECORD_RING_SHARE, MEASUREMENT_GAP_NS, PARKING_BYTES, PUBLICATION_GAP_NS, RING_CAPACITY_BYTES,
+    ALONE_AFTER_DEATH_RECORDS, ALONE_PATIENCE_NS, APART_RECORDS_MIN, ATTRIBUTES_BYTES_MAX, BELL_GAP_NS,
+    COMMIT_BYTES_MAX, COMMIT_RECORDS_MAX, DENSE_PUBLICATION_GAP_NS, DENSE_RECORDS_MIN, ERROR_REASON_BYTES_MAX,
+    KEY_BYTES_MAX, LARGE_RECORD_RING_SHARE, MEASUREMENT_GAP_NS, PARKING_BYTES, PUBLICATION_GAP_NS, RING_CAPACITY_BYTES,
     RING_CAPACITY_BYTES_MIN, SLEEP_NS_MAX, SPIN_NS_MAX, STATE_ASK_AGAIN_NS, STATE_BATCH_BYTES, STATE_BATCH_ENTRIES_MAX,
     STREAM_BYTES_MIN, STREAM_RECORDS_MIN, UNDONE_RECORDS_MAX, backlog_bytes_min,
 };
@@ -1171,11 +1171,14 @@ impl Stage {
                 "an emit finishes only the oldest record, or itself while nothing is pending for another: done that first",
             ));
         }
-        if emit.finishes
-            && emit.attributes.is_empty()
+        if emit.attributes.is_empty()
             && self.in_place.is_none()
+            && (emit.finishes || (nth == Some(0) && self.parked.is_empty()))
             && let Some(index) = self.emit_plain(output, emit, nth.is_none(), payload)
         {
+            if !emit.finishes {
+                return Ok(());
+            }
             let is_due = self.careful || self.output_is_done(index);
             self.finish_records(usize::from(nth.is_some()), is_due)?;
             if nth.is_none() {
@@ -1214,18 +1217,17 @@ impl Stage {
     }
 
     /// The case that decides how fast a ring is: one record without a key of its own into one ring, finished with what it
-    /// belongs to. `None`: it is not that case, or there is no room; nothing was done then.
+    /// belongs to, or pending for the oldest. `None`: it is not that case, or there is no room; nothing was done then.
     #[inline(always)]
     fn emit_plain(&mut self, output: usize, emit: &Emit<'_>, is_own: bool, payload: &[u8]) -> Option<usize> {
         let direct = self.router.direct.get(output)?.as_ref()?;
         let (ring, counter) = (direct.only?, direct.counter);
-        if !self.pending_outputs.is_empty() || !self.counted.is_empty() {
+        if matches!(emit.key, KeyChoice::Set(_))
+            || (emit.finishes && (!self.pending_outputs.is_empty() || !self.counted.is_empty()))
+        {
             return None;
         }
         let (event_time_ns, ingest_time_ns, origin) = if is_own {
-            if matches!(emit.key, KeyChoice::Set(_)) {
-                return None;
-            }
             let origin = self.own_origin();
             let now = self.own_time();
             (emit.event_time_ns.unwrap_or(now.cast_signed()), now, origin)
@@ -1240,10 +1242,22 @@ impl Stage {
             (emit.event_time_ns.unwrap_or(view.event_time_ns), view.ingest_time_ns, origin)
         };
         let to = self.outputs.get_mut(ring)?;
-        if !to.producer.emit_plain_done(event_time_ns, ingest_time_ns, origin, payload) {
+        if !to.producer.emit_plain(emit.finishes, (event_time_ns, ingest_time_ns), origin, payload) {
             return None;
         }
         self.blocked_on = None;
+        if !emit.finishes {
+            if !to.has_pending {
+                to.has_pending = true;
+                self.pending_outputs.push(ring);
+            }
+            self.count(counter);
+            if let Some(parent) = self.undone.get_mut(0) {
+                parent.emitted += 1;
+            }
+            self.pending_reaches = self.pending_reaches.max(1);
+            return Some(ring);
+        }
         if is_own {
             self.page.take_sequence();
         }
@@ -2005,6 +2019,11 @@ impl Stage {
             self.done_outputs.push(index);
         }
         if output.producer.done_bytes() >= output.producer.batch_bytes_max() {
+            return true;
+        }
+        if output.producer.is_apart()
+            && self.uncommitted_records >= APART_RECORDS_MIN * self.done_outputs.len().max(1) as u64
+        {
             return true;
         }
         if self.unlooked > 0 {

@@ -341,6 +341,123 @@ fn workers_get_their_keys_and_take_turns_without() {
     assert_eq!((recv(&mut stages[1]).len(), recv(&mut stages[2]).len()), (5, 5));
 }
 
+/// A step answers the oldest record with none, one or several, by whatever call, and sometimes takes them back. Each answer arrives
+/// once, in order, with the key that was chosen for it, its times, and its place among all that come of its record.
+#[test]
+fn answers_to_the_oldest_record_keep_all_that_belongs_to_them() {
+    const ROOM: (u64, u64) = (256 << 10, 64 << 10);
+    let mut agent = TestAgent::chain(3, ROOM, |_, _| {});
+    let [mut source, mut middle, mut sink] = <[Stage; 3]>::try_from(open_all(&mut agent)).unwrap();
+    let mut random = Random(0x5eed_0002);
+    let (mut sent, mut answered, mut by_kind) = (0_u64, 0_u64, [0; 6]);
+    while sent < 20_000 {
+        for _ in 0..=random.below(90) {
+            let key = format!("key {sent}");
+            let key = if random.below(3) == 0 { KeyChoice::Set(key.as_bytes()) } else { KeyChoice::None };
+            let event_time_ns = (random.below(40) == 0).then_some(sent.cast_signed());
+            let emit = Emit { key, event_time_ns, finishes: random.below(4) > 0, ..OWN };
+            source.emit(OUTPUT_MAIN, &emit, &sent.to_le_bytes()).unwrap();
+            source.done(0).unwrap();
+            sent += 1;
+        }
+        let mut expected = std::collections::VecDeque::new();
+        for parent in recv(&mut middle) {
+            let (mut parent_key, view) = (Vec::new(), parent.view);
+            middle.append_key(&parent, &mut parent_key);
+            let answers = if random.below(4) == 0 { random.below(4) } else { 1 };
+            if random.below(30) == 0 {
+                middle.emit(OUTPUT_MAIN, &Emit::default(), b"taken back").unwrap();
+                middle.abort();
+            }
+            let mut is_finished = false;
+            for nth in 0..answers {
+                let own_key = format!("own {answered}");
+                let kind = random.below(3);
+                let key = match kind {
+                    0 => KeyChoice::Inherit,
+                    1 => KeyChoice::None,
+                    _ => KeyChoice::Set(own_key.as_bytes()),
+                };
+                let event_time_ns = (random.below(40) == 0).then_some(-i64::try_from(answered).unwrap());
+                is_finished = nth + 1 == answers && random.below(2) == 0;
+                by_kind[usize::try_from(kind).unwrap() * 2 + usize::from(is_finished)] += 1;
+                let emit = Emit { key, event_time_ns, finishes: is_finished, ..Emit::default() };
+                middle.emit(OUTPUT_MAIN, &emit, &answered.to_le_bytes()).unwrap();
+                let key = match kind {
+                    0 => parent_key.clone(),
+                    1 => Vec::new(),
+                    _ => own_key.into_bytes(),
+                };
+                let emit_index = view.origin.emit_index * 31 + u32::try_from(nth).unwrap();
+                let origin = (view.origin.shard, emit_index, view.origin.sequence);
+                expected.push_back((
+                    answered,
+                    key,
+                    event_time_ns.unwrap_or(view.event_time_ns),
+                    view.ingest_time_ns,
+                    origin,
+                ));
+                answered += 1;
+            }
+            if !is_finished {
+                middle.done(1).unwrap();
+            }
+        }
+        middle.commit().unwrap();
+        let got = recv(&mut sink);
+        assert_eq!(got.len(), expected.len());
+        for record in &got {
+            let mut key = Vec::new();
+            sink.append_key(record, &mut key);
+            let view = record.view;
+            let origin = (view.origin.shard, view.origin.emit_index, view.origin.sequence);
+            let number = u64::from_le_bytes(payload(&sink, record).try_into().unwrap());
+            assert_eq!(
+                Some((number, key, view.event_time_ns, view.ingest_time_ns, origin)),
+                expected.pop_front(),
+                "of {answered}"
+            );
+        }
+        sink.done(got.len()).unwrap();
+        sink.commit().unwrap();
+    }
+    assert!(by_kind.iter().all(|count| *count > 500), "{by_kind:?}");
+    assert_eq!(middle.slot().outputs[0].records, answered);
+}
+
+/// Records of several batches of the input are not all in one batch of the output, whose times they would each have to say again.
+#[test]
+fn a_step_begins_a_batch_with_the_times_of_its_inputs_batch() {
+    const ROOM: (u64, u64) = (256 << 10, 64 << 10);
+    let mut agent = TestAgent::chain(3, ROOM, |_, _| {});
+    let [mut source, mut middle, mut sink] = <[Stage; 3]>::try_from(open_all(&mut agent)).unwrap();
+    for batch in 0..6 {
+        for number in 0..40 {
+            let emit = Emit { event_time_ns: Some(batch), ..OWN };
+            source.emit(OUTPUT_MAIN, &emit, format!("{number}").as_bytes()).unwrap();
+        }
+        source.done(0).unwrap();
+    }
+    for finishes in [false, true] {
+        let records = middle.recv(&mut Vec::new(), 120).unwrap();
+        assert_eq!(records, 120);
+        for _ in 0..records {
+            middle.emit(OUTPUT_MAIN, &Emit { finishes, ..Emit::default() }, b"answer").unwrap();
+            if !finishes {
+                middle.done(1).unwrap();
+            }
+        }
+        middle.commit().unwrap();
+        let records = recv(&mut sink);
+        let says_times = |record: &&Received| record.view.payload_position - record.view.position > 8;
+        assert_eq!((records.len(), records.iter().filter(says_times).count()), (120, 2), "the first of two batches");
+        let times: Vec<_> = records.iter().map(|record| record.view.event_time_ns).collect();
+        let first = if finishes { 3 } else { 0 };
+        assert_eq!(times, (first..first + 3).flat_map(|time| [time; 40]).collect::<Vec<_>>());
+        sink.done(120).unwrap();
+    }
+}
+
 /// A source that finishes each record by itself goes the short ways for most of them. Whatever it mixes in between, each record
 /// arrives where its key leads, once, in order, with its own key, times, attributes and number.
 #[test]
