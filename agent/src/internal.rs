@@ -262,11 +262,24 @@ impl Internal {
     /// # Errors
     /// As [`Stage::done`].
     pub fn publish(&mut self) -> Result<(), StageError> {
+        self.write_partitions();
+        self.stage.done(0)
+    }
+
+    /// As [`Internal::publish`], but only what is due: for a source that goes on at once.
+    ///
+    /// # Errors
+    /// As [`Stage::done_own`].
+    pub fn publish_when_due(&mut self) -> Result<(), StageError> {
+        self.write_partitions();
+        self.stage.done_own()
+    }
+
+    fn write_partitions(&mut self) {
         if !std::mem::replace(&mut self.are_partitions_written, true) {
             let partitions = &self.partitions;
             self.stage.change_slot(|slot| slot.partitions.clone_from(partitions));
         }
-        self.stage.done(0)
     }
 
     /// Waits until the stage has something to do. Behind it the stage may be another one ([`Handover`]).

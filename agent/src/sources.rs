@@ -11,7 +11,7 @@ use crate::internal::{Internal, InternalError, Part, from_source};
 
 /// Bytes that are read at once.
 const BLOCK_BYTES: usize = 256 << 10;
-/// Records after which a source publishes in the middle of a block.
+/// Records after which a source publishes in the middle of a block, if that is due.
 const PUBLISH_RECORDS: usize = 64;
 
 /// Emits the lines of a splitter, which was given bytes up to `end`; the caller publishes the rest. Each commit
@@ -65,7 +65,7 @@ async fn emit_lines(
         begin = end - splitter.pending_bytes();
         internal.set_partition(0, begin);
         if emitted % PUBLISH_RECORDS == 0 {
-            internal.publish()?;
+            internal.publish_when_due()?;
         }
     }
 }

@@ -1977,6 +1977,15 @@ impl Stage {
         Ok(())
     }
 
+    /// As [`Stage::done`] of no record, which is what finishes records of the stage's own, but publishes them only when that is due: at
+    /// once if a reader is starved, else when a batch is full. For a source that has more; before it waits it calls the other.
+    ///
+    /// # Errors
+    /// As [`Stage::done`].
+    pub fn done_own(&mut self) -> Result<(), StageError> {
+        self.settle(0, Commit::WhenDue)
+    }
+
     fn settle(&mut self, records: usize, when: Commit) -> Result<(), StageError> {
         self.leave_lane();
         if records > self.undone_user_records {
@@ -1989,6 +1998,8 @@ impl Stage {
         }
         self.pending_reaches = 0;
         let mut is_due = when == Commit::Now || self.careful;
+        // Many may be done at once: the next look is so much nearer.
+        self.unlooked = self.unlooked.saturating_sub(self.own_records_undone().saturating_sub(1));
         for place in 0..self.pending_outputs.len() {
             let Some(index) = self.pending_outputs.get(place).copied() else { break };
             let Some(output) = self.outputs.get_mut(index) else { break };
@@ -2042,6 +2053,7 @@ impl Stage {
             state.mark_done();
             self.is_dirty = true;
         }
+        let own_records = self.own_records_undone();
         self.sequence_at_done = self.page.slot().next_sequence;
         self.acknowledge_oldest(records);
         if self.undone.get(0).is_some_and(Undone::is_control) {
@@ -2050,7 +2062,7 @@ impl Stage {
         if self.has_retired {
             self.drop_retired();
         }
-        self.uncommitted_records += records.max(1) as u64;
+        self.uncommitted_records += own_records.max(records as u64).max(1);
         if is_due
             || (self.uncommitted_records >= COMMIT_RECORDS_MAX && self.uncommitted_records >= self.batch_records_max())
         {
@@ -2065,6 +2077,12 @@ impl Stage {
             // for, longer than all else in it took; by the next look it costs next to nothing.
         }
         Ok(())
+    }
+
+    /// Records of the stage's own that were emitted since the last `done`.
+    #[inline]
+    fn own_records_undone(&self) -> u64 {
+        self.page.slot().next_sequence.wrapping_sub(self.sequence_at_done)
     }
 
     /// Rings share a commit: with several of them, each gets batches as long as one alone would.

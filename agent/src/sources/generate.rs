@@ -58,7 +58,7 @@ pub async fn run(context: Context, generate: Generate) -> Result<(), InternalErr
         }
         count += 1;
         if count.is_multiple_of(PUBLISH_RECORDS as u64) {
-            internal.stage.done(0)?;
+            internal.stage.done_own()?;
         }
     }
     internal.finish(false).await
