@@ -329,18 +329,23 @@ impl Ring {
     }
 
     fn look<C: Consume>(&mut self, records_max: usize, consume: &mut C) -> Result<usize, Fault> {
-        let (reading, checker) = (self.reading, &mut self.checker);
-        let taken = self.stage.recv_with(records_max, |mapping, received| match reading {
-            Reading::InPlace => consume.record(received.input, &InPlace { mapping, received }),
+        // Asked once, not for each record.
+        let taken = match self.reading {
+            Reading::InPlace => self.stage.recv_with(records_max, |mapping, received| {
+                consume.record(received.input, &InPlace { mapping, received });
+            }),
             Reading::Checked => {
-                let offset = payload_offset(mapping, &received.view);
-                let copy = (received.view.payload_len == FLAT_BYTES)
-                    .then(|| checker.check(|copy| mapping.read_at(offset, copy)))
-                    .flatten();
-                // A refused record is missed by its number.
-                consume.record(received.input, &copy.unwrap_or_default());
+                let checker = &mut self.checker;
+                self.stage.recv_with(records_max, |mapping, received| {
+                    let offset = payload_offset(mapping, &received.view);
+                    let copy = (received.view.payload_len == FLAT_BYTES)
+                        .then(|| checker.check(|copy| mapping.read_at(offset, copy)))
+                        .flatten();
+                    // A refused record is missed by its number.
+                    consume.record(received.input, &copy.unwrap_or_default());
+                })
             }
-        });
+        };
         taken.map_err(Fault::of(TRANSPORT))
     }
 
