@@ -155,7 +155,8 @@ pub struct Producer<B> {
     streamed: u64,
     /// Whether something was streamed that no fence has ordered yet.
     is_unfenced: bool,
-    /// Whether a record of the open batch says other times than the batch.
+    /// The other times that a record of the open batch says, and whether another one behind it says the same.
+    apart: Option<(i64, u64)>,
     is_apart: bool,
 }
 
@@ -223,6 +224,7 @@ impl<B: Bytes> Producer<B> {
             staging: Vec::new(),
             streamed: 0,
             is_unfenced: false,
+            apart: None,
             is_apart: false,
             bytes,
             published,
@@ -384,8 +386,9 @@ impl<B: Bytes> Producer<B> {
         self.emit_one(fields, payload)
     }
 
-    /// Whether records came that say other times than the open batch does: it goes on with them at several times the cost of
-    /// records that do not, and the next batch would begin with theirs.
+    /// Whether two records in a row came with the same times, and others than those of the open batch: it goes on with them at
+    /// several times the cost of records that say none, and the next batch would begin with theirs. Records with a time of their own
+    /// each are no reason for a new batch.
     #[inline]
     pub fn is_apart(&self) -> bool {
         self.is_apart
@@ -635,8 +638,10 @@ impl<B: Bytes> Producer<B> {
 
     fn emit_any(&mut self, fields: &RecordFields<'_>, payload: &[u8]) -> Result<(), EmitError> {
         self.make_room(fields, payload.len())?;
-        self.is_apart |=
-            self.cursor.records > 0 && (fields.event_time_ns, fields.ingest_time_ns) != self.inherited_times();
+        let times = (fields.event_time_ns, fields.ingest_time_ns);
+        if self.cursor.records > 0 && times != self.inherited_times() {
+            self.is_apart |= self.apart.replace(times) == Some(times);
+        }
         if let Some(claim) = self.claim {
             if claim.large {
                 self.bytes.write_large(claim.payload_position, payload);
@@ -978,7 +983,7 @@ impl<B: Bytes> Producer<B> {
         if done.records == 0 {
             return None;
         }
-        self.is_apart = false;
+        (self.apart, self.is_apart) = (None, false);
         let end = done.cursor.next_multiple_of(BATCH_ALIGN);
         let header = BatchHeader {
             // At most a ring's capacity, which is at most 1 GiB.

@@ -1173,7 +1173,8 @@ impl Stage {
         }
         if emit.attributes.is_empty()
             && self.in_place.is_none()
-            && (emit.finishes || (nth == Some(0) && self.parked.is_empty()))
+            && (emit.finishes || nth == Some(0))
+            && (nth.is_none() || self.parked.is_empty())
             && let Some(index) = self.emit_plain(output, emit, nth.is_none(), payload)
         {
             if !emit.finishes {
@@ -1974,7 +1975,7 @@ impl Stage {
         }
         self.settle(0, Commit::Now)?;
         self.wake_neighbours();
-        Ok(())
+        self.check_session()
     }
 
     /// As [`Stage::done`] of no record, which is what finishes records of the stage's own, but publishes them only when that is due: at
@@ -1983,7 +1984,9 @@ impl Stage {
     /// # Errors
     /// As [`Stage::done`].
     pub fn done_own(&mut self) -> Result<(), StageError> {
-        self.settle(0, Commit::WhenDue)
+        self.settle(0, Commit::WhenDue)?;
+        // A source may call nothing else for as long as its reader keeps up.
+        self.check_session()
     }
 
     fn settle(&mut self, records: usize, when: Commit) -> Result<(), StageError> {
@@ -2069,12 +2072,12 @@ impl Stage {
             let is_stream = self.uncommitted_records >= STREAM_RECORDS_MIN;
             self.publish();
             self.careful &= records == 0;
-            if !is_stream {
-                self.wake_neighbours_in_pace();
-                return self.check_session();
-            }
             // In a stream the next call is near. A fence here would wait for the lines that this publication has just asked
             // for, longer than all else in it took; by the next look it costs next to nothing.
+            if !is_stream {
+                self.wake_neighbours_in_pace();
+            }
+            return self.check_session();
         }
         Ok(())
     }
@@ -2325,7 +2328,11 @@ impl Stage {
         for input in &self.changed_inputs {
             self.page.set_free(*input, u64::MAX);
         }
+        // Records of the stage's own that are not done are not published, and whoever goes on from here makes them again.
+        let own_records = self.own_records_undone();
+        self.page.restore_sequence(self.sequence_at_done);
         self.page.commit(now);
+        self.page.take_sequences(own_records);
         if self.has_parking
             && let Some(parking) = &mut self.parking
         {

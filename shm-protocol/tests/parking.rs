@@ -140,6 +140,10 @@ fn a_failed_record_waits_the_later_ones_of_its_key_behind_it_and_nobody_else() {
     assert_eq!((0..4).map(|nth| worker.is_parked(nth)).collect::<Vec<_>>(), [true, false, true, false]);
     let for_parked = Emit { belongs_to: BelongsTo::Nth(2), ..Emit::default() };
     assert!(matches!(worker.emit(OUTPUT_MAIN, &for_parked, b"x"), Err(StageError::Misuse(_))));
+    for finishes in [false, true] {
+        let for_failed = Emit { key: KeyChoice::None, finishes, ..Emit::default() };
+        assert!(matches!(worker.emit(OUTPUT_MAIN, &for_failed, b"x"), Err(StageError::Misuse(_))), "{finishes}");
+    }
     // The rest goes on while it is out for another try, and a later one of its key does not come by.
     worker.done(1).unwrap();
     publish_all(&mut source, &[("a", "a3"), ("b", "b2")]);

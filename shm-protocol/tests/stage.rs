@@ -441,6 +441,7 @@ fn a_step_begins_a_batch_with_the_times_of_its_inputs_batch() {
     for finishes in [false, true] {
         let records = middle.recv(&mut Vec::new(), 120).unwrap();
         assert_eq!(records, 120);
+        let before = middle.slot().epoch;
         for _ in 0..records {
             middle.emit(OUTPUT_MAIN, &Emit { finishes, ..Emit::default() }, b"answer").unwrap();
             if !finishes {
@@ -450,12 +451,32 @@ fn a_step_begins_a_batch_with_the_times_of_its_inputs_batch() {
         middle.commit().unwrap();
         let records = recv(&mut sink);
         let says_times = |record: &&Received| record.view.payload_position - record.view.position > 8;
-        assert_eq!((records.len(), records.iter().filter(says_times).count()), (120, 2), "the first of two batches");
+        let batches = middle.slot().epoch - before;
+        assert_eq!(
+            (records.len(), records.iter().filter(says_times).count()),
+            (120, 4),
+            "the first two of two batches"
+        );
+        // A reader that has nothing gets the first record at once.
+        assert!((3..=4).contains(&batches), "{batches}");
         let times: Vec<_> = records.iter().map(|record| record.view.event_time_ns).collect();
         let first = if finishes { 3 } else { 0 };
         assert_eq!(times, (first..first + 3).flat_map(|time| [time; 40]).collect::<Vec<_>>());
         sink.done(120).unwrap();
+        sink.commit().unwrap();
     }
+    // A time of its own for each is no reason for a batch of its own.
+    for number in 0..120 {
+        source.emit(OUTPUT_MAIN, &Emit { event_time_ns: Some(number), ..OWN }, b"").unwrap();
+    }
+    source.done(0).unwrap();
+    assert_eq!(middle.recv(&mut Vec::new(), 120).unwrap(), 120);
+    let before = middle.slot().epoch;
+    for _ in 0..120 {
+        middle.emit(OUTPUT_MAIN, &Emit { finishes: true, ..Emit::default() }, b"answer").unwrap();
+    }
+    middle.commit().unwrap();
+    assert!((1..=2).contains(&(middle.slot().epoch - before)), "{}", middle.slot().epoch - before);
 }
 
 /// A source that finishes each record by itself goes the short ways for most of them. Whatever it mixes in between, each record
@@ -935,6 +956,70 @@ fn impossible_positions_of_a_neighbour_are_reported_and_not_believed() {
         agent.events
     );
     drop(sink.control);
+}
+
+/// A source whose reader keeps up is never blocked and never waits. It hears the agent all the same, whichever way it emits.
+#[test]
+fn a_source_that_never_waits_sees_the_agents_decisions() {
+    type Way = fn(&mut Stage) -> Result<(), StageError>;
+    let done: Way = |source| {
+        (0..64).try_for_each(|_| source.emit(OUTPUT_MAIN, &OWN, b"record"))?;
+        source.done(0)
+    };
+    let when_due: Way = |source| {
+        (0..64).try_for_each(|_| source.emit(OUTPUT_MAIN, &OWN, b"record"))?;
+        source.done_own()
+    };
+    let one_by_one: Way =
+        |source| (0..600).try_for_each(|_| source.emit(OUTPUT_MAIN, &Emit { finishes: true, ..OWN }, b"record"));
+    for emit in [done, when_due, one_by_one] {
+        let mut agent = TestAgent::chain(2, (256 << 10, 64 << 10), |_, _| {});
+        let [mut source, mut sink] = <[Stage; 2]>::try_from(open_all(&mut agent)).unwrap();
+        let mut turn = |source: &mut Stage| {
+            let emitted = emit(source);
+            let records = recv(&mut sink).len();
+            sink.done(records).unwrap();
+            sink.commit().unwrap();
+            emitted
+        };
+        for _ in 0..20 {
+            turn(&mut source).unwrap();
+        }
+        agent.stop(0);
+        turn(&mut source).unwrap();
+        assert!(source.is_stop_requested());
+        agent.attention(0, session::ATTENTION_REVOKED);
+        assert!(matches!(turn(&mut source), Err(StageError::Revoked)));
+    }
+}
+
+/// Who goes on behind a death makes the records again that were emitted and not done: their numbers are not taken.
+#[test]
+fn a_commit_says_the_number_of_the_first_record_that_is_not_in_it() {
+    let mut agent = TestAgent::chain(2, (256 << 10, 64 << 10), |_, _| {});
+    let [mut source, mut sink] = <[Stage; 2]>::try_from(open_all(&mut agent)).unwrap();
+    let mut taken = 0;
+    for round in 0..200_u64 {
+        for _ in 0..64 {
+            source.emit(OUTPUT_MAIN, &OWN, b"record").unwrap();
+        }
+        source.done_own().unwrap();
+        for _ in 0..round % 7 {
+            source.emit(OUTPUT_MAIN, &OWN, b"not done").unwrap();
+        }
+        source.commit().unwrap();
+        let slot = agent.workers[0].incarnation.page().read().unwrap();
+        assert_eq!((slot.next_sequence, slot.outputs[0].records), ((round + 1) * 64, (round + 1) * 64));
+        source.abort();
+        assert_eq!(source.slot().next_sequence, (round + 1) * 64);
+        for record in recv(&mut sink) {
+            assert_eq!((record.view.origin.sequence, payload(&sink, &record)), (taken, b"record".to_vec()));
+            taken += 1;
+            sink.done(1).unwrap();
+        }
+        sink.commit().unwrap();
+    }
+    assert_eq!(taken, 200 * 64);
 }
 
 #[test]
