@@ -1012,6 +1012,10 @@ fn a_commit_says_the_number_of_the_first_record_that_is_not_in_it() {
         assert_eq!((slot.next_sequence, slot.outputs[0].records), ((round + 1) * 64, (round + 1) * 64));
         source.abort();
         assert_eq!(source.slot().next_sequence, (round + 1) * 64);
+        // Most of the time it has something to read, and what is done is not due.
+        if round % 10 < 9 {
+            continue;
+        }
         for record in recv(&mut sink) {
             assert_eq!((record.view.origin.sequence, payload(&sink, &record)), (taken, b"record".to_vec()));
             taken += 1;
