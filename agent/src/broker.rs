@@ -1815,6 +1815,15 @@ mod tests {
         Broker::new(physical, &transports, &[None, None, None, None], None).expect("segments")
     }
 
+    /// Somebody who has said what it is and was not heard yet; also its number.
+    fn connect(broker: &mut Broker, stage: usize, role: Role) -> (Control, usize) {
+        let control = broker.internal_client(stage).expect("a socket");
+        let (version_min, version_max, library) = (PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MAX, "test".to_owned());
+        let hello = Hello { version_min, version_max, role, features: u64::MAX, pid: 1, library };
+        control.try_send(&Message::Hello(hello), &[]).expect("room");
+        (control, broker.next_client - 1)
+    }
+
     /// A program that goes through the handshake and has its page.
     struct Raw {
         control: Control,
@@ -1825,17 +1834,7 @@ mod tests {
 
     impl Raw {
         fn open(broker: &mut Broker, stage: usize) -> Self {
-            let control = broker.internal_client(stage).expect("a socket");
-            let client = broker.next_client - 1;
-            let hello = Hello {
-                version_min: PROTOCOL_VERSION_MAX,
-                version_max: PROTOCOL_VERSION_MAX,
-                role: Role::Stage,
-                features: u64::MAX,
-                pid: 1,
-                library: "test".to_owned(),
-            };
-            control.try_send(&Message::Hello(hello), &[]).expect("room");
+            let (control, client) = connect(broker, stage, Role::Stage);
             broker.handle(client);
             let Ok(Some((Message::Grant(grant), descriptors))) = control.try_receive() else { panic!("no grant") };
             let commit = descriptors.into_iter().next().expect("a page");
@@ -1888,23 +1887,18 @@ mod tests {
     fn a_program_that_dies_while_the_shim_gives_the_stage_up_for_it_leaves_it_to_the_next_one() {
         let mut broker = broker();
         broker.workers[READER].transport = Transport::Auto;
-        let connect = |broker: &mut Broker, role: Role| {
-            let control = broker.internal_client(READER).expect("a socket");
-            let client = broker.next_client - 1;
-            let (version_min, version_max) = (PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MAX);
-            let library = "test".to_owned();
-            let hello = Hello { version_min, version_max, role, features: u64::MAX, pid: 1, library };
-            control.try_send(&Message::Hello(hello), &[]).expect("room");
+        let heard = |broker: &mut Broker, role: Role| {
+            let (control, client) = connect(broker, READER, role);
             broker.handle(client);
             (control, client)
         };
         let granted = |control: &Control| matches!(control.try_receive(), Ok(Some((Message::Grant(_), _))));
-        let (shim, of_shim) = connect(&mut broker, Role::Supervisor);
-        let (first, of_first) = connect(&mut broker, Role::ShimStage);
+        let (shim, of_shim) = heard(&mut broker, Role::Supervisor);
+        let (first, of_first) = heard(&mut broker, Role::ShimStage);
         assert!(granted(&first));
         first.try_send(&Message::Mapped, &[]).expect("room");
         broker.handle(of_first);
-        let (program, of_program) = connect(&mut broker, Role::Stage);
+        let (program, of_program) = heard(&mut broker, Role::Stage);
         drop(program);
         broker.handle(of_program);
         drop(first);
@@ -1912,7 +1906,7 @@ mod tests {
         let yielded = Event::Yielded { given_up: true, taken_bytes: 0 };
         shim.try_send(&Message::Event(yielded), &[]).expect("room");
         broker.handle(of_shim);
-        let (again, _) = connect(&mut broker, Role::ShimStage);
+        let (again, _) = heard(&mut broker, Role::ShimStage);
         assert!(granted(&again), "the stage is nobody's");
     }
 
@@ -1920,15 +1914,7 @@ mod tests {
     fn a_program_that_is_heard_only_when_it_is_dead_leaves_the_stage_to_the_next_one() {
         let mut broker = broker();
         broker.workers[READER].transport = Transport::Auto;
-        let connect = |broker: &mut Broker, role: Role| {
-            let control = broker.internal_client(READER).expect("a socket");
-            let (version_min, version_max) = (PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MAX);
-            let hello =
-                Hello { version_min, version_max, role, features: u64::MAX, pid: 1, library: "test".to_owned() };
-            control.try_send(&Message::Hello(hello), &[]).expect("room");
-            (control, broker.next_client - 1)
-        };
-        let (shim, of_shim) = connect(&mut broker, Role::Supervisor);
+        let (shim, of_shim) = connect(&mut broker, READER, Role::Supervisor);
         broker.handle(of_shim);
         let ended = |broker: &mut Broker| {
             let text = "was killed by signal 9".to_owned();
@@ -1937,24 +1923,24 @@ mod tests {
             broker.handle(of_shim);
         };
         // It asked for the stage and was killed; the shim is heard first.
-        let (dead, of_dead) = connect(&mut broker, Role::Stage);
+        let (dead, of_dead) = connect(&mut broker, READER, Role::Stage);
         drop(dead);
         ended(&mut broker);
         broker.handle(of_dead);
         assert_eq!(broker.phase(READER), Some(Phase::Waiting));
-        let (next, of_next) = connect(&mut broker, Role::Stage);
+        let (next, of_next) = connect(&mut broker, READER, Role::Stage);
         broker.handle(of_next);
         assert!(matches!(next.try_receive(), Ok(Some((Message::Grant(_), _)))), "the stage is nobody's");
         // Nor is the stage taken from a shim for it.
         drop(next);
         broker.handle(of_next);
         ended(&mut broker);
-        let (of_the_shim, of_this) = connect(&mut broker, Role::ShimStage);
+        let (of_the_shim, of_this) = connect(&mut broker, READER, Role::ShimStage);
         broker.handle(of_this);
         of_the_shim.try_send(&Message::Mapped, &[]).expect("room");
         broker.handle(of_this);
         while let Ok(Some(_)) = shim.try_receive() {}
-        let (dead, of_dead) = connect(&mut broker, Role::Stage);
+        let (dead, of_dead) = connect(&mut broker, READER, Role::Stage);
         drop(dead);
         broker.handle(of_dead);
         assert!(matches!(shim.try_receive(), Ok(None)), "the shim is asked for nothing");
@@ -1973,11 +1959,7 @@ mod tests {
         broker.hold_program(READER, 5, Duration::from_secs(1));
         broker.tick(6);
         assert!(broker.has_ended(READER));
-        let later = broker.internal_client(READER).expect("a socket");
-        let client = broker.next_client - 1;
-        let (version_min, version_max, library) = (PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MAX, "test".to_owned());
-        let hello = Hello { version_min, version_max, role: Role::Stage, features: u64::MAX, pid: 1, library };
-        later.try_send(&Message::Hello(hello), &[]).expect("room");
+        let (later, client) = connect(&mut broker, READER, Role::Stage);
         broker.handle(client);
         assert!(matches!(later.try_receive(), Ok(Some((Message::Refused { code: RefusalCode::State, .. }, _)))));
         assert!(broker.has_ended(READER) && broker.tick(u64::MAX).is_none(), "and nothing is started");

@@ -55,8 +55,8 @@ pub const COMMIT_BYTES_MAX: u64 = 48 << 10;
 pub const PUBLICATION_GAP_NS: u64 = 2_000;
 
 /// A batch says the times of its records once, and each record with other times says its own, at several times the cost. Where a step
-/// emits records from one batch of its input and then from the next, its own batch is published from so many records (for each
-/// ring) on, so that the rest is in a batch with their times.
+/// emits records from one batch of its input and then from the next, its own batch is published once two in a row have the
+/// same other times, from so many records (for each ring) on, so that the rest is in a batch with theirs.
 pub const APART_RECORDS_MIN: u64 = 16;
 
 /// Where records come so fast that this many are there within [`PUBLICATION_GAP_NS`] ...

@@ -1256,7 +1256,7 @@ impl<B: Bytes> Consumer<B> {
     /// one is not plain, cannot be, or `show` says `false` and has not taken it: those are [`Consumer::next_into`]'s. Says how
     /// many were taken.
     ///
-    /// What a record needs of the batch stays in registers here: one by one, each took half as long again (64 B).
+    /// What a record needs of the batch stays in registers here.
     #[inline(always)]
     pub fn read_plain(
         &mut self,
