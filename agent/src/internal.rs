@@ -345,6 +345,18 @@ impl Internal {
         self.emit_to(OUTPUT_MAIN, emit, payload).await
     }
 
+    /// As [`Internal::emit`], but `false` where that would have to publish or to wait; nothing was emitted then. It is most of what
+    /// a source does, and a future for each record would be a fifth of it.
+    ///
+    /// # Errors
+    /// As [`Stage::emit`].
+    pub fn emit_at_once(&mut self, emit: &Emit<'_>, payload: &[u8]) -> Result<bool, StageError> {
+        match self.stage.emit(OUTPUT_MAIN, emit, payload) {
+            Err(StageError::Full | StageError::BatchFull) => Ok(false),
+            result => result.map(|()| true),
+        }
+    }
+
     /// Puts the beginning of what a source cannot take on its error output, with its length and place. The rest of it is nowhere.
     ///
     /// # Errors

@@ -36,7 +36,12 @@ async fn emit_lines(
         };
         match line {
             // The position is that of the lines before, also while this one waits for room.
-            Line::Whole(payload) => internal.emit(&from_source(None, None), payload).await?,
+            Line::Whole(payload) => {
+                let emit = from_source(None, None);
+                if !internal.emit_at_once(&emit, payload)? {
+                    internal.emit(&emit, payload).await?;
+                }
+            }
             Line::TooLong { len_bytes, head } => {
                 tracing::warn!(
                     step = internal.stage.grant().name,

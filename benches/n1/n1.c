@@ -307,11 +307,13 @@ static int shm(int one)
                 ags_emit emit = AGS_EMIT_INIT;
                 emit.payload.len_bytes = (uint64_t)step(base + record->offset, record->len_bytes, answer, sizeof answer);
                 emit.payload.data = answer;
+                emit.flags = AGS_EMIT_FINISHES;
                 while ((status = ags_stage_emit(stage, AGS_OUTPUT_MAIN, &emit)) == AGS_AGAIN)
                     check("wait", ags_stage_wait(stage, AGS_FOREVER));
                 check("emit", status);
+            } else {
+                check("done", ags_stage_done(stage, 1));
             }
-            check("done", ags_stage_done(stage, 1));
         }
     }
     ags_stage_close(stage);

@@ -132,6 +132,9 @@ pub const UNDONE_RECORDS_MAX: usize = 1 << 20;
 pub const SLEEP_NS_MAX: u64 = 1_000_000_000;
 /// The longest spin before a sleep. A wake costs 17-22 us on the measured machines (notes/shm.md, 1).
 pub const SPIN_NS_MAX: u64 = 20_000;
+/// Records that have taken this long to get to a stage would gain less than a twentieth by a spin: the next ones may as well wait for a
+/// bell ([`BELL_GAP_NS`]), and the processor does something else.
+pub const SPIN_AGE_NS_MAX: u64 = 20 * BELL_GAP_NS;
 
 /// One message on the control socket, without its descriptors.
 pub const CONTROL_MESSAGE_BYTES_MAX: usize = 128 << 10;

@@ -26,8 +26,8 @@ use crate::limits::{
     ALONE_AFTER_DEATH_RECORDS, ALONE_PATIENCE_NS, APART_RECORDS_MIN, ATTRIBUTES_BYTES_MAX, BELL_GAP_NS,
     COMMIT_BYTES_MAX, COMMIT_RECORDS_MAX, DENSE_PUBLICATION_GAP_NS, DENSE_RECORDS_MIN, ERROR_REASON_BYTES_MAX,
     KEY_BYTES_MAX, LARGE_RECORD_RING_SHARE, MEASUREMENT_GAP_NS, PARKING_BYTES, PUBLICATION_GAP_NS, RING_CAPACITY_BYTES,
-    RING_CAPACITY_BYTES_MIN, SLEEP_NS_MAX, SPIN_NS_MAX, STATE_ASK_AGAIN_NS, STATE_BATCH_BYTES, STATE_BATCH_ENTRIES_MAX,
-    STREAM_BYTES_MIN, STREAM_RECORDS_MIN, UNDONE_RECORDS_MAX, backlog_bytes_min,
+    RING_CAPACITY_BYTES_MIN, SLEEP_NS_MAX, SPIN_AGE_NS_MAX, SPIN_NS_MAX, STATE_ASK_AGAIN_NS, STATE_BATCH_BYTES,
+    STATE_BATCH_ENTRIES_MAX, STREAM_BYTES_MIN, STREAM_RECORDS_MIN, UNDONE_RECORDS_MAX, backlog_bytes_min,
 };
 use crate::memory::{Access, Bytes, Mapping, RingMapping, Words};
 use crate::parking::{Alone, Attempts, ParkedRecord, Parking};
@@ -1173,9 +1173,8 @@ impl Stage {
         }
         if emit.attributes.is_empty()
             && self.in_place.is_none()
-            && (emit.finishes || nth == Some(0))
             && (nth.is_none() || self.parked.is_empty())
-            && let Some(index) = self.emit_plain(output, emit, nth.is_none(), payload)
+            && let Some(index) = self.emit_plain(output, emit, nth, payload)
         {
             if !emit.finishes {
                 return Ok(());
@@ -1217,10 +1216,10 @@ impl Stage {
         emitted
     }
 
-    /// The case that decides how fast a ring is: one record without a key of its own into one ring, finished with what it
-    /// belongs to, or pending for the oldest. `None`: it is not that case, or there is no room; nothing was done then.
+    /// The case that decides how fast a ring is: one record without a key of its own into one ring, the first for what it belongs
+    /// to. `None`: it is not that case, or there is no room; nothing was done then.
     #[inline(always)]
-    fn emit_plain(&mut self, output: usize, emit: &Emit<'_>, is_own: bool, payload: &[u8]) -> Option<usize> {
+    fn emit_plain(&mut self, output: usize, emit: &Emit<'_>, nth: Option<usize>, payload: &[u8]) -> Option<usize> {
         let direct = self.router.direct.get(output)?.as_ref()?;
         let (ring, counter) = (direct.only?, direct.counter);
         if matches!(emit.key, KeyChoice::Set(_))
@@ -1228,12 +1227,12 @@ impl Stage {
         {
             return None;
         }
-        let (event_time_ns, ingest_time_ns, origin) = if is_own {
-            let origin = self.own_origin();
-            let now = self.own_time();
-            (emit.event_time_ns.unwrap_or(now.cast_signed()), now, origin)
-        } else {
-            let parent = self.undone.get(0)?;
+        let (event_time_ns, ingest_time_ns, origin) = if let Some(nth) = nth {
+            // Behind an end of a stream that is not passed over yet, records have other places.
+            let parent = self.undone.get(nth)?;
+            if nth > 0 && self.undone.len() != self.undone_user_records {
+                return None;
+            }
             let view = &parent.received.view;
             if parent.is_control() || parent.emitted > 0 || (view.keyed && emit.key != KeyChoice::None) {
                 return None;
@@ -1241,6 +1240,10 @@ impl Stage {
             let emit_index = view.origin.emit_index.wrapping_mul(31);
             let origin = Origin { shard: view.origin.shard, emit_index, sequence: view.origin.sequence };
             (emit.event_time_ns.unwrap_or(view.event_time_ns), view.ingest_time_ns, origin)
+        } else {
+            let origin = self.own_origin();
+            let now = self.own_time();
+            (emit.event_time_ns.unwrap_or(now.cast_signed()), now, origin)
         };
         let to = self.outputs.get_mut(ring)?;
         if !to.producer.emit_plain(emit.finishes, (event_time_ns, ingest_time_ns), origin, payload) {
@@ -1253,13 +1256,20 @@ impl Stage {
                 self.pending_outputs.push(ring);
             }
             self.count(counter);
-            if let Some(parent) = self.undone.get_mut(0) {
-                parent.emitted += 1;
+            match nth {
+                Some(nth) => {
+                    if let Some(parent) = self.undone.get_mut(nth) {
+                        parent.emitted += 1;
+                    }
+                    self.pending_reaches = self.pending_reaches.max(nth + 1);
+                }
+                None => {
+                    self.page.take_sequence();
+                }
             }
-            self.pending_reaches = self.pending_reaches.max(1);
             return Some(ring);
         }
-        if is_own {
+        if nth.is_none() {
             self.page.take_sequence();
         }
         self.page.add_counter(counter as usize, 1);
@@ -2532,6 +2542,9 @@ impl Stage {
     /// Spins within the budget, which grows while spinning finds something and shrinks to nothing while it does not:
     /// blind spinning on a busy 2-core machine took p50 from 0.6 us to 104 us (DESIGN.md, 4.4).
     fn spin(&mut self) -> bool {
+        if self.blocked_on.is_none() && self.waited_before_ns() >= SPIN_AGE_NS_MAX {
+            return false;
+        }
         if self.spin_ns == 0 {
             // Now and then a short try, so that a machine that became quiet is noticed.
             if !self.sleeps.is_multiple_of(64) || self.sleeps == 0 {
@@ -2552,6 +2565,16 @@ impl Stage {
             self.spin_ns = 0;
         }
         found
+    }
+
+    /// How old the newest of what was received is, since it entered the pipeline. Nothing yet: 0.
+    fn waited_before_ns(&self) -> u64 {
+        let newest_ns =
+            self.inputs.iter().filter_map(|input| Some(input.consumer.as_ref()?.header().ingest_time_ns)).max();
+        match newest_ns {
+            None | Some(0) => 0,
+            Some(newest_ns) => realtime_ns().saturating_sub(newest_ns),
+        }
     }
 
     fn is_something_there(&self) -> bool {

@@ -9,12 +9,13 @@ use crate::internal::{Context, Internal, InternalError, measure};
 /// [`InternalError`].
 pub async fn run(context: Context) -> Result<(), InternalError> {
     let mut internal = Internal::open(context.control, &context.handover)?;
-    let mut records = Vec::with_capacity(TAKE_RECORDS);
+    let mut ingest_times_ns = Vec::with_capacity(TAKE_RECORDS);
     loop {
-        records.clear();
-        let count = internal.stage.recv(&mut records, TAKE_RECORDS)?;
+        ingest_times_ns.clear();
+        let count =
+            internal.stage.recv_with(TAKE_RECORDS, |_, record| ingest_times_ns.push(record.view.ingest_time_ns))?;
         if count > 0 {
-            measure(&context.latency, records.iter().map(|record| record.view.ingest_time_ns));
+            measure(&context.latency, ingest_times_ns.iter().copied());
             internal.stage.done(count)?;
         } else if internal.stage.is_ended() {
             return internal.finish(false).await;

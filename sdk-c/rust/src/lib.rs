@@ -50,6 +50,8 @@ use border::{EmitParts, Handle, Parts};
 const BATCH_RECORDS_MAX: usize = 256;
 /// Far from what fills the shortest ring (256 KiB), so that the outputs of one more record have room.
 const PENDING_BYTES_MAX: u64 = 32 * 1024;
+/// From so many on, records are finished before the first that entered the pipeline at another time.
+const APART_RECORDS_MIN: usize = 16;
 /// A batch that took longer is followed by a shorter one.
 const BATCH_TIME_MAX: Duration = Duration::from_millis(1);
 /// What a record takes in a ring beside its payload.
@@ -127,6 +129,8 @@ pub struct Stage {
     finished: Cell<usize>,
     begin: Instant,
     pending_bytes: Cell<u64>,
+    /// When the current record entered the pipeline.
+    ingest_time_ns: Cell<u64>,
     has_current: Cell<bool>,
     /// Something was emitted or put for the current record.
     is_touched: Cell<bool>,
@@ -163,6 +167,7 @@ impl Stage {
             finished: Cell::new(0),
             begin: Instant::now(),
             pending_bytes: Cell::new(0),
+            ingest_time_ns: Cell::new(0),
             has_current: Cell::new(false),
             is_touched: Cell::new(false),
             is_over: false,
@@ -191,6 +196,11 @@ impl Stage {
             }
             let Some(record) = self.records.get(self.next.get()).copied() else { return Ok(None) };
             if record.r#type == AGS_RECORD_DATA {
+                // Results with one time are short, and a batch of them has one.
+                let is_other_time = record.ingest_time_ns != self.ingest_time_ns.replace(record.ingest_time_ns);
+                if is_other_time && self.next.get() - self.finished.get() >= APART_RECORDS_MIN {
+                    self.flush()?;
+                }
                 let base = self.base(&record)?;
                 self.next.set(self.next.get() + 1);
                 self.has_current.set(true);
