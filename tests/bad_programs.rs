@@ -187,6 +187,22 @@ fn killed_with_ack_read_nothing_is_doubled_and_what_is_lost_is_counted() {
     }
 }
 
+/// Lines that come faster than they are handed on wait in the program's pipe: the shim was seen to keep all of them.
+#[test]
+fn writes_more_than_is_handed_on() {
+    let scratch = Scratch::new();
+    // 20 million lines, as fast as there is room, then what its shim has taken of memory at most.
+    let pipeline = scratch.pipeline(
+        "  - generate: {count: 1}\n  - parDo: bad\n    command: [sh, -c, 'yes | head -c 40000000; grep VmHWM /proc/$PPID/status >&2; exec cat']\n    ack: read\n    buffering: block\n  - discard: {}\n",
+    );
+    let run = scratch.run(&pipeline, &["--output", "json"]).expect_code(0);
+    assert_eq!(run.summary()["steps"][1]["out"], 20_000_001, "and the one line that `cat` gives back");
+    let words = run.words();
+    let most = words.split("VmHWM:").nth(1).and_then(|rest| rest.split_whitespace().next());
+    let most_kib: u64 = most.and_then(|text| text.parse().ok()).unwrap_or_else(|| panic!("no number of KiB: {words}"));
+    assert!(most_kib < 24 << 10, "the shim took {most_kib} KiB, and 12,800 are usual");
+}
+
 /// After two deaths without an answer it gets one record at a time; it answers none of them before its buffer is full.
 #[test]
 fn fills_a_buffer_first_after_it_died_twice() {

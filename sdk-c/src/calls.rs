@@ -601,6 +601,7 @@ pub extern "C" fn ags_last_error() -> *const c_char {
 ///
 /// # Safety
 /// Key and attributes are the caller's bytes for `'a`.
+#[inline]
 unsafe fn emit_of<'a>(record: &AgsEmit) -> Result<Emit<'a>, Failure> {
     let unknown = |what: &str, number: u32| {
         Failure::new(AGS_INVALID, format!("record.{what} is {number}, which this library does not know"))

@@ -78,6 +78,7 @@ pub(crate) unsafe fn text(pointer: *const c_char, what: &str) -> Result<String, 
 /// # Safety
 /// `pointer`, unless NULL, points to at least 4 readable bytes, and to as many as the first four say. `T` is a struct of
 /// integers and pointers, for which zero bytes are a value.
+#[inline]
 pub(crate) unsafe fn versioned<T: Copy>(pointer: *const T, least: usize, what: &str) -> Result<T, Failure> {
     if pointer.is_null() {
         return Err(null(what));
@@ -88,6 +89,10 @@ pub(crate) unsafe fn versioned<T: Copy>(pointer: *const T, least: usize, what: &
         return Err(Failure::new(AGS_INVALID, format!("{what} has struct_size {size}: begin with its _INIT")));
     }
     let known = size_of::<T>();
+    if size == known {
+        // SAFETY: readable for as many bytes, which are a T, by the contract above.
+        return Ok(unsafe { pointer.read_unaligned() });
+    }
     for at in known..size {
         // SAFETY: below the size that the caller says the struct has.
         let place = unsafe { pointer.cast::<u8>().add(at) };

@@ -169,7 +169,7 @@ pub(crate) fn append_record(
     match framing {
         Framing::Lines => {
             stage.append_payload(record, feed);
-            if feed.get(begin..).unwrap_or_default().contains(&b'\n') {
+            if memchr::memchr(b'\n', feed.get(begin..).unwrap_or_default()).is_some() {
                 feed.truncate(begin);
                 return Err(
                     "the payload has a newline in it, which `framing: lines` cannot carry; `framing: json` and `length` can",

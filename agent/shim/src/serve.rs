@@ -146,6 +146,8 @@ struct Shim {
     splitter: FrameSplitter,
     /// A frame that found no room in an output.
     held: Option<Frame>,
+    /// No whole frame is left of what was read.
+    has_answered_all: bool,
     /// What the program wrote that nobody can understand, completing "was ended because it".
     nonsense: Option<String>,
     /// With `read`: where the records end that the program took last: what a death may lose.
@@ -273,7 +275,7 @@ impl Serve for Shim {
         }
         let is_taking = self.is_closing || (self.acknowledgement == Acknowledgement::Read && self.fed > 0);
         let wake = Wake { wants_input, time: is_taking.then_some(TAKEN_INTERVAL) };
-        let streams = (self.feed_begin < self.feed.len(), self.held.is_none());
+        let streams = (self.feed_begin < self.feed.len(), self.has_answered_all);
         self.supervisor.rest(streams, wake, std::future::pending::<()>()).await;
         Ok(())
     }
@@ -292,6 +294,7 @@ impl Shim {
             fed_bytes: 0,
             splitter,
             held: None,
+            has_answered_all: true,
             nonsense: None,
             taken_last: VecDeque::new(),
             progress: 0,
@@ -385,7 +388,7 @@ impl Shim {
         if has_room && self.fed == self.in_flight.len() {
             let mut received: Vec<Received> = Vec::new();
             stage.recv(&mut received, 256)?;
-            if self.in_flight.is_empty() && !received.is_empty() {
+            if self.acknowledgement == Acknowledgement::Auto && self.in_flight.is_empty() && !received.is_empty() {
                 self.oldest_since_ns = monotonic_ns();
             }
             for record in &received {
@@ -485,10 +488,11 @@ impl Shim {
         Ok(())
     }
 
-    /// Reads the program's output, if there is some and room for it.
+    /// Reads the program's output, if there is some and nothing is left of what was read before: a program that writes faster than
+    /// its lines are handed on waits in its pipe.
     async fn read_output(&mut self) -> Result<bool, ShimError> {
-        if self.held.is_some() {
-            return Ok(false);
+        if !self.has_answered_all {
+            return self.answer();
         }
         let Some(program) = &mut self.supervisor.program else { return Ok(false) };
         let Some(stdout) = program.stdout() else { return Ok(false) };
@@ -513,11 +517,15 @@ impl Shim {
     /// Emits lines that the program wrote.
     fn answer(&mut self) -> Result<bool, ShimError> {
         let mut moved = false;
+        self.has_answered_all = false;
         for _ in 0..LINES_PER_TURN {
             if !self.settle_front()? {
                 break;
             }
-            let Some(frame) = self.held.take().or_else(|| self.splitter.next_frame()) else { break };
+            let Some(frame) = self.held.take().or_else(|| self.splitter.next_frame()) else {
+                self.has_answered_all = true;
+                break;
+            };
             if let Frame::Nonsense(text) = frame {
                 self.nonsense.get_or_insert(text);
                 break;
@@ -592,6 +600,7 @@ impl Shim {
         let is_read = self.acknowledgement == Acknowledgement::Read;
         let answers =
             !is_read && self.fed > 0 && matches!(self.in_flight.front(), Some(InFlight::Line { end: Some(_) }));
+        let mut is_finished = false;
         let emitted = match (&frame, answers) {
             // It was fed before one of its key failed that stands before it: it comes again behind that one.
             (_, true) if stage.is_parked(0) => Ok(()),
@@ -608,7 +617,11 @@ impl Shim {
             }
             (Frame::Whole(answer), true) => match misplaced(stage, answer.id.as_ref()) {
                 Some(reason) => stage.reject(0, &reason),
-                None => stage.emit(OUTPUT_MAIN, &emit_of(answer, BelongsTo::Oldest), &answer.payload),
+                None => {
+                    is_finished = true;
+                    let emit = Emit { finishes: true, ..emit_of(answer, BelongsTo::Oldest) };
+                    stage.emit(OUTPUT_MAIN, &emit, &answer.payload)
+                }
             },
             (Frame::Whole(answer), false) if is_read => {
                 stage.emit(OUTPUT_MAIN, &emit_of(answer, BelongsTo::Nothing), &answer.payload)
@@ -648,6 +661,7 @@ impl Shim {
             Err(StageError::TooLarge(error)) if answers => {
                 let reason = format!("its answer cannot be carried: {error}");
                 stage.reject(0, &reason)?;
+                is_finished = false;
             }
             Err(StageError::TooLarge(error)) => {
                 if let Frame::Whole(answer) = &frame {
@@ -657,13 +671,17 @@ impl Shim {
             Err(error) => return Err(error.into()),
         }
         if answers {
-            stage.done(1)?;
+            if !is_finished {
+                stage.done(1)?;
+            }
             self.in_flight.pop_front();
             self.fed -= 1;
             self.progress += 1;
             self.deaths_in_a_row = 0;
             self.one_by_one = self.one_by_one.saturating_sub(1);
-            self.oldest_since_ns = monotonic_ns();
+            if self.acknowledgement == Acknowledgement::Auto {
+                self.oldest_since_ns = monotonic_ns();
+            }
         } else if !is_read {
             stage.done(0)?;
             if self.surplus == 1 {
@@ -700,7 +718,6 @@ impl Shim {
             while self.taken_last.front().is_some_and(|first| first + HELD_BYTES < taken) {
                 self.taken_last.pop_front();
             }
-            self.oldest_since_ns = monotonic_ns();
             moved = true;
         }
         Ok(moved)
@@ -750,6 +767,7 @@ impl Shim {
         }
         self.splitter = FrameSplitter::new(self.supervisor.options.framing);
         self.held = None;
+        self.has_answered_all = true;
         self.supervisor.program = None;
         let (mut code, mut text) = status.map_or((1, "ended in an unknown way".to_owned()), describe);
         if let Some(nonsense) = self.nonsense.take() {

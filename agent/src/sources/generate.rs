@@ -52,9 +52,12 @@ pub async fn run(context: Context, generate: Generate) -> Result<(), InternalErr
         if internal.stage.is_stop_requested() {
             return internal.finish(true).await;
         }
-        match internal.emit(&from_source(None, record.event_time_ns), &record.payload).await {
-            Err(InternalError::Stopped) => return internal.finish(true).await,
-            emitted => emitted?,
+        let emit = from_source(None, record.event_time_ns);
+        if !internal.emit_at_once(&emit, &record.payload)? {
+            match internal.emit(&emit, &record.payload).await {
+                Err(InternalError::Stopped) => return internal.finish(true).await,
+                emitted => emitted?,
+            }
         }
         count += 1;
         if count.is_multiple_of(PUBLISH_RECORDS as u64) {

@@ -194,19 +194,22 @@ impl Stage {
                     return Ok(None);
                 }
             }
-            let Some(record) = self.records.get(self.next.get()).copied() else { return Ok(None) };
+            let at = self.next.get();
+            let Some(record) = self.records.get(at) else { return Ok(None) };
             if record.r#type == AGS_RECORD_DATA {
                 // Results with one time are short, and a batch of them has one.
                 let is_other_time = record.ingest_time_ns != self.ingest_time_ns.replace(record.ingest_time_ns);
-                if is_other_time && self.next.get() - self.finished.get() >= APART_RECORDS_MIN {
+                let (input, generation) = (record.input, record.generation);
+                if is_other_time && at - self.finished.get() >= APART_RECORDS_MIN {
                     self.flush()?;
                 }
-                let base = self.base(&record)?;
-                self.next.set(self.next.get() + 1);
+                let base = self.base(input, generation)?;
+                self.next.set(at + 1);
                 self.has_current.set(true);
-                return Ok(Some(Record { stage: self, parts: parts(base, &record), record }));
+                let Some(record) = self.records.get(at) else { return Ok(None) };
+                return Ok(Some(Record { stage: self, parts: parts(base, record), record }));
             }
-            self.next.set(self.next.get() + 1);
+            self.next.set(at + 1);
         }
     }
 
@@ -246,19 +249,19 @@ impl Stage {
         }
     }
 
-    fn base(&mut self, record: &AgsRecord) -> Result<usize, Error> {
-        let input = record.input as usize;
+    fn base(&mut self, input_number: u32, generation: u32) -> Result<usize, Error> {
+        let input = input_number as usize;
         if input >= self.mappings.len() {
             self.mappings.resize(input + 1, None);
         }
-        if let Some(Some((base, generation))) = self.mappings.get(input)
-            && *generation == record.generation
+        if let Some(Some((base, known))) = self.mappings.get(input)
+            && *known == generation
         {
             return Ok(*base);
         }
-        let base = self.handle.map(record.input)?;
+        let base = self.handle.map(input_number)?;
         if let Some(place) = self.mappings.get_mut(input) {
-            *place = Some((base, record.generation));
+            *place = Some((base, generation));
         }
         Ok(base)
     }
@@ -444,7 +447,7 @@ fn c_string(text: &[u8], what: &str) -> Result<CString, Error> {
 pub struct Record<'a> {
     stage: &'a Stage,
     parts: Parts<'a>,
-    record: AgsRecord,
+    record: &'a AgsRecord,
 }
 
 impl<'a> Record<'a> {
