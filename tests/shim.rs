@@ -29,6 +29,14 @@ fn shim() -> PathBuf {
     path
 }
 
+/// The same program with another libc.
+fn musl_shim() -> PathBuf {
+    let folder = target_directory().with_file_name("static").join(format!("{}-musl", std::env::consts::ARCH));
+    let path = folder.join("argo-streams-shim");
+    assert!(path.is_file(), "{} is not there: run `make shim-musl` first", path.display());
+    path
+}
+
 /// Whether containers can be made: only root can without being set up for it.
 fn can_contain() -> bool {
     let is_root = rustix::process::geteuid().is_root();
@@ -330,8 +338,13 @@ fn steps(image: &str, more: &str) -> String {
 }
 
 #[test]
-fn the_shim_is_static_and_small() {
-    let bytes = std::fs::read(shim()).unwrap();
+fn the_shims_are_static_and_small() {
+    is_static_and_small(&shim());
+    is_static_and_small(&musl_shim());
+}
+
+fn is_static_and_small(program: &Path) {
+    let bytes = std::fs::read(program).unwrap();
     assert!(bytes.len() <= SHIM_BYTES_MAX, "{} bytes", bytes.len());
     let u16_at = |at: usize| usize::from(u16::from_le_bytes(bytes[at..at + 2].try_into().unwrap()));
     let u64_at = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
@@ -356,8 +369,19 @@ fn the_static_shim_does_what_the_agents_own_does() {
     scratch.write("in", lines(20_000));
     let pipeline = scratch
         .pipeline("  - file: {path: in}\n  - parDo: step\n    command: [cat]\n    ack: line\n  - file: {path: out}\n");
-    let run = scratch.run(&pipeline, &["--shim", shim().to_str().unwrap()]).expect_code(0);
-    assert!(scratch.text("out") == lines(20_000), "{}", run.words());
+    for shim in [shim(), musl_shim()] {
+        let arguments = ["--output", "json", "--shim", shim.to_str().unwrap()];
+        let run = scratch.run(&pipeline, &arguments).expect_code(0);
+        assert!(scratch.text("out") == lines(20_000), "{}", run.words());
+        std::fs::remove_file(scratch.path("out")).unwrap();
+        let has_uring = !run.summary()["placement"]["degradations"].to_string().contains("built with musl");
+        assert_eq!(
+            has_uring,
+            shim == self::shim(),
+            "what is missing is said: {}",
+            run.summary()["placement"]["degradations"]
+        );
+    }
     let run = scratch.run(&pipeline, &["--shim", "/nowhere/shim"]).expect_code(2);
     assert!(run.words().contains("--shim /nowhere/shim: expected the program argo-streams-shim"), "{}", run.words());
 }

@@ -623,6 +623,7 @@ mod stream {
     };
 
     /// A whole line at a time is what a write-combining buffer takes.
+    #[cfg(target_arch = "x86_64")]
     const STEP: usize = 64;
 
     /// Copies `from` to `to` past the caches; [`fence`] orders that. Where the processor has no such stores (today: everything

@@ -15,6 +15,8 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::task::LocalSet;
 
+use crate::uring;
+
 /// Which of the two does the work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backend {
@@ -42,9 +44,9 @@ pub fn choose_backend() -> (Backend, String) {
     if asked == "epoll" {
         return (Backend::Epoll, "AGS_IO=epoll asks for it".to_owned());
     }
-    match io_uring::IoUring::new(8) {
-        Ok(_probe) => (Backend::IoUring, "the kernel allows it".to_owned()),
-        Err(error) => (Backend::Epoll, format!("io_uring is refused here: {error}")),
+    match uring::probe() {
+        Ok(()) => (Backend::IoUring, "the kernel allows it".to_owned()),
+        Err(reason) => (Backend::Epoll, reason),
     }
 }
 
@@ -54,7 +56,7 @@ pub fn choose_backend() -> (Backend, String) {
 /// When the runtime cannot be made.
 pub fn block_on<F: Future>(backend: Backend, future: F) -> io::Result<F::Output> {
     match backend {
-        Backend::IoUring => Ok(tokio_uring::builder().entries(64).start(future)),
+        Backend::IoUring => uring::block_on(future),
         Backend::Epoll => {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
             Ok(LocalSet::new().block_on(&runtime, future))
@@ -66,7 +68,7 @@ pub fn block_on<F: Future>(backend: Backend, future: F) -> io::Result<F::Output>
 pub struct Stream {
     ready: Option<AsyncFd<OwnedFd>>,
     plain: Option<OwnedFd>,
-    uring: Option<tokio_uring::fs::File>,
+    uring: Option<uring::File>,
 }
 
 impl std::fmt::Debug for Stream {
@@ -83,7 +85,7 @@ impl Stream {
     /// What the kernel says.
     pub fn new(backend: Backend, descriptor: OwnedFd, interest: Interest) -> io::Result<Self> {
         let uring = match backend {
-            Backend::IoUring => Some(tokio_uring::fs::File::from_std(File::from(descriptor.try_clone()?))),
+            Backend::IoUring => Some(uring::File::new(File::from(descriptor.try_clone()?))?),
             Backend::Epoll => None,
         };
         // epoll refuses regular files: they are always ready.
@@ -126,12 +128,7 @@ impl Stream {
             return (Err(io::ErrorKind::WouldBlock.into()), buffer);
         }
         let (result, buffer) = match &self.uring {
-            Some(file) => {
-                let begin = buffer.len();
-                let (result, slice) =
-                    file.read_at(tokio_uring::buf::BoundedBuf::slice(buffer, begin..), u64::MAX).await;
-                (result, slice.into_inner())
-            }
+            Some(file) => file.read_at(buffer, u64::MAX).await,
             None => read_now(self.descriptor(), buffer),
         };
         // EIO from a terminal: every program that had it open is gone.
@@ -149,11 +146,7 @@ impl Stream {
             return (Err(io::ErrorKind::WouldBlock.into()), buffer);
         }
         match &self.uring {
-            Some(file) => {
-                let (result, slice) =
-                    file.write_at(tokio_uring::buf::BoundedBuf::slice(buffer, begin..), u64::MAX).submit().await;
-                (result, slice.into_inner())
-            }
+            Some(file) => file.write_at(buffer, begin, u64::MAX).await,
             None => {
                 let result = match self.descriptor() {
                     Some(descriptor) => {
@@ -200,7 +193,7 @@ fn read_now(descriptor: Option<std::os::fd::BorrowedFd<'_>>, mut buffer: Vec<u8>
 /// A regular file, read and written at positions.
 pub struct RegularFile {
     file: File,
-    uring: Option<tokio_uring::fs::File>,
+    uring: Option<uring::File>,
 }
 
 impl std::fmt::Debug for RegularFile {
@@ -219,7 +212,7 @@ impl RegularFile {
     /// What the kernel says.
     pub fn new(backend: Backend, file: File) -> io::Result<Self> {
         let uring = match backend {
-            Backend::IoUring => Some(tokio_uring::fs::File::from_std(file.try_clone()?)),
+            Backend::IoUring => Some(uring::File::new(file.try_clone()?)?),
             Backend::Epoll => None,
         };
         Ok(Self { file, uring })
@@ -228,12 +221,7 @@ impl RegularFile {
     /// Reads at most the spare capacity of `buffer` to its end, from `position` of the file. 0 = its end.
     pub async fn read_at(&self, buffer: Vec<u8>, position: u64) -> (io::Result<usize>, Vec<u8>) {
         match &self.uring {
-            Some(file) => {
-                let begin = buffer.len();
-                let (result, slice) =
-                    file.read_at(tokio_uring::buf::BoundedBuf::slice(buffer, begin..), position).await;
-                (result, slice.into_inner())
-            }
+            Some(file) => file.read_at(buffer, position).await,
             None => {
                 let mut buffer = buffer;
                 let result = rustix::io::pread(&self.file, rustix::buffer::spare_capacity(&mut buffer), position)
@@ -250,9 +238,8 @@ impl RegularFile {
             let at = position + written as u64;
             let result = match &self.uring {
                 Some(file) => {
-                    let (result, slice) =
-                        file.write_at(tokio_uring::buf::BoundedBuf::slice(buffer, written..), at).submit().await;
-                    buffer = slice.into_inner();
+                    let result;
+                    (result, buffer) = file.write_at(buffer, written, at).await;
                     result
                 }
                 None => rustix::io::pwrite(&self.file, buffer.get(written..).unwrap_or_default(), at)

@@ -5,6 +5,7 @@
 mod io;
 mod keys;
 mod ring_wait;
+mod uring;
 
 pub use io::{Backend, RegularFile, Stream, block_on, choose_backend, ready_descriptor};
 pub use keys::path_keys;
