@@ -127,6 +127,58 @@ fn agents_killed_again_and_again_lose_and_double_nothing() {
     assert_eq!(run.summary()["steps"][0]["out"], 600_000, "counts go on through all agents");
 }
 
+/// Of each line that is too long there is one letter, also when the agent is killed before, behind and in the middle of it.
+#[test]
+fn agents_killed_again_and_again_leave_one_letter_for_what_a_source_cannot_take() {
+    const PARTS: usize = 8;
+    const LINES: usize = 60_000;
+    let scratch = Scratch::new();
+    let mut input = Vec::new();
+    let (mut short, mut offsets) = (Vec::new(), Vec::new());
+    for part in 0..PARTS {
+        let lines: String = (part * LINES..(part + 1) * LINES).map(|id| format!("{id}\n")).collect();
+        input.extend_from_slice(lines.as_bytes());
+        short.push(lines);
+        offsets.push(input.len().to_string());
+        input.resize(input.len() + (16 << 20) + 1 + part, b'x');
+        input.push(b'\n');
+    }
+    scratch.write("in", &input);
+    let pipeline = scratch.pipeline(
+        "  - file: {path: in}\n    name: in\n    onError: {deadLetter: dead}\n  - parDo: cat\n    command: [cat]\n    ack: line\n    buffering: block\n  - file: {path: out}\n  - file: {path: dead}\n    name: dead\n",
+    );
+    let state = scratch.path("state");
+    let (mut killed, mut killed_between) = (0, 0);
+    let run = loop {
+        let seen = || (lines_of(&scratch.path("out")), lines_of(&scratch.path("dead")));
+        let before = seen();
+        let mut run = scratch.start(&pipeline, &arguments(&state));
+        // One is killed as soon as there is one more letter, the next when some lines more have passed.
+        wait_for("progress or the end", || {
+            let ended = run.child.try_wait().unwrap().is_some();
+            let (lines, letters) = seen();
+            let is_time = if killed % 2 == 0 { letters > before.1 } else { lines > before.0 + 9000 + killed * 1009 };
+            (ended || is_time).then_some(())
+        });
+        // It may have ended just now.
+        run.child.kill().unwrap();
+        let run = run.finish();
+        if run.output.status.code().is_some() {
+            break run.expect_code(0);
+        }
+        killed_between += usize::from((1..PARTS).contains(&seen().1));
+        killed += 1;
+    };
+    assert!(killed_between >= 3, "{killed} agents were killed, {killed_between} of them between two letters");
+    assert!(scratch.text("out") == short.concat(), "each short line once and in order");
+    let letters: Vec<serde_json::Value> =
+        scratch.text("dead").lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let places: Vec<&str> = letters.iter().map(|letter| letter["attributes"]["offset"].as_str().unwrap()).collect();
+    assert_eq!(places, offsets, "one letter for each long line, in their order; {killed} agents were killed");
+    let step = &run.summary()["steps"][0];
+    assert_eq!((&step["errors"], &step["out"]), (&PARTS.into(), &(PARTS * LINES).into()), "counts go on");
+}
+
 #[test]
 fn a_program_that_dies_while_no_agent_is_there_is_started_again() {
     let chat = Chatting::new(2000);

@@ -429,6 +429,13 @@ pub fn send_packet(
 /// # Errors
 /// [`ControlError`].
 pub fn receive_packet(socket: BorrowedFd<'_>, flags: RecvFlags) -> Result<(Vec<u8>, Descriptors), ControlError> {
+    // Whoever only looks, before each sleep, finds nothing nearly always: no room for a message is made for that.
+    let mut looks = [PollFd::new(&socket, PollFlags::IN)];
+    if flags.contains(RecvFlags::DONTWAIT)
+        && matches!(poll(&mut looks, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(0))
+    {
+        return Err(io::Error::from(rustix::io::Errno::AGAIN).into());
+    }
     let mut bytes = vec![0_u8; CONTROL_MESSAGE_BYTES_MAX];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(CONTROL_DESCRIPTORS_MAX))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
