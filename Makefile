@@ -48,7 +48,7 @@ test-aarch64: setup-aarch64
 		--test golden --test hostile --test kills --test ring --test simulation --test stage
 	@# The emulator can start the shim, and no more: it has no PR_SET_CHILD_SUBREAPER, without which the shim refuses to work.
 	@scripts/shim.sh musl aarch64
-	qemu-aarch64 target/static/aarch64-musl/argo-streams-shim --help >/dev/null
+	qemu-aarch64 $${CARGO_TARGET_DIR:-target}/static/aarch64-musl/argo-streams-shim --help >/dev/null
 
 # The C programs of the examples, against the library just built.
 examples: build

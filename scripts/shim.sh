@@ -27,7 +27,7 @@ musl) file=$folder/static/$machine-musl/argo-streams-shim flags= ;;
     exit 2
     ;;
 esac
-rustup target list --installed | grep -qx "$target" || rustup target add "$target"
+[[ $libc == gnu ]] || rustup target add "$target"
 
 # Only for this target: build scripts and procedural macros are made for the
 # machine itself and must stay dynamic.

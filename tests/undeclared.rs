@@ -70,6 +70,21 @@ fn a_slow_program_is_not_taken_for_a_filter() {
     assert!(!run.words().contains(TOLD) && run.words().contains("if it is only slow"), "{}", run.words());
 }
 
+/// The same where it is the next step that is slow, longer than any patience of the shim: there is no room for the answers.
+#[test]
+fn a_program_before_a_slow_one_is_not_taken_for_a_filter() {
+    let scratch = Scratch::new();
+    // More than is under way between the two.
+    let input: String = (0..120).map(|id| format!("{id:04000}\n")).collect();
+    scratch.write("in", &input);
+    let pipeline = scratch.pipeline(
+        "  - file: {path: in}\n  - parDo: step\n    command: [cat]\n  - parDo: slow\n    command: [sh, -c, 'sleep 7; exec cat']\n    ack: line\n  - file: {path: out}\n",
+    );
+    let run = scratch.run(&pipeline, &[]).expect_code(0);
+    assert!(scratch.text("out") == input, "{} lines", scratch.text("out").lines().count());
+    assert!(!run.words().contains("unanswered"), "{}", run.words());
+}
+
 #[test]
 fn what_was_unanswered_at_a_death_is_sent_again_and_counted() {
     let scratch = Scratch::new();

@@ -345,8 +345,8 @@ impl Internal {
         self.emit_to(OUTPUT_MAIN, emit, payload).await
     }
 
-    /// As [`Internal::emit`], but `false` where that would have to publish or to wait; nothing was emitted then. It is most of what
-    /// a source does, and a future for each record would be a fifth of it.
+    /// As [`Internal::emit`], but `false` where there is no room before something is published or read; nothing was emitted then. It is
+    /// most of what a source does, and a future for each record would be a fifth of it.
     ///
     /// # Errors
     /// As [`Stage::emit`].

@@ -1107,7 +1107,7 @@ impl Stage {
             && emit.finishes
             && emit.belongs_to == BelongsTo::Nothing
             && emit.attributes.is_empty()
-            && emit.event_time_ns.is_none_or(|time_ns| time_ns == self.lane.event_time_ns)
+            && emit.event_time_ns.unwrap_or(self.lane.ingest_time_ns.cast_signed()) == self.lane.event_time_ns
             && self.emit_in_lane(emit.key, payload)
         {
             self.lane.left -= 1;
@@ -1181,7 +1181,7 @@ impl Stage {
             }
             let is_due = self.careful || self.output_is_done(index);
             self.finish_records(usize::from(nth.is_some()), is_due)?;
-            if nth.is_none() {
+            if nth.is_none() && output == OUTPUT_MAIN {
                 self.enter_lane(index, false);
             }
             return Ok(());

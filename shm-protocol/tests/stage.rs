@@ -533,6 +533,51 @@ fn records_that_are_finished_at_once_keep_all_that_belongs_to_them() {
     }
 }
 
+/// Records that a source finishes by themselves go where they were sent, whichever output the one before was for, and have their own
+/// time, whether the one before said one or not.
+#[test]
+fn records_that_are_finished_at_once_keep_their_output_and_time() {
+    const ROOM: (u64, u64) = (64 << 10, 64 << 10);
+    for keyed in [false, true] {
+        let mut source = spec(1, 0, 2, ROOM);
+        source.routes.nodes = vec![node("main", &[0]), node("errors", &[1])];
+        let edges = (0..2).map(|output| Edge { from: (0, output), to: (output as usize + 1, 0) }).collect();
+        let mut agent = TestAgent::new(vec![source, spec(2, 1, 0, ROOM), spec(3, 1, 0, ROOM)], edges);
+        let mut stages = open_all(&mut agent);
+        let mut random = Random(0x5eed_0002);
+        let mut expected = [const { std::collections::VecDeque::new() }; 2];
+        let take = |stages: &mut Vec<Stage>, expected: &mut [std::collections::VecDeque<(u64, Option<i64>)>; 2]| {
+            for (sink, expected) in expected.iter_mut().enumerate() {
+                let stage = &mut stages[sink + 1];
+                let records = recv(stage);
+                for record in &records {
+                    let (number, event_time_ns) = expected.pop_front().unwrap();
+                    assert_eq!(payload(stage, record), number.to_le_bytes());
+                    let now = record.view.ingest_time_ns.cast_signed();
+                    assert_eq!(record.view.event_time_ns, event_time_ns.unwrap_or(now), "record {number}");
+                }
+                stage.done(records.len()).unwrap();
+                stage.commit().unwrap();
+            }
+        };
+        for number in 0..40_000_u64 {
+            let output = if random.below(30) == 0 { OUTPUT_ERRORS } else { OUTPUT_MAIN };
+            let event_time_ns = (random.below(30) == 0).then_some(number.cast_signed());
+            let key = if keyed { KeyChoice::Set(b"key") } else { KeyChoice::None };
+            let emit = Emit { finishes: true, event_time_ns, key, ..OWN };
+            while let Err(error) = stages[0].emit(output, &emit, &number.to_le_bytes()) {
+                assert!(matches!(error, StageError::Full), "{error}");
+                take(&mut stages, &mut expected);
+            }
+            expected[output].push_back((number, event_time_ns));
+        }
+        stages[0].done(0).unwrap();
+        while expected.iter().any(|left| !left.is_empty()) {
+            take(&mut stages, &mut expected);
+        }
+    }
+}
+
 type Sent = (u64, Vec<u8>, Vec<u8>, Option<i64>, Vec<u8>);
 
 fn take_expected(

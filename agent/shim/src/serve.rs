@@ -548,7 +548,8 @@ impl Shim {
     /// Finishes records at the front that the program never sees. `false`: no room, try again later.
     fn settle_front(&mut self) -> Result<bool, ShimError> {
         let Some((stage, _)) = &mut self.supervisor.stage else {
-            return Ok(self.held.is_none() || self.supervisor.stage.is_some());
+            // What is still held goes to standard error, as all that the program says from now on.
+            return Ok(true);
         };
         loop {
             match self.in_flight.front() {
@@ -658,14 +659,25 @@ impl Shim {
                 self.held = Some(frame);
                 return Ok(false);
             }
-            Err(StageError::TooLarge(error)) if answers => {
-                let reason = format!("its answer cannot be carried: {error}");
-                stage.reject(0, &reason)?;
-                is_finished = false;
-            }
             Err(StageError::TooLarge(error)) => {
-                if let Frame::Whole(answer) = &frame {
-                    emit_surplus(stage, &format!("what it wrote cannot be carried: {error}"), &answer.payload)?;
+                is_finished = false;
+                let told = match &frame {
+                    _ if answers => stage.reject(0, &format!("its answer cannot be carried: {error}")),
+                    Frame::Whole(answer) => {
+                        emit_surplus(stage, &format!("what it wrote cannot be carried: {error}"), &answer.payload)
+                    }
+                    _ => Ok(()),
+                };
+                match told {
+                    // It is tried again, and refused again, when there is room to say so.
+                    Err(StageError::Full) => {
+                        if !answers && !is_read {
+                            self.surplus -= 1;
+                        }
+                        self.held = Some(frame);
+                        return Ok(false);
+                    }
+                    told => told?,
                 }
             }
             Err(error) => return Err(error.into()),
@@ -884,6 +896,11 @@ impl Shim {
     /// else, or may hold its answers back in a buffer, is only hinted at, once.
     fn hint(&mut self) -> Result<(), ShimError> {
         if self.acknowledgement != Acknowledgement::Auto || self.fed == 0 || self.oldest_since_ns == 0 {
+            return Ok(());
+        }
+        // There is no room for its answers: it is the next step that is slow.
+        if !self.has_answered_all || self.supervisor.stage.as_ref().is_some_and(|(stage, _)| stage.is_blocked()) {
+            self.oldest_since_ns = monotonic_ns();
             return Ok(());
         }
         let Some(program) = &self.supervisor.program else { return Ok(()) };
