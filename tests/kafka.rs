@@ -338,6 +338,30 @@ fn a_group_goes_on_where_every_sink_was_done() {
     assert_eq!((ids.len(), repeated), (20_100, 0), "the second run reads only what the first did not finish");
 }
 
+/// A group remembers where it stands in each of them, be they more than a page usually keeps.
+#[test]
+fn a_group_goes_on_in_each_of_a_hundred_partitions() {
+    let broker = broker();
+    broker.topic("many-partitions", 100);
+    let scratch = Scratch::new();
+    let pipeline = scratch.pipeline(
+        "  - kafka: {topic: many-partitions, group: many-partitions, startAt: earliest}\n  - file: {path: out}\n",
+    );
+    let arguments = ["--kafka", broker.servers.as_str(), "--until", "end"];
+    let mut sent = 0;
+    for round in 1..=2 {
+        // Without keys records go to partitions in runs: some thousands of some size reach nearly all of them.
+        let records = (sent..sent + 5000).map(|id| format!("{id} {}", "x".repeat(400)).into_bytes());
+        sent += broker.write("many-partitions", records);
+        let _run = scratch.run(&pipeline, &arguments).expect_code(0);
+        let mut ids: Vec<u64> =
+            scratch.text("out").lines().map(|line| line.split(' ').next().unwrap().parse().unwrap()).collect();
+        assert_eq!(ids.len() as u64, sent, "round {round}: nothing is read a second time");
+        ids.sort_unstable();
+        assert!(ids.into_iter().eq(0..sent), "round {round}");
+    }
+}
+
 /// What is parked is acknowledged and not through: an agent that dies then leaves it to the next one.
 #[test]
 fn a_group_does_not_go_on_beyond_a_record_that_is_parked() {

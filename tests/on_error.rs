@@ -262,6 +262,29 @@ fn what_a_program_refuses_over_a_socket() {
     through(SOCKET, "    transport: socket\n", 3000, 2, 4);
 }
 
+/// Of several that were with it nobody knows which one it was: each is tried alone then.
+#[test]
+fn what_a_program_over_http_or_a_socket_dies_of() {
+    let dies = |program: &str, refuses: &str, dies: &str| {
+        assert!(program.contains(refuses));
+        program.replace(refuses, dies)
+    };
+    let http = dies(HTTP, r#"if fails(body): self.answer(503, b"not today")"#, "if fails(body): os._exit(3)");
+    through(&http, "    transport: http\n", 150, 1, 0);
+    let slowly = "if fails(body):\n            self.connection.close(); import time; time.sleep(0.1); os._exit(3)";
+    let http = dies(HTTP, r#"if fails(body): self.answer(503, b"not today")"#, slowly);
+    through(&http, "    transport: http\n", 60, 1, 0);
+    let batch =
+        dies(HTTP_BATCH, r#"elif "SPOILS" in os.environ: return self.answer(500, b"not today")"#, "else: os._exit(3)");
+    let batch = dies(&batch, r#"            else: answers.append({"id": line["id"], "error": "not today"})"#, "");
+    // Records go alone for so long behind a death that there is no request of several to be seen.
+    let batch = dies(&batch, "\"requests\")", "\"unseen\")");
+    through(&batch, "    transport: http\n    batch: {records: 50}\n", 150, 1, 0);
+    let refuses = r#"kind, payload = (6, b"not today") if fails(payload) else (4, payload)"#;
+    let socket = dies(SOCKET, refuses, "if fails(payload): os._exit(3)\n        kind = 4");
+    through(&socket, "    transport: socket\n", 150, 1, 0);
+}
+
 #[test]
 fn what_a_program_refuses_in_json() {
     through(JSON, "    ack: line\n    framing: json\n", 3000, 1, 0);

@@ -89,6 +89,46 @@ fn the_beginning_of_a_line_beyond_the_limit_is_a_dead_letter() {
     }
 }
 
+/// With a key by a jq program too: a key that is too long is the record's fault, and a record may be as long as a program may make it.
+#[test]
+fn what_a_jq_key_cannot_be_taken_of_goes_to_the_errors() {
+    let scratch = Scratch::new();
+    scratch.write("in", format!("{{\"a\":\"{}\"}}\n{{\"a\":\"b\"}}\n{{\"a\":1}}\n", "k".repeat(70_000)));
+    // The last record becomes one of 17 MiB, which a line may not be.
+    let program = scratch.write(
+        "long.py",
+        r#"
+import http.server, os
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_): pass
+    def do_GET(self): self.answer(b"")
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer(b'{"a":"c","b":"' + b"b" * (17 << 20) + b'"}' if body == b'{"a":1}' else body)
+    def answer(self, body):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+http.server.ThreadingHTTPServer(("127.0.0.1", int(os.environ["PORT"])), Handler).serve_forever()
+"#,
+    );
+    let pipeline = scratch.pipeline(&format!(
+        "  - file: {{path: in}}\n  - parDo: long\n    command: [python3, {}]\n    transport: http\n  - groupByKey: {{key: '.a + \"x\"'}}\n    name: by-a\n  - file: {{path: out}}\n  - file: {{path: bad}}\n    name: bad\n    from: [by-a.errors]\n",
+        program.display()
+    ));
+    let run = scratch.run(&pipeline, &["--output", "json"]).expect_code(0);
+    let lens: Vec<usize> = scratch.text("out").lines().map(str::len).collect();
+    assert_eq!(lens, [9, (17 << 20) + 16], "{}", run.words());
+    let bad: Vec<Value> = scratch.text("bad").lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(bad.len(), 1);
+    assert!(
+        bad[0]["reason"].as_str().unwrap().contains("the key has 70001 bytes, the limit is 65536"),
+        "{}",
+        bad[0]["reason"]
+    );
+}
+
 #[test]
 fn gzip_keys_errors_and_flattening() {
     let scratch = Scratch::new();

@@ -177,6 +177,86 @@ fn a_record_without_an_answer_does_not_stand_in_the_way_for_ever() {
     assert!(scratch.text("errors").contains("closed 8 times without an answer"), "{}", scratch.text("errors"));
 }
 
+/// Python's plain server, and many others, serve a second connection when the first is closed.
+#[test]
+fn a_server_of_one_connection_at_a_time_gets_on() {
+    let scratch = Scratch::new();
+    let text = HTTP_SERVER.replace("socketserver.ThreadingMixIn, http.server.HTTPServer", "http.server.HTTPServer");
+    assert!(text != HTTP_SERVER);
+    let program = scratch.write("program.py", text);
+    scratch.write("in", (0..40).map(|id| format!("{id}\n")).collect::<String>());
+    let pipeline = scratch.pipeline(&steps(program.to_str().unwrap(), "http"));
+    let _run = scratch.run(&pipeline, &[]).expect_code(0);
+    assert_eq!(scratch.text("out"), (0..40).map(|id| format!("no key|{id}\n")).collect::<String>());
+}
+
+/// A server that is started anew behind a program that lives on: what it was not sent is not held against any record.
+#[test]
+fn while_nothing_listens_records_wait() {
+    let scratch = Scratch::new();
+    let served = "        body = self.rfile.read(int(self.headers[\"Content-Length\"]))\n";
+    let text = HTTP_SERVER.replace(served, &format!("{served}        if body == b'7' and not os.path.exists(os.environ['OVER']): open(os.environ['OVER'], 'w').close(); os._exit(0)\n"));
+    assert!(text != HTTP_SERVER);
+    let server = scratch.write("server.py", text);
+    // Longer than eight attempts take.
+    let program = scratch.write(
+        "program.py",
+        format!(
+            "import os, subprocess, sys, time\nos.environ['OVER'] = {:?}\nwhile True:\n  subprocess.run([sys.executable, {server:?}])\n  time.sleep(13)\n",
+            scratch.path("over")
+        ),
+    );
+    scratch.write("in", (0..60).map(|id| format!("{id}\n")).collect::<String>());
+    let pipeline = scratch.pipeline(&steps(program.to_str().unwrap(), "http"));
+    let run = scratch.run(&pipeline, &["--output", "json"]).expect_code(0);
+    assert_eq!(scratch.text("errors"), "");
+    assert_eq!(scratch.text("out"), (0..60).map(|id| format!("no key|{id}\n")).collect::<String>());
+    assert_eq!(run.summary()["steps"][1]["restarts"], 0, "the program itself lived on");
+    assert!(scratch.path("over").exists(), "its server did not");
+}
+
+/// Behind two deaths records go one by one; one that waits for twenty before it answers any gets more all the same.
+#[test]
+fn a_program_that_answers_in_groups_goes_on_after_it_died_twice() {
+    let scratch = Scratch::new();
+    let group =
+        "    for begin in range(0, len(answers), 7): s.sendall(b\"\".join(reversed(answers[begin:begin + 7])))\n";
+    let text = SOCKET_PROGRAM
+        .replace(group, "    ready += answers\n    if ready and os.path.getsize(sys.argv[1]) < 2: open(sys.argv[1], 'a').write('x'); os._exit(3)\n    while len(ready) >= 20: s.sendall(b\"\".join(ready[:20])); del ready[:20]\n")
+        .replace("data = b\"\"\nwhile", "data, ready = b\"\", []\nwhile");
+    assert!(text.contains("ready[:20]") && text.contains("data, ready"));
+    let program = scratch.write("program.py", text);
+    let deaths = scratch.write("deaths", "");
+    scratch.write("in", (0..2000).map(|id| format!("{id}\n")).collect::<String>());
+    let pipeline = scratch.pipeline(&steps(&format!("{}, {}", program.display(), deaths.display()), "socket"));
+    let _run = scratch.run(&pipeline, &[]).expect_code(0);
+    assert_eq!(scratch.text("deaths"), "xx");
+    assert!(scratch.text("out") == (0..2000).map(|id| format!("no key|{id}\n")).collect::<String>());
+}
+
+/// Answers that have no room wait in the program's socket.
+#[test]
+fn answers_to_a_slow_step_wait_with_their_program() {
+    let scratch = Scratch::new();
+    let text = SOCKET_PROGRAM
+        .replace("payload.upper())", "payload * 13_000)")
+        .replace("    if not more: break\n", "    if not more: break\n    import re\n")
+        + "status = open(f'/proc/{os.getppid()}/status').read()\nsys.stderr.write(re.search('VmHWM.*', status).group())\n";
+    let program = scratch.write("program.py", text);
+    // 1,500 answers of 52 kB, of which a thousand may be under way.
+    scratch.write("in", (1000..2500).map(|id| format!("{id}\n")).collect::<String>());
+    let pipeline = scratch.pipeline(&format!(
+        "  - file: {{path: in}}\n  - parDo: step\n    command: [python3, {}]\n    transport: socket\n  - parDo: slow\n    command: [sh, -c, 'sleep 3; exec cat']\n    ack: line\n    buffering: block\n  - file: {{path: out}}\n",
+        program.display()
+    ));
+    let run = scratch.run(&pipeline, &[]).expect_code(0);
+    assert_eq!(scratch.text("out").lines().count(), 1500);
+    let words = run.words();
+    let most = words.split("VmHWM:").nth(1).and_then(|rest| rest.split_whitespace().next());
+    let most_kib: u64 = most.and_then(|text| text.parse().ok()).unwrap_or_else(|| panic!("no number of KiB: {words}"));
+    assert!(most_kib < 32 << 10, "the shim took {most_kib} KiB");
+}
+
 #[test]
 fn nonsense_on_the_socket_ends_the_program_with_what_was_wrong() {
     let scratch = Scratch::new();

@@ -186,7 +186,8 @@ impl Internal {
     /// [`InternalError::Open`].
     pub fn open(control: Control, handover: &Arc<Handover>) -> Result<Self, InternalError> {
         let (stage, bell) = open(control)?;
-        let partitions = stage.slot().partitions.clone();
+        let mut partitions = stage.slot().partitions.clone();
+        partitions.sort_unstable();
         Ok(Self {
             stage,
             bell,
@@ -233,7 +234,8 @@ impl Internal {
     /// Where a partition goes on, as it was committed, by an earlier agent perhaps.
     #[must_use]
     pub fn partition(&self, partition: u64) -> Option<u64> {
-        self.partitions.iter().find(|(known, _)| *known == partition).map(|(_, next)| *next)
+        let place = self.partitions.binary_search_by_key(&partition, |(known, _)| *known).ok()?;
+        self.partitions.get(place).map(|(_, next)| *next)
     }
 
     /// All partitions and where they go on.
@@ -245,9 +247,13 @@ impl Internal {
     /// Everything before `next` was emitted, and is committed together with it.
     pub fn set_partition(&mut self, partition: u64, next: u64) {
         self.are_partitions_written = false;
-        match self.partitions.iter_mut().find(|(known, _)| *known == partition) {
-            Some(entry) => entry.1 = next,
-            None => self.partitions.push((partition, next)),
+        match self.partitions.binary_search_by_key(&partition, |(known, _)| *known) {
+            Ok(place) => {
+                if let Some(entry) = self.partitions.get_mut(place) {
+                    entry.1 = next;
+                }
+            }
+            Err(place) => self.partitions.insert(place, (partition, next)),
         }
     }
 
@@ -262,7 +268,7 @@ impl Internal {
     /// # Errors
     /// As [`Stage::done`].
     pub fn publish(&mut self) -> Result<(), StageError> {
-        self.write_partitions();
+        self.write_partitions()?;
         self.stage.done(0)
     }
 
@@ -271,15 +277,22 @@ impl Internal {
     /// # Errors
     /// As [`Stage::done_own`].
     pub fn publish_when_due(&mut self) -> Result<(), StageError> {
-        self.write_partitions();
+        self.write_partitions()?;
         self.stage.done_own()
     }
 
-    fn write_partitions(&mut self) {
+    fn write_partitions(&mut self) -> Result<(), StageError> {
         if !std::mem::replace(&mut self.are_partitions_written, true) {
             let partitions = &self.partitions;
+            // A page keeps no more, and where the others stand would be forgotten without a word.
+            if partitions.len() > self.stage.grant().shape.partitions as usize {
+                return Err(StageError::Misuse(
+                    "a source has more than 4,096 partitions, of which its page keeps the positions: read the topic with a group of several runs",
+                ));
+            }
             self.stage.change_slot(|slot| slot.partitions.clone_from(partitions));
         }
+        Ok(())
     }
 
     /// Waits until the stage has something to do. Behind it the stage may be another one ([`Handover`]).

@@ -3,7 +3,7 @@
 //! Sources, sinks and ParDos are stages. A `groupByKey` with a plain path is none: the stages before it take the key and
 //! pick the ring, so there is no shuffle process; one with a jq program becomes a router stage in the agent.
 
-use argo_streams_pipeline::{Acknowledgement, Buffering, KeyExpression, Output, Plan, Retry, StepKind};
+use argo_streams_pipeline::{Acknowledgement, Buffering, KeyExpression, Output, Plan, Retry, Source, StepKind};
 use argo_streams_shm_protocol::layout::DATA_OFFSET;
 use argo_streams_shm_protocol::limits::{
     INPUTS_MAX, LARGE_CAPACITY_BYTES, OUTPUTS_MAX, RECORD_PAYLOAD_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX_BEFORE,
@@ -18,6 +18,8 @@ pub const COUNTER_MAIN: usize = 0;
 /// The counter of the error output.
 pub const COUNTER_ERRORS: usize = 1;
 
+/// Partitions of a topic whose positions a source keeps, in 64 KiB of each slot.
+const KAFKA_PARTITIONS_MAX: u32 = 4096;
 /// Capacity of a ring into a program whose output is a pipe and who answers line for line: such a program answers when its buffer is
 /// full, of 4 to 64 KiB mostly, and until then everything that it was given must stay in the ring.
 const BUFFERED_RING_CAPACITY_BYTES: u64 = 4 << 20;
@@ -132,7 +134,12 @@ impl Physical {
                         stage: stage as u64 + 1,
                         name: step.name().to_owned(),
                         worker: u32::try_from(worker).unwrap_or(0),
-                        shape: PageShape::default(),
+                        shape: match step.kind() {
+                            StepKind::Source(Source::Kafka(_)) => {
+                                PageShape { partitions: KAFKA_PARTITIONS_MAX, ..PageShape::default() }
+                            }
+                            _ => PageShape::default(),
+                        },
                         state,
                         retry: match step.kind() {
                             StepKind::ParDo(pardo) => Some(retry_policy(pardo.retry())),
@@ -142,7 +149,7 @@ impl Physical {
                         // A line or a message of a source is bounded by what is gathered in memory.
                         record_bytes_max: if matches!(
                             step.kind(),
-                            StepKind::ParDo(_) | StepKind::Overflow(_) | StepKind::Sink(_)
+                            StepKind::ParDo(_) | StepKind::GroupByKey(_) | StepKind::Overflow(_) | StepKind::Sink(_)
                         ) {
                             RECORD_PAYLOAD_BYTES_MAX as u64
                         } else {

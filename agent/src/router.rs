@@ -2,6 +2,7 @@
 
 use argo_streams_pipeline::KeyExpression;
 use argo_streams_shm_protocol::RecordKind;
+use argo_streams_shm_protocol::limits::KEY_BYTES_MAX;
 use argo_streams_shm_protocol::stage::{BelongsTo, Emit, KeyChoice, OUTPUT_MAIN, StageError};
 
 use crate::internal::{Context, Internal, InternalError};
@@ -24,7 +25,12 @@ pub async fn run(context: Context, key: KeyExpression) -> Result<(), InternalErr
             }
             payload.clear();
             internal.stage.append_payload(record, &mut payload);
-            let evaluated = key.evaluate(&payload, &mut key_bytes);
+            let evaluated = match key.evaluate(&payload, &mut key_bytes) {
+                Ok(()) if key_bytes.len() > KEY_BYTES_MAX => {
+                    Err(format!("the key has {} bytes, the limit is {KEY_BYTES_MAX}", key_bytes.len()))
+                }
+                evaluated => evaluated.map_err(|error| error.to_string()),
+            };
             loop {
                 let emitted = match &evaluated {
                     Ok(()) => {
@@ -32,7 +38,7 @@ pub async fn run(context: Context, key: KeyExpression) -> Result<(), InternalErr
                             Emit { belongs_to: BelongsTo::Oldest, key: KeyChoice::Set(&key_bytes), ..Emit::default() };
                         internal.stage.emit(OUTPUT_MAIN, &emit, &payload)
                     }
-                    Err(error) => internal.stage.reject(0, &error.to_string()),
+                    Err(reason) => internal.stage.reject(0, reason),
                 };
                 match emitted {
                     Err(StageError::Full) => internal.wait().await?,

@@ -344,6 +344,10 @@ impl Inner {
     }
 
     pub(crate) fn emit(&mut self, output: u32, emit: &Emit<'_>, payload: &[u8]) -> Result<(), Failure> {
+        // Nobody reads what stands behind the end of the stream.
+        if self.is_finished {
+            return Err(Failure::new(AGS_STATE, "the stage is finished (AGS_CLOSED): nothing can be emitted any more"));
+        }
         let mut emit = *emit;
         if let KeyChoice::Set(key) = emit.key {
             copy(key, &mut self.key);

@@ -350,6 +350,10 @@ int main(void)
     }
     EXPECT(status == AGS_CLOSED && has_ended);
     EXPECT(ags_stage_recv(stage, (ags_record[1]){ { 0 } }, 1, &(uint32_t){ 0 }) == AGS_CLOSED);
+    /* Nobody would read it behind the end of the stream. */
+    ags_emit late = AGS_EMIT_INIT;
+    late.belongs_to = AGS_BELONGS_TO_NOTHING;
+    EXPECT(ags_stage_emit(stage, AGS_OUTPUT_MAIN, &late) == AGS_STATE);
     EXPECT(ags_stage_wait(stage, AGS_FOREVER) == AGS_OK);
     ags_stage_close(stage);
     return 0;

@@ -215,7 +215,7 @@ impl Serve for Shim {
     }
 
     async fn sleep(&mut self) -> Result<(), ShimError> {
-        let may_begin = self.batch.is_none() && self.may_start;
+        let may_begin = self.batch.is_none() && self.may_start && self.supervisor.stopping.is_none();
         if !self.supervisor.prepare_sleep(may_begin)? {
             return Ok(());
         }

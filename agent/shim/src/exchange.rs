@@ -29,6 +29,8 @@ const RETRY_NS_MIN: u64 = 100_000_000;
 const RETRY_NS_MAX: u64 = 5_000_000_000;
 /// After so many refusals it goes to the error output: it stands before all that come behind it.
 const ATTEMPTS_MAX: u32 = 8;
+/// How long a record that was sent alone may stay unanswered before the others follow.
+const ALONE_PATIENCE_NS: u64 = 2_000_000_000;
 /// A connection that broke because its program ended is seen a little before that end is.
 const DEATH_PATIENCE: Duration = Duration::from_millis(200);
 
@@ -160,6 +162,13 @@ struct InFlight {
     state: State,
 }
 
+impl InFlight {
+    /// Whether the program has it, or broke the connection on it.
+    fn is_unanswered(&self) -> bool {
+        matches!(self.state, State::Sent) || (self.unanswered > 0 && matches!(self.state, State::Waiting { .. }))
+    }
+}
+
 #[derive(Debug)]
 struct Shim {
     exchange: Exchange,
@@ -175,6 +184,7 @@ struct Shim {
     deaths_in_a_row: u32,
     /// As many records go one by one, to find the one that kills the program.
     one_by_one: usize,
+    sent_alone_since_ns: u64,
     over: bool,
     /// Why the carrier broke.
     broken: Option<String>,
@@ -194,6 +204,7 @@ pub(crate) async fn serve(exchange: Exchange, options: Options, backend: Backend
         requests_sent: 0,
         deaths_in_a_row: 0,
         one_by_one: 0,
+        sent_alone_since_ns: 0,
         over: false,
         broken: None,
         has_said_later: false,
@@ -237,6 +248,13 @@ impl Serve for Shim {
 
     /// One round of work; whether anything moved.
     async fn turn(&mut self) -> Result<bool, ShimError> {
+        // A program that waits for several before it answers any gets no further one by one, and none of them killed it.
+        if self.one_by_one > 0
+            && self.sent > 0
+            && monotonic_ns().saturating_sub(self.sent_alone_since_ns) > ALONE_PATIENCE_NS
+        {
+            self.one_by_one = 0;
+        }
         let mut moved = self.receive()?;
         moved |= self.hear_program();
         moved |= self.dispatch();
@@ -268,7 +286,7 @@ impl Serve for Shim {
             _ => None,
         });
         let time = due.min().map(Duration::from_nanos);
-        let carrier = &mut self.carrier;
+        let carrier = if self.is_held_up() { None } else { self.carrier.as_mut() };
         let answer = async {
             match carrier {
                 Some(carrier) => carrier.answers.recv().await,
@@ -357,6 +375,7 @@ impl Shim {
                 together.push(request(stage, &record, entry));
                 entry.state = State::Sent;
                 self.sent += 1;
+                self.sent_alone_since_ns = now_ns;
                 next += 1;
                 bytes += record.view.payload_len as u64;
                 if entry.goes_alone || together.len() >= records_max || bytes >= bytes_max || self.sent >= window {
@@ -375,11 +394,22 @@ impl Shim {
 
     fn hear_program(&mut self) -> bool {
         let mut moved = false;
-        while let Some(answer) = self.carrier.as_mut().and_then(|carrier| carrier.answers.try_recv().ok()) {
+        while !self.is_held_up()
+            && let Some(answer) = self.carrier.as_mut().and_then(|carrier| carrier.answers.try_recv().ok())
+        {
             self.take(answer);
             moved = true;
         }
         moved
+    }
+
+    /// What stands at the front is answered and has no room: further answers wait where they are, and their program with them.
+    fn is_held_up(&self) -> bool {
+        let is_blocked = self.supervisor.stage.as_ref().is_some_and(|(stage, _)| stage.is_blocked());
+        is_blocked
+            && self.in_flight.front().is_some_and(|entry| {
+                matches!(entry.state, State::Answered { .. } | State::Refused(_) | State::Failed(_))
+            })
     }
 
     fn take(&mut self, answer: Answer) {
@@ -523,11 +553,11 @@ impl Shim {
         while self.settle()? {}
         let mut unanswered = 0;
         for entry in &mut self.in_flight {
-            let broke_off = std::mem::take(&mut entry.unanswered) > 0 && matches!(entry.state, State::Waiting { .. });
-            if broke_off || matches!(entry.state, State::Sent) {
+            if entry.is_unanswered() {
                 entry.state = State::Waiting { not_before_ns: 0 };
                 unanswered += 1;
             }
+            entry.unanswered = 0;
         }
         (self.sent, self.requests_sent) = (0, 0);
         let all_answered = self.in_flight.is_empty() && self.supervisor.is_input_over();
@@ -555,10 +585,11 @@ impl Shim {
         self.supervisor.say_ended(code, text, 0)
     }
 
-    /// The program ended with one record unanswered: if the pipeline declares what becomes of those that fail, this one did.
+    /// The program ended with one record unanswered, be it that its connection was seen to break first: if the pipeline declares what
+    /// becomes of those that fail, this one did.
     fn fail_alone(&mut self, text: &str) {
         let is_declared = self.supervisor.has_declared_retries();
-        let mut sent = self.in_flight.iter_mut().filter(|entry| matches!(entry.state, State::Sent));
+        let mut sent = self.in_flight.iter_mut().filter(|entry| entry.is_unanswered());
         if let (Some(entry), None) = (sent.next(), sent.next())
             && is_declared
             && self.supervisor.stopping.is_none()

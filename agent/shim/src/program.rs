@@ -11,7 +11,7 @@ use argo_streams_stage::{Backend, Stream, ready_descriptor};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat};
 use rustix::process::{
-    Pid, PidfdFlags, Signal, WaitOptions, kill_process_group, pidfd_open, test_kill_process_group, wait, waitpid,
+    Pid, PidfdFlags, Signal, WaitOptions, kill_process_group, pidfd_open, test_kill_process_group, wait,
 };
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
@@ -152,12 +152,10 @@ impl Program {
         let _guard = self.ended.readable().await;
     }
 
-    /// The exit status, once it has ended.
+    /// The exit status, once it has ended. What it left behind in the background is waited for as well: a zombie for each would be left else.
     pub(crate) fn try_status(&mut self) -> io::Result<Option<ExitStatus>> {
-        if self.status.is_none()
-            && let Some((_, status)) = waitpid(Some(self.pid), WaitOptions::NOHANG)?
-        {
-            self.status = Some(ExitStatus::from_raw(status.as_raw()));
+        if self.status.is_none() {
+            self.reap();
         }
         Ok(self.status)
     }

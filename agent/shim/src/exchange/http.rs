@@ -20,8 +20,8 @@ use hyper::{Request as HttpRequest, StatusCode};
 use hyper_util::rt::TokioIo;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_encode};
 use tokio::net::TcpStream;
-use tokio::sync::Mutex;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
+use tokio::sync::{Mutex, Notify};
 
 use super::{Answer, Batching, Carrier, Outcome, Output, Request, reason_of};
 use crate::batch::BatchLimits;
@@ -32,12 +32,18 @@ use crate::lines::Line;
 const CONNECTIONS: usize = 8;
 /// Records under way in batches, all together.
 const RECORDS_MAX: usize = 64 << 10;
+/// Outputs of one record.
+const OUTPUTS_MAX: usize = 64 << 10;
 /// How long a program may take until `GET /ready` succeeds.
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
 /// Between two looks whether it is ready.
 const READY_INTERVAL: Duration = Duration::from_millis(20);
 /// Before a broken connection is made again.
 const RECONNECT_AFTER: Duration = Duration::from_millis(20);
+/// The same at most, where nothing listens.
+const RECONNECT_AFTER_MAX: Duration = Duration::from_millis(500);
+/// Where an answer takes longer, connections without a request are closed: the server may serve one after the other.
+const IDLE_AFTER: Duration = Duration::from_millis(250);
 /// A record's id, the same for every attempt.
 const HEADER_ID: &str = "ags-id";
 /// Its key, percent-encoded.
@@ -65,9 +71,11 @@ pub(super) fn connect(batch: Option<BatchLimits>) -> io::Result<Carrier> {
     let (requests, queue) = channel::<Vec<Request>>(CONNECTIONS);
     let (say, answers) = channel(CONNECTIONS);
     let queue = Rc::new(Mutex::new(queue));
+    let idle = Rc::new(Notify::new());
     let mut tasks = vec![tokio::task::spawn_local(await_ready(address, say.clone()))];
     for _ in 0..CONNECTIONS {
-        tasks.push(tokio::task::spawn_local(connection(address, Rc::clone(&queue), say.clone(), batch.is_some())));
+        let (queue, idle) = (Rc::clone(&queue), Rc::clone(&idle));
+        tasks.push(tokio::task::spawn_local(connection(address, queue, say.clone(), idle, batch.is_some())));
     }
     let environment = [("PORT", port.to_string()), ("AGS_HTTP_PORT", port.to_string())];
     Ok(Carrier {
@@ -131,35 +139,60 @@ async fn connection(
     address: SocketAddr,
     queue: Rc<Mutex<Receiver<Vec<Request>>>>,
     say: Sender<Answer>,
+    idle: Rc<Notify>,
     is_batched: bool,
 ) {
     let mut kept: Option<Connection> = None;
     loop {
-        let Some(requests) = queue.lock().await.recv().await else { return };
-        let numbers: Vec<u64> = requests.iter().map(|request| request.number).collect();
-        let mut ready = kept.take().filter(|connection| !connection.sender.is_closed());
-        if ready.is_none() {
-            ready = open(address).await.ok();
-        }
-        let outcomes = match ready {
-            None => None,
-            Some(mut open) => {
-                let answered = if is_batched {
-                    exchange_batch(&mut open, address, &requests).await
-                } else {
-                    match requests.into_iter().next() {
-                        Some(request) => exchange(&mut open, address, request).await.map(|outcome| vec![outcome]),
-                        None => Some(Vec::new()),
-                    }
-                };
-                let is_answered = answered.is_some();
-                // A server that closes after each answer is allowed to.
-                if is_answered && open.sender.ready().await.is_ok() {
-                    kept = Some(open);
-                }
-                answered
+        let next = async { queue.lock().await.recv().await };
+        let requests = tokio::select! {
+            requests = next => requests,
+            // A server that serves one connection after the other reads on in this one, while others wait for it.
+            () = idle.notified(), if kept.is_some() => {
+                kept = None;
+                continue;
             }
         };
+        let Some(requests) = requests else { return };
+        let numbers: Vec<u64> = requests.iter().map(|request| request.number).collect();
+        let mut open = match kept.take().filter(|connection| !connection.sender.is_closed()) {
+            Some(connection) => connection,
+            None => match open_patiently(address, &queue).await {
+                Ok(connection) => connection,
+                // The program has ended, and what was not sent to it has no answer.
+                Err(None) => return,
+                Err(Some(error)) => {
+                    let text = format!(
+                        "served on its port at first, and then did not for {} s: {error}",
+                        READY_TIMEOUT.as_secs()
+                    );
+                    let _nobody_asks_any_more = say.send(Answer::Broken(text)).await;
+                    return;
+                }
+            },
+        };
+        let outcomes = {
+            let asked = async {
+                if is_batched {
+                    return exchange_batch(&mut open, address, &requests).await;
+                }
+                match requests.into_iter().next() {
+                    Some(request) => exchange(&mut open, address, request).await.map(|outcome| vec![outcome]),
+                    None => Some(Vec::new()),
+                }
+            };
+            let mut asked = std::pin::pin!(asked);
+            loop {
+                match tokio::time::timeout(IDLE_AFTER, &mut asked).await {
+                    Ok(answered) => break answered,
+                    Err(_elapsed) => idle.notify_waiters(),
+                }
+            }
+        };
+        // A server that closes after each answer is allowed to.
+        if outcomes.is_some() && open.sender.ready().await.is_ok() {
+            kept = Some(open);
+        }
         let outcomes = match outcomes {
             Some(outcomes) => outcomes,
             None => {
@@ -176,6 +209,29 @@ async fn connection(
         if say.send(answer).await.is_err() {
             return;
         }
+    }
+}
+
+/// Connects again and again: what was not sent is not held against its record. `Err(None)`: nothing more is asked for.
+async fn open_patiently(
+    address: SocketAddr,
+    queue: &Mutex<Receiver<Vec<Request>>>,
+) -> Result<Connection, Option<String>> {
+    let deadline = tokio::time::Instant::now() + READY_TIMEOUT;
+    let mut wait = RECONNECT_AFTER;
+    loop {
+        let error = match open(address).await {
+            Ok(connection) => return Ok(connection),
+            Err(error) => error.to_string(),
+        };
+        if queue.try_lock().is_ok_and(|queue| queue.is_closed()) {
+            return Err(None);
+        }
+        if tokio::time::Instant::now() >= deadline {
+            return Err(Some(error));
+        }
+        tokio::time::sleep(wait).await;
+        wait = (wait * 2).min(RECONNECT_AFTER_MAX);
     }
 }
 
@@ -434,11 +490,18 @@ fn outputs(headers: &HeaderMap, body: &[u8]) -> Result<Vec<Output>, String> {
         "none" => Ok(vec![output(body)]),
         "lines" => {
             let body = body.strip_suffix(b"\n").map_or(body, |body| body);
+            let count = memchr::memchr_iter(b'\n', body).count() + 1;
+            if count > OUTPUTS_MAX {
+                return Err(format!("its answer has {count} outputs, and may have {OUTPUTS_MAX}"));
+            }
             if body.is_empty() { Ok(Vec::new()) } else { Ok(body.split(|byte| *byte == b'\n').map(output).collect()) }
         }
         "length" => {
             let (mut outputs, mut rest) = (Vec::new(), body);
             while !rest.is_empty() {
+                if outputs.len() == OUTPUTS_MAX {
+                    return Err(format!("its answer has more than {OUTPUTS_MAX} outputs"));
+                }
                 let cut = rest
                     .split_first_chunk::<4>()
                     .and_then(|(len, rest)| rest.split_at_checked(usize::try_from(u32::from_le_bytes(*len)).ok()?));

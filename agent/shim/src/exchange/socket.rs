@@ -39,6 +39,8 @@ const HEAD_BYTES: usize = 28;
 const FRAME_BYTES_MAX: usize = HEAD_BYTES + KEY_BYTES_MAX + ATTRIBUTES_BYTES_MAX + RECORD_PAYLOAD_BYTES_MAX;
 /// Records that are under way at once.
 const WINDOW: usize = 1024;
+/// Answers that are read before somebody has room for them; more wait in the socket.
+const ANSWERS_UNHEARD_MAX: usize = 16;
 /// Outputs of one record, so that a program that never finishes one holds a bounded number ...
 const OUTPUTS_MAX: usize = 64 << 10;
 /// ... and bytes of them.
@@ -57,7 +59,7 @@ pub(super) fn listen(beside: &Path) -> io::Result<Carrier> {
     }
     let listener = UnixListener::bind(&path)?;
     let (requests, queue) = channel::<Vec<Request>>(WINDOW);
-    let (say, answers) = channel(WINDOW);
+    let (say, answers) = channel(ANSWERS_UNHEARD_MAX);
     let environment = vec![(VARIABLE.to_owned(), path.to_string_lossy().into_owned())];
     let task = tokio::task::spawn_local(async move {
         let connected = tokio::time::timeout(CONNECT_TIMEOUT, listener.accept()).await;
