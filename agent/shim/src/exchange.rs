@@ -184,6 +184,7 @@ struct Shim {
     deaths_in_a_row: u32,
     /// As many records go one by one, to find the one that kills the program.
     one_by_one: usize,
+    /// When the last record was sent; one that went alone is waited for so long ([`ALONE_PATIENCE_NS`]).
     sent_alone_since_ns: u64,
     over: bool,
     /// Why the carrier broke.
